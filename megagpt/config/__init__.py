@@ -1,0 +1,7 @@
+"""One JSON file, one typed tree: read it with `load_config`, pass the `Config` on, never change it."""
+
+from megagpt.config.load import build_config, config_hash, load_config, to_json, with_vocab_size
+from megagpt.config.rules import data_parallel_size
+from megagpt.config.schema import Config
+
+__all__ = ["Config", "build_config", "config_hash", "data_parallel_size", "load_config", "to_json", "with_vocab_size"]

@@ -1,0 +1,248 @@
+"""The tree of a run: every key with its type, unit, default and meaning, declared once.
+
+The docstring under a field is its help text (`docs/config.md` is made of them). Rules that join
+several keys are in `rules.py`; reading files and overrides is in `load.py`. Nothing here does I/O.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Schedule = Literal["1f1b", "gpipe"]
+Source = str | dict[str, float]
+"""One prefix of a .bin/.idx pair, or several with their weights: {"data/web": 0.7, "data/books": 0.3}."""
+
+
+class Section(BaseModel):
+    """A part of the tree: unknown keys are errors, values keep the type written, nothing changes after load."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """Shape of the transformer. Names follow GPT-2."""
+
+    n_layer: int = Field(ge=1)
+    """Transformer blocks."""
+    n_embd: int = Field(ge=1)
+    """Width of the residual stream."""
+    n_head: int = Field(ge=1)
+    """Attention heads; divides n_embd."""
+    n_positions: int = Field(ge=1)
+    """Sequence length, tokens."""
+    vocab_size: int | None = Field(default=None, ge=2)
+    """Tokens that the model can predict; taken from data.tokenizer if absent."""
+    vocab_multiple: int = Field(default=128, ge=1)
+    """The embedding is padded with unused rows to a multiple of this; they reach neither loss nor checkpoint."""
+    ffn_hidden: int | None = Field(default=None, ge=1)
+    """Width inside the MLP; 4 x n_embd if absent."""
+    activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = "gelu"
+    """Non-linearity of the MLP: exact GELU, its tanh form (GPT-2), ReLU or SiLU."""
+    embd_pdrop: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout after the embeddings, probability."""
+    attn_pdrop: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout of attention weights, probability."""
+    resid_pdrop: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before each residual addition, probability."""
+    tie_embeddings: bool = True
+    """The output layer uses the token embedding's weight."""
+    init_std: float = Field(default=0.02, gt=0)
+    """Standard deviation of the initial weights; divided by sqrt(2 n_layer) in the layers that end a residual branch."""
+    layer_norm_epsilon: float = Field(default=1e-5, gt=0)
+    """Added to the variance in every norm."""
+
+    @property
+    def ffn_width(self) -> int:
+        """Width inside the MLP."""
+        return self.ffn_hidden or 4 * self.n_embd
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def tokens_in_vocab(self) -> int:
+        """`vocab_size`, once it is known."""
+        if self.vocab_size is None:
+            raise ValueError("model.vocab_size is not resolved: give it, or data.tokenizer")
+        return self.vocab_size
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the token embedding: `vocab_size` rounded up to `vocab_multiple`."""
+        return -(-self.tokens_in_vocab // self.vocab_multiple) * self.vocab_multiple
+
+
+class ParallelConfig(Section):
+    """Where the work runs. The data-parallel size is what is left of the world: world / (tensor x pipeline)."""
+
+    tensor: int = Field(default=1, ge=1)
+    """Ranks that share each matrix; best kept within one node."""
+    pipeline: int = Field(default=1, ge=1)
+    """Stages that share the layers."""
+    schedule: Schedule = "1f1b"
+    """Order of the forwards and backwards in a pipeline."""
+    sequence_parallel: bool = False
+    """Split norms and dropout along the sequence over the tensor ranks: reduce-scatter in place of all-reduce."""
+    timeout_seconds: float = Field(default=1800.0, gt=0)
+    """A collective or message that waits longer than this ends the job."""
+
+
+class ZeroConfig(Section):
+    """What data-parallel ranks keep a share of (Rajbhandari et al., arXiv 1910.02054)."""
+
+    stage: Literal[0, 1, 2, 3] = 1
+    """0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Keep the optimizer's state in host memory (stages 1 to 3)."""
+    offload_param: Literal["none", "cpu"] = "none"
+    """Keep the parameters' shards in host memory (stage 3)."""
+
+
+class DataConfig(Section):
+    """The corpora: separate prefixes for train, valid and test, or `paths` cut by `split`."""
+
+    train: Source | None = None
+    """Prefix of a .bin/.idx pair, or prefixes with weights."""
+    valid: Source | None = None
+    """As `train`, for evaluation during training."""
+    test: Source | None = None
+    """As `train`, for the evaluation after the last step."""
+    paths: Source | None = None
+    """As `train`, cut into train, valid and test by `split`."""
+    split: str | None = None
+    """Shares of train, valid and test in `paths`, such as "969,30,1"."""
+    tokenizer: str | None = None
+    """A SentencePiece .model, a Hugging Face tokenizer.json, a folder with vocab.json and merges.txt, or "byte"."""
+    seed: int = Field(default=1234, ge=0)
+    """Seed of the order of documents and samples."""
+    cache_dir: str | None = None
+    """Where sample indices are cached; beside the data if absent."""
+
+
+class OptimizerConfig(Section):
+    """The update rule."""
+
+    type: Literal["adamw", "adam", "sgd"] = "adamw"
+    """adamw decays weights apart from the gradient (Loshchilov and Hutter), adam adds the decay to it."""
+    learning_rate: float = Field(default=3e-4, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the moments' averages (adam, adamw)."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment (adam, adamw)."""
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    """Momentum (sgd)."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Applied to matrices and embeddings; not to biases and norms."""
+    clip_grad: float = Field(default=1.0, ge=0)
+    """The gradient is scaled down to this global L2 norm; 0 turns clipping off."""
+
+
+class LRScheduleConfig(Section):
+    """Learning rate over steps: linear warm-up, then `type`, down to `min_lr`."""
+
+    type: Literal["cosine", "linear", "constant", "inverse-sqrt", "warmup-stable-decay"] = "cosine"
+    """Shape after the warm-up."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear growth from 0."""
+    decay_steps: int | None = Field(default=None, ge=1)
+    """Step at which min_lr is reached (cosine, linear), or length of the last decay (warmup-stable-decay).
+    The length of the run (a tenth of it for warmup-stable-decay) if absent."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Floor."""
+
+
+class TrainingConfig(Section):
+    """Length, batch and precision of the run."""
+
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps; one of steps, tokens and epochs."""
+    tokens: int | None = Field(default=None, ge=1)
+    """Tokens to train on; rounded up to whole steps."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the training data; rounded down to whole steps, at least one."""
+    micro_batch_size: int = Field(ge=1)
+    """Sequences in one forward of one data-parallel rank."""
+    global_batch_size: int = Field(ge=1)
+    """Sequences in one optimizer step, over all ranks."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of parameters and activations; gradients are summed and optimizer states kept in fp32 under each."""
+    seed: int = Field(default=1234, ge=0)
+    """Seed of the initial weights and of dropout."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward computes again instead of keeping: nothing, the attention core, or whole blocks."""
+
+
+class EvaluationConfig(Section):
+    """Loss on the validation split."""
+
+    interval: int | None = Field(default=None, ge=1)
+    """Steps between evaluations; only after the last step if absent."""
+    steps: int = Field(default=10, ge=1)
+    """Global batches in one evaluation."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Sequences in one forward; training.micro_batch_size if absent."""
+
+
+class CheckpointConfig(Section):
+    """What is saved, and what a run starts from."""
+
+    dir: str | None = None
+    """Folder of the run's checkpoints; nothing is saved if absent."""
+    interval: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints; only after the last step if absent."""
+    keep: int = Field(default=0, ge=0)
+    """Newest checkpoints to keep; 0 keeps all."""
+    resume: str = "auto"
+    """"auto" goes on from the newest checkpoint in dir if there is one, "never" starts anew, a path loads that one."""
+
+
+class WandbConfig(Section):
+    """Weights & Biases, written by rank 0 alone."""
+
+    project: str | None = None
+    """Project; nothing is sent if absent. Offline where there is no network or no API key."""
+    name: str | None = None
+    """Display name of the run."""
+    dir: str | None = None
+    """Folder of the local files; the current one if absent."""
+
+
+class LoggingConfig(Section):
+    """What is reported while the run goes on."""
+
+    interval: int = Field(default=10, ge=1)
+    """Steps between log lines."""
+    metrics_file: str | None = None
+    """File that gets one JSON line per logged step and evaluation."""
+    wandb: WandbConfig = WandbConfig()
+    """Weights & Biases."""
+
+
+class Config(Section):
+    """One file, one run."""
+
+    model: ModelConfig
+    """Shape of the transformer."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Tensor x pipeline layout."""
+    zero: ZeroConfig = ZeroConfig()
+    """Sharding over data-parallel ranks."""
+    data: DataConfig = DataConfig()
+    """Corpora and tokenizer."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Update rule."""
+    lr_schedule: LRScheduleConfig = LRScheduleConfig()
+    """Learning rate over steps."""
+    training: TrainingConfig
+    """Length, batch and precision."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Held-out loss."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saving and resuming."""
+    logging: LoggingConfig = LoggingConfig()
+    """Reports."""
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Passed on to DeepSpeed; keys that megagpt sets itself are refused."""

@@ -1,0 +1,17 @@
+"""The project's own errors: what a user can mend, said in one sentence, printed without a traceback."""
+
+
+class MegagptError(Exception):
+    """Base of every error that is the input's fault, not the program's."""
+
+
+class ConfigError(MegagptError):
+    """A config, a flag or a layout that cannot run."""
+
+
+class DataError(MegagptError):
+    """A corpus, tokenizer or index file that is missing, damaged or does not match."""
+
+
+class CheckpointError(MegagptError):
+    """A checkpoint that is missing, damaged or of another model."""
