@@ -90,7 +90,8 @@ def _zero(config: Config) -> Iterator[Problem]:
         yield Problem(
             ("zero.stage", "parallel.pipeline"),
             f"zero.stage: 3 with parallel.pipeline {config.parallel.pipeline} gives wrong gradients (weights that are "
-            "gathered per layer cannot stay whole while micro-batches are in flight); use zero.stage 1 or 2, or parallel.pipeline 1",
+            "gathered per layer cannot stay whole while micro-batches are in flight); use zero.stage 1 or 2, "
+            "or parallel.pipeline 1",
         )
     if zero.stage == 0 and zero.offload_optimizer != "none":
         yield Problem(
