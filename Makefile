@@ -1,0 +1,48 @@
+# Everything a clone needs. `make` lists the targets.
+
+# The first Python that is new enough and can make virtual environments; override with PYTHON=...
+CAN_SETUP := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
+	"$$p" -c '$(CAN_SETUP)' 2>/dev/null && echo "$$p" && break; done)
+# More options for pip, for example another package index for a smaller or a CUDA-specific build of torch.
+PIP_ARGS ?=
+# A file or a folder of text for the quickstart; the Python standard library's sources if absent.
+TEXT ?=
+
+BIN := .venv/bin
+STAMP := .venv/.megagpt-setup
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+# One thread a rank: several ranks share the cores. The hub is never asked: tests run without a network.
+RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline
+
+.PHONY: help setup quickstart test lint clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv with the pinned requirements; a second run reuses it
+
+# torch alone and first, so that no other package's range decides which build of it is taken.
+$(STAMP): requirements.txt requirements-dev.txt setup.py pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make setup: found no Python 3.10 or newer with venv; name one with PYTHON=..." >&2; exit 1; }
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
+	@echo "Installing the pinned requirements into .venv (a few minutes the first time)"
+	$(PIP_INSTALL) "$$(grep '^torch==' requirements.txt)"
+	$(PIP_INSTALL) -r requirements-dev.txt
+	$(PIP_INSTALL) --no-deps --editable .
+	@touch $@
+
+quickstart: $(STAMP) ## train a small GPT on 8 CPU ranks, start to end, in minutes; TEXT=path for your own text
+	$(RUN) $(BIN)/python tools/quickstart.py $(if $(TEXT),--text "$(TEXT)")
+
+test: $(STAMP) ## run the whole test suite
+	$(RUN) $(BIN)/python -m pytest
+
+lint: $(STAMP) ## ruff (rules and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## remove what builds and checks left; keeps .venv and runs/
+	rm -rf build dist megagpt.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

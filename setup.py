@@ -1,0 +1,51 @@
+"""The package: ranges that should work; `requirements.txt` has the exact versions that were tested."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+
+def version() -> str:
+    """`megagpt.__version__`, read without importing the package."""
+    text = (HERE / "megagpt" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)
+    assert found, "megagpt/__init__.py has no __version__"
+    return found[1]
+
+
+def console_script(name: str) -> str:
+    """`megagpt-plot-losses = megagpt.commands.plot_losses:main` for `plot-losses`."""
+    return f"megagpt-{name} = megagpt.commands.{name.replace('-', '_')}:main"
+
+
+COMMANDS = ("pretrain", "preprocess-data", "train-tokenizer", "generate-text", "plot-losses")
+
+setup(
+    name="megagpt",
+    version=version(),
+    description="A GPT pretrainer: tensor x pipeline x data parallel over DeepSpeed",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["megagpt", "megagpt.*"]),
+    install_requires=[
+        "torch>=2.10",  # the first with Tensor.grad_dtype
+        "deepspeed>=0.19",
+        "numpy>=1.26",
+        "pydantic>=2.7",  # the first with use_attribute_docstrings
+        "json5>=0.9.20",
+        "sentencepiece>=0.2",
+        "tokenizers>=0.20",
+        "safetensors>=0.4",
+        "tqdm>=4.60",
+        "matplotlib>=3.8",
+        "wandb>=0.18",
+    ],
+    extras_require={"dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.10", "transformers>=4.50"]},
+    entry_points={"console_scripts": [console_script(name) for name in COMMANDS]},
+)
