@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Pretrain on the GPUs of this machine.
+#
+#   bash examples/single_node.sh GPUS CONFIG [--set key=value]...
+#   bash examples/single_node.sh 8 configs/6B.json --set data.paths=data/web_text_document
+#
+# GPUS must fit the config's layout: a multiple of parallel.tensor x parallel.pipeline; what is left over is data
+# parallel. `--print-config` after CONFIG shows what would run. On a machine without GPUs the ranks run on its cores.
+set -euo pipefail
+
+if (($# < 2)); then
+  echo "usage: bash examples/single_node.sh GPUS CONFIG [--set key=value]..." >&2
+  exit 2
+fi
+gpus=$1 config=$2
+shift 2
+
+# Paths in configs are relative to the repository root; the commands of its environment, if made by `make setup`, come first.
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export PATH="$PWD/.venv/bin:$PATH"
+# Each rank has its own thread pool: without a limit every one of them takes all cores.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+exec deepspeed --num_gpus "$gpus" pretrain_gpt.py --config "$config" "$@"
