@@ -1,0 +1,132 @@
+"""The SLURM script's body, run by bash with stand-ins for `srun` and `scontrol` that start the ranks on this machine."""
+
+import json
+import math
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.launch
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "examples" / "slurm" / "pretrain.sbatch"
+TASKS = 2
+
+SRUN = f"""#!{sys.executable}
+# As srun: one process for each task, its rank in the environment; a failed one ends the others if that was asked for.
+import os, signal, subprocess, sys
+options = [word for word in sys.argv[1:] if word.startswith("--kill")]
+command = sys.argv[1 + len(options):]
+pids = set()
+for rank in range(int(os.environ["SLURM_NTASKS"])):
+    place = {{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}}
+    pids.add(subprocess.Popen(command, env=os.environ | place).pid)
+worst = 0
+while pids:
+    pid, status = os.wait()
+    pids.discard(pid)
+    code = os.waitstatus_to_exitcode(status)
+    worst = max(worst, code if code >= 0 else 128 - code)
+    if code and "--kill-on-bad-exit=1" in options:
+        for other in pids:
+            os.kill(other, signal.SIGTERM)
+sys.exit(worst)
+"""
+SCONTROL = """#!/bin/sh
+test "$*" = "show hostnames here,elsewhere" || exit 1
+echo 127.0.0.1
+echo elsewhere.invalid
+"""
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """The environment of a job of TASKS tasks, with the stand-ins first on PATH."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    inherited = {key: value for key, value in os.environ.items() if key not in LAUNCHERS and not key.startswith("SLURM_")}
+    return {
+        **inherited,
+        "PATH": os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_NODELIST": "here,elsewhere",
+        "SLURM_NTASKS": str(TASKS),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
+
+
+def submit(slurm: dict[str, str], folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run the script's body as a job submitted from `folder`."""
+    return subprocess.run(
+        ["bash", str(SCRIPT), *arguments],
+        env=slurm | {"SLURM_SUBMIT_DIR": str(folder)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def write_corpus(prefix: Path, vocabulary: int) -> None:
+    """40 documents of 100 random tokens, uint16, in the Megatron .bin/.idx format, byte by byte."""
+    documents, length = 40, 100
+    np.random.default_rng(0).integers(vocabulary, size=documents * length, dtype=np.uint16).tofile(f"{prefix}.bin")
+    sizes = np.full(documents, length, dtype=np.int32)
+    pointers = np.arange(documents, dtype=np.int64) * length * 2
+    header = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, documents, documents + 1)
+    ends = np.arange(documents + 1, dtype=np.int64)
+    Path(f"{prefix}.idx").write_bytes(header + sizes.tobytes() + pointers.tobytes() + ends.tobytes())
+
+
+def test_the_job_trains_over_its_tasks(slurm: dict[str, str], tmp_path: Path) -> None:
+    vocabulary = 64
+    write_corpus(tmp_path / "corpus", vocabulary)
+    config = {
+        "model": {"n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 16, "vocab_size": vocabulary},
+        "parallel": {"tensor": TASKS},
+        "data": {"train": str(tmp_path / "corpus"), "cache_dir": str(tmp_path / "cache")},
+        "training": {"steps": 5, "micro_batch_size": 2, "global_batch_size": 4},
+        "logging": {"interval": 1, "metrics_file": str(tmp_path / "metrics.jsonl")},
+    }
+    (tmp_path / "run.json").write_text(json.dumps(config))
+    job = submit(slurm, ROOT, str(tmp_path / "run.json"), "--set", "training.steps=2")
+    assert job.returncode == 0, job.stdout + job.stderr
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = {record["step"]: record["loss"] for record in records if "loss" in record}
+    assert list(losses) == [1, 2]  # one line for each step, from one rank, and as many steps as --set asked for
+    assert losses[1] == pytest.approx(math.log(vocabulary), rel=0.05)  # a new model knows nothing
+
+
+def test_every_task_learns_its_place_and_gets_the_arguments(slurm: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "pretrain_gpt.py").write_text(
+        "import json, os, sys\n"
+        "names = ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID', 'MASTER_ADDR', 'MASTER_PORT')\n"
+        "json.dump([sys.argv[1:], *(os.environ[name] for name in names)], open('task' + os.environ['SLURM_PROCID'], 'w'))\n"
+    )
+    job = submit(slurm, tmp_path, "my.json", "--set", "data.paths=a b")
+    assert job.returncode == 0, job.stderr
+    port = str(20000 + os.getpid() % 10000)
+    for rank in range(TASKS):
+        arguments, *place = json.loads((tmp_path / f"task{rank}").read_text())
+        assert arguments == ["--config", "my.json", "--set", "data.paths=a b"]
+        assert place == [str(rank), str(TASKS), str(rank), "127.0.0.1", port]
+
+
+def test_a_failed_task_ends_the_job_with_an_error(slurm: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "pretrain_gpt.py").write_text(
+        "import os, signal, sys\n"
+        "sys.exit(3) if os.environ['SLURM_PROCID'] == '1' else signal.pause()\n"  # rank 0 waits for it for ever
+    )
+    job = submit(slurm, tmp_path)
+    assert job.returncode != 0

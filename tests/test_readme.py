@@ -1,0 +1,94 @@
+"""What the documentation tells a reader to look at or to type is there, and would be understood."""
+
+import re
+import shlex
+import subprocess
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from megagpt.config import load_config
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/launching.md")
+PATH = re.compile(r"(?<![\w./-])((?:\.ci|configs|docs|examples|megagpt|tests|tools)/[\w./-]*|\w[\w-]*\.(?:py|md|txt)|LICENSE)")
+LINK = re.compile(r"\]\(([^)#:]+)\)")
+
+
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def shell_blocks(page: str) -> list[str]:
+    return re.findall(r"```bash\n(.*?)```", read(page), re.DOTALL)
+
+
+def commands(page: str) -> list[list[str]]:
+    """Every command of the page's shell blocks, in words."""
+    return [shlex.split(line) for block in shell_blocks(page) for line in block.splitlines() if line]
+
+
+def after(command: list[str], flag: str) -> list[str]:
+    """The values that follow `flag`."""
+    return [value for word, value in pairwise(command) if word == flag]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_path_named_exists(page: str) -> None:
+    named = PATH.findall(read(page))
+    assert len(named) > 5
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_to_a_file(page: str) -> None:
+    folder = (ROOT / page).parent
+    assert [link for link in LINK.findall(read(page)) if not (folder / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_shell_block_is_valid_bash(page: str) -> None:
+    for block in shell_blocks(page):
+        result = subprocess.run(["bash", "-n"], input=block, text=True, capture_output=True, check=False)
+        assert result.returncode == 0, f"{block}\n{result.stderr}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_config_in_a_command_loads_with_its_overrides(page: str) -> None:
+    runs = [(after(command, "--config"), after(command, "--set")) for command in commands(page)]
+    runs += [([word], after(command, "--set")) for command in commands(page) for word in command if word.startswith("configs/")]
+    loaded = [load_config(ROOT / config, overrides) for configs, overrides in runs for config in configs]
+    assert loaded
+
+
+def test_every_flag_in_a_command_is_one_that_its_script_has() -> None:
+    unknown = []
+    for command in commands("README.md"):
+        scripts = [word for word in command if word.endswith(".py")]
+        if not scripts:
+            continue
+        name = Path(scripts[0]).stem
+        source = read(f"megagpt/commands/{'pretrain' if name == 'pretrain_gpt' else name}.py")
+        flags = [word for word in command[command.index(scripts[0]) :] if word.startswith("--")]
+        unknown += [f"{scripts[0]} {flag}" for flag in flags if f'"{flag}"' not in source]
+    assert unknown == []
+
+
+def test_every_make_target_named_is_in_the_makefile() -> None:
+    targets = set(re.findall(r"^([a-z]+):", read("Makefile"), re.MULTILINE))
+    named = set(re.findall(r"make ([a-z]+)", "\n".join(re.findall(r"`[^`]+`|```.*?```", read("README.md"), re.DOTALL))))
+    assert {"quickstart", "test", "setup"} <= named
+    assert named <= targets
+
+
+def test_every_console_script_named_is_installed_by_setup() -> None:
+    setup = read("setup.py")
+    named = re.findall(r"megagpt-([a-z-]+)", read("README.md"))
+    assert len(named) == 5
+    assert [name for name in named if f'"{name}"' not in setup] == []
+
+
+@pytest.mark.parametrize("script", ["examples/single_node.sh", "examples/slurm/pretrain.sbatch", ".ci/run"])
+def test_every_shell_script_is_valid_bash(script: str) -> None:
+    subprocess.run(["bash", "-n", ROOT / script], check=True)
