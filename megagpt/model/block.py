@@ -1,0 +1,53 @@
+"""One transformer block: attention and MLP, each normalised before and added to the residual stream."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megagpt.config.schema import Config
+from megagpt.model.attention import CausalSelfAttention, KVCache
+from megagpt.model.mlp import MLP
+from megagpt.model.norm import LayerNorm
+from megagpt.parallel.random import seed_dropout
+from megagpt.parallel.shard import TensorParallel
+
+
+class Block(nn.Module):
+    """[batch, seq, hidden] -> [batch, seq, hidden] (a part of the sequence under sequence parallelism)."""
+
+    def __init__(self, index: int, config: Config, tp: TensorParallel) -> None:
+        super().__init__()
+        model, name = config.model, f"layers.{index}"
+        residual_std = model.init_std / (2 * model.n_layer) ** 0.5  # GPT-2: the residual's variance stays put with depth
+        recompute = config.training.recompute
+        self.index, self.tp, self.model, self.recompute = index, tp, model, recompute == "full"
+        self.attention_norm = LayerNorm(f"{name}.attention_norm", model.n_embd, model.layer_norm_epsilon, tp)
+        self.attention = CausalSelfAttention(f"{name}.attention", model, tp, residual_std, recompute == "selective")
+        self.mlp_norm = LayerNorm(f"{name}.mlp_norm", model.n_embd, model.layer_norm_epsilon, tp)
+        self.mlp = MLP(f"{name}.mlp", model, tp, residual_std)
+
+    def forward(self, x: Tensor, seed: int = 0, cache: KVCache | None = None) -> Tensor:
+        """`seed`: of the micro-batch's dropout."""
+        if self.recompute and torch.is_grad_enabled():
+            # Dropout is seeded inside, so that the second forward finds its masks without a saved random state.
+            return checkpoint(self._forward, x, seed, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x, seed, cache)
+
+    def _forward(self, x: Tensor, seed: int, cache: KVCache | None = None) -> Tensor:
+        if self.training and self.model.attn_pdrop > 0:  # every tensor rank has other heads, and so other masks
+            seed_dropout(seed, self.index, "attention", self.tp.rank)
+        x = x + self._drop(self.attention(self.attention_norm(x), cache), seed, "attention residual")
+        return x + self._drop(self.mlp(self.mlp_norm(x)), seed, "mlp residual")
+
+    def _drop(self, x: Tensor, seed: int, place: str) -> Tensor:
+        return residual_dropout(x, self.model.resid_pdrop, self.training, self.tp, seed, self.index, place)
+
+
+def residual_dropout(x: Tensor, p: float, training: bool, tp: TensorParallel, *place: int | str) -> Tensor:
+    """Dropout on the residual stream: the same mask on every tensor rank where each holds all of it, other masks
+    where each holds a part of the sequence."""
+    if not training or p == 0:
+        return x
+    seed_dropout(*place, tp.rank if tp.sequence_parallel else 0)
+    return F.dropout(x, p)

@@ -1,0 +1,94 @@
+"""GPT, cut into chunks: the part of the model that one pipeline stage runs.
+
+A chunk of all layers is the whole model; the single process takes the same path as any layout.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megagpt.config.schema import Config
+from megagpt.model.attention import KVCache
+from megagpt.model.block import Block, residual_dropout
+from megagpt.model.norm import LayerNorm
+from megagpt.model.positions import LearnedPositions
+from megagpt.parallel.embedding import VocabParallelEmbedding, VocabParallelLoss
+from megagpt.parallel.random import initialize
+from megagpt.parallel.shard import TensorParallel, mark_second_copy
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What all stages know of one forward: the first reads tokens, the last labels, all the seed of dropout."""
+
+    tokens: Tensor
+    """[batch, seq], int64"""
+    labels: Tensor
+    """[batch, seq], int64; `IGNORED` where a position has no part in the loss"""
+    seed: int = 0
+    """Differs for every micro-batch of the run, whatever the layout."""
+
+
+class GPTChunk(nn.Module):
+    """Layers `layers` of a decoder-only transformer (Radford et al., GPT-2), with the embeddings or the loss at its ends."""
+
+    def __init__(self, config: Config, tp: TensorParallel, layers: range) -> None:
+        super().__init__()
+        model = config.model
+        self.config, self.tp = config, tp
+        self.is_first, self.is_last = layers.start == 0, layers.stop == model.n_layer
+        if self.is_first:
+            self.tokens = self._embedding("embedding.token")
+            self.positions = LearnedPositions("embedding.position", model.n_positions, model.n_embd, tp, model.init_std)
+        self.layers = nn.ModuleDict({str(index): Block(index, config, tp) for index in layers})
+        if self.is_last:
+            self.norm = LayerNorm("final_norm", model.n_embd, model.layer_norm_epsilon, tp)
+            self.loss = VocabParallelLoss(self._output_weight(), tp)
+
+    def forward(self, x: Tensor | None, micro_batch: MicroBatch) -> Tensor:
+        """Hidden states of the layers before (None at the first chunk) to those after this chunk, or at the last
+        chunk to the sum of the token losses (a scalar, fp32)."""
+        hidden = self.hidden(micro_batch.tokens if x is None else x, micro_batch.seed)
+        return self.loss(hidden, micro_batch.labels) if self.is_last else hidden
+
+    def hidden(self, x: Tensor, seed: int = 0, caches: dict[str, KVCache] | None = None) -> Tensor:
+        """Token ids [batch, seq] at the first chunk, else hidden states, through this chunk's layers."""
+        if self.is_first:
+            x = self.positions(self.tokens(x), next(iter(caches.values())).length if caches else 0)
+            x = residual_dropout(x, self.config.model.embd_pdrop, self.training, self.tp, seed, "embedding")
+        for index, block in self.layers.items():
+            x = block(x, seed, caches[index] if caches else None)
+        return self.norm(x) if self.is_last else x
+
+    def logits(self, x: Tensor, caches: dict[str, KVCache] | None = None) -> Tensor:
+        """Scores of the next token, on a model of one chunk. [batch, seq] -> [batch, seq, vocab_size]"""
+        return self.loss.logits(self.hidden(x, caches=caches))
+
+    def _output_weight(self) -> nn.Parameter:
+        if not self.config.model.tie_embeddings:
+            return self._embedding("head").weight
+        if self.is_first:
+            return self.tokens.weight
+        weight = self._embedding("embedding.token").weight
+        mark_second_copy(weight)
+        return weight
+
+    def _embedding(self, name: str) -> VocabParallelEmbedding:
+        model = self.config.model
+        return VocabParallelEmbedding(
+            name, model.tokens_in_vocab, model.padded_vocab_size, model.n_embd, self.tp, model.init_std
+        )
+
+
+def build_chunk(config: Config, tp: TensorParallel, layers: range, device: torch.device | str = "cpu") -> GPTChunk:
+    """A chunk with its initial weights, on `device`, in the precision of the config."""
+    with torch.device(device):
+        chunk = GPTChunk(config, tp, layers)
+    for parameter in chunk.parameters():
+        initialize(parameter, config.training.seed)
+    return chunk.to(dtype=DTYPES[config.training.precision])
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Type of parameters and activations under each `training.precision`."""

@@ -1,0 +1,110 @@
+"""The collectives of tensor and sequence parallelism, as autograd pairs.
+
+Each pair is one communication in the forward and its transpose in the backward (Shoeybi et al.,
+arXiv 1909.08053, sec. 3; Korthikanti et al., arXiv 2205.05198, sec. 4.2.2). A group of None has
+one rank: every function is then the identity.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+# torch 2.13 gave these two their new names and warns at each use of the old ones.
+gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def all_reduce(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Sum over the group's ranks, in place where x is contiguous. Shape in = shape out."""
+    if group is None:
+        return x
+    x = x.contiguous()
+    dist.all_reduce(x, group=group)
+    return x
+
+
+def all_gather_sequence(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Join the ranks' parts of the sequence. [batch, seq / ranks, hidden] -> [batch, seq, hidden]"""
+    if group is None:
+        return x
+    ranks, (batch, part, hidden) = group.size(), x.shape
+    parts = x.new_empty(ranks * batch, part, hidden)
+    gather_into(parts, x.contiguous(), group=group)
+    return parts.view(ranks, batch, part, hidden).transpose(0, 1).reshape(batch, ranks * part, hidden)
+
+
+def reduce_scatter_sequence(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Sum over ranks, each keeping its part of the sequence. [batch, seq, hidden] -> [batch, seq / ranks, hidden]"""
+    if group is None:
+        return x
+    ranks, (batch, seq, hidden) = group.size(), x.shape
+    parts = x.view(batch, ranks, seq // ranks, hidden).transpose(0, 1).contiguous()
+    out = x.new_empty(batch, seq // ranks, hidden)
+    reduce_scatter_into(out, parts.view(ranks * batch, seq // ranks, hidden), group=group)
+    return out
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(grads[0], ctx.group), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        return all_reduce(x.clone(), group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return all_gather_sequence(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return reduce_scatter_sequence(grads[0].contiguous(), ctx.group), None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return reduce_scatter_sequence(x.contiguous(), group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_gather_sequence(grads[0], ctx.group), None
+
+
+def copy_to_ranks(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Forward: identity. Backward: sum of the ranks' gradients."""
+    return x if group is None else _Copy.apply(x, group)
+
+
+def reduce_from_ranks(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Forward: sum of the ranks' partial results. Backward: identity."""
+    return x if group is None else _Reduce.apply(x, group)
+
+
+def gather_sequence(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Forward: all-gather along the sequence. Backward: reduce-scatter along it."""
+    return x if group is None else _Gather.apply(x, group)
+
+
+def reduce_scatter_to_sequence(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Forward: reduce-scatter along the sequence. Backward: all-gather along it."""
+    return x if group is None else _ReduceScatter.apply(x, group)

@@ -1,0 +1,77 @@
+"""Linear layers split over tensor ranks, which own their backward (Shoeybi et al., arXiv 1909.08053, sec. 3)."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megagpt.parallel.collectives import copy_to_ranks, gather_sequence, reduce_from_ranks, reduce_scatter_to_sequence
+from megagpt.parallel.shard import TensorParallel, replicated_parameter, sharded_parameter
+from megagpt.parallel.weight_gradients import WeightGradients, accumulate, accumulate_product
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T + b, whose weight gradient is work for `WeightGradients`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, later: WeightGradients) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.bias, ctx.later = weight, bias, later
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+        grad, (x,) = grads[0].detach(), ctx.saved_tensors
+        weight, bias = ctx.weight, ctx.bias
+
+        def job() -> None:
+            if weight.requires_grad:
+                accumulate_product(weight, grad.flatten(0, -2).t(), x.detach().flatten(0, -2))
+            if bias is not None and bias.requires_grad:
+                accumulate(bias, grad.flatten(0, -2).sum(0))
+
+        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        ctx.later.add(job)
+        return grad_x, None, None, None
+
+
+def linear(x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, later: WeightGradients) -> Tensor:
+    """x W^T + b. [..., in] -> [..., out]; the gradients of W and b are handed to `later`."""
+    return _Linear.apply(x, weight, bias, later)
+
+
+class ColumnParallelLinear(nn.Module):
+    """Each tensor rank computes a slice of the outputs.
+
+    Input: replicated [batch, seq, in], or this rank's [batch, seq / ranks, in] under sequence parallelism.
+    Output: [batch, seq, out / ranks].
+    """
+
+    def __init__(self, name: str, n_in: int, n_out: int, tp: TensorParallel, std: float) -> None:
+        super().__init__()
+        self.tp = tp
+        self.weight = sharded_parameter(f"{name}.weight", (n_out, n_in), 0, tp, std)
+        self.bias = sharded_parameter(f"{name}.bias", (n_out,), 0, tp, 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        enter = gather_sequence if self.tp.sequence_parallel else copy_to_ranks
+        return linear(enter(x, self.tp.group), self.weight, self.bias, self.tp.weight_gradients)
+
+
+class RowParallelLinear(nn.Module):
+    """Each tensor rank takes a slice of the inputs; the partial results are summed.
+
+    Input: [batch, seq, in / ranks]. Output: replicated [batch, seq, out], or this rank's [batch, seq / ranks, out]
+    under sequence parallelism.
+    """
+
+    def __init__(self, name: str, n_in: int, n_out: int, tp: TensorParallel, std: float) -> None:
+        super().__init__()
+        self.tp = tp
+        self.weight = sharded_parameter(f"{name}.weight", (n_out, n_in), 1, tp, std)
+        self.bias = replicated_parameter(f"{name}.bias", (n_out,), tp)  # added after the sum, so once
+
+    def forward(self, x: Tensor) -> Tensor:
+        leave = reduce_scatter_to_sequence if self.tp.sequence_parallel else reduce_from_ranks
+        return leave(linear(x, self.weight, None, self.tp.weight_gradients), self.tp.group) + self.bias

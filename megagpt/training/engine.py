@@ -1,0 +1,121 @@
+"""One rank's model under DeepSpeed ZeRO, stepped by our schedule."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from megagpt.config.schema import Config
+from megagpt.model.gpt import DTYPES, GPTChunk, MicroBatch, build_chunk
+from megagpt.parallel.shard import TensorParallel
+from megagpt.parallel.topology import Topology
+from megagpt.parallel.weight_gradients import WeightGradients
+from megagpt.pipeline.executor import Executor
+from megagpt.pipeline.partition import stage_layers
+from megagpt.pipeline.schedule import Plan, forward_only, make_plan
+from megagpt.training.deepspeed_config import deepspeed_config
+from megagpt.training.gradients import finish_gradients
+from megagpt.training.optimizer import build_optimizer
+from megagpt.training.zero_groups import ZeroGroups
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step left on this rank."""
+
+    loss_sum: Tensor | None
+    """Sum of this data rank's token losses, a scalar in fp32; None off the last stage."""
+    grad_norm: float
+    """L2 norm over all parameters of all ranks, before clipping."""
+    loss_scale: float
+    """fp16's scale of the gradients; 1 under the other precisions."""
+    skipped: bool
+    """Whether the gradients overflowed, so that no weight changed."""
+
+
+class Engine:
+    """Chunks of the model, their ZeRO optimizer, and the executors of the plans they run."""
+
+    def __init__(self, config: Config, topology: Topology, device: torch.device) -> None:
+        self.config, self.topology, self.device = config, topology, device
+        self.weight_gradients = WeightGradients()
+        tp = TensorParallel(
+            self.weight_gradients,
+            topology.tensor_group,
+            topology.at.tensor,
+            topology.layout.tensor,
+            config.parallel.sequence_parallel,
+        )
+        layers = stage_layers(config.model, topology.layout.pipeline)[topology.at.pipeline]
+        self.chunks: dict[int, GPTChunk] = {topology.at.pipeline: build_chunk(config, tp, layers, device)}
+        self.model = nn.ModuleList(self.chunks.values())
+        self.parameters = list(self.model.parameters())
+        self._executors: dict[tuple[Plan, torch.Size], Executor] = {}
+        self.deepspeed = self._initialize()
+
+    def _initialize(self) -> Any:
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its notes are not the user's
+        config, topology = self.config, self.topology
+        engine, *_ = deepspeed.initialize(
+            model=self.model,
+            optimizer=build_optimizer(config.optimizer, self.parameters),
+            mpu=ZeroGroups(topology, shards=config.zero.stage > 0),
+            config=deepspeed_config(config, topology.layout.data),
+        )
+        for parameter in self.parameters:
+            # Micro-batches add up in fp32. DeepSpeed's own switch for it (data_types.grad_accum_dtype) would swap its
+            # optimizer for one that cannot leave the reduction to the end of the step.
+            parameter.grad_dtype = torch.float32
+        return engine
+
+    def train_step(self, micro_batches: Sequence[MicroBatch], n_tokens: int, learning_rate: float) -> StepResult:
+        """One optimizer step on this data rank's micro-batches.
+
+        `n_tokens`: tokens with a label in the global batch, by whose number the loss is normalised whatever the split.
+        """
+        config, loss_scale = self.config, self.loss_scale
+        # ZeRO averages over its shards what is to be summed.
+        shards = self.topology.layout.data if config.zero.stage > 0 else 1
+        gradient = torch.tensor(loss_scale * shards / n_tokens, dtype=torch.float32, device=self.device)
+        plan = make_plan(config.parallel.schedule, self.topology.layout.pipeline, len(micro_batches))
+        self.model.train()
+        with self.deepspeed.coalesce_grad_reduction():
+            loss_sum = self._executor(plan, micro_batches[0]).step(micro_batches, gradient)
+            tied = "embedding.token.weight" if config.model.tie_embeddings else None
+            finish_gradients(self.parameters, self.topology, tied, over_data=config.zero.stage == 0)
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.deepspeed.step()
+        norm = self.deepspeed.get_global_grad_norm()
+        skipped = bool(getattr(self.deepspeed.optimizer, "overflow", False))
+        return StepResult(loss_sum, float("nan") if norm is None else float(norm), loss_scale, skipped)
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor | None:
+        """Sum of the token losses, without dropout or gradients; None off the last stage."""
+        self.model.eval()
+        plan = forward_only(self.topology.layout.pipeline, len(micro_batches))
+        return self._executor(plan, micro_batches[0]).step(micro_batches, None)
+
+    @property
+    def loss_scale(self) -> float:
+        """fp16's scale of the gradients; 1 under the other precisions."""
+        return float(self.deepspeed.optimizer.loss_scale) if self.config.training.precision == "fp16" else 1.0
+
+    def close(self) -> None:
+        """Free what DeepSpeed holds."""
+        self.deepspeed.destroy()
+
+    def _executor(self, plan: Plan, micro_batch: MicroBatch) -> Executor:
+        batch, seq = micro_batch.tokens.shape
+        if self.config.parallel.sequence_parallel:
+            seq //= self.topology.layout.tensor
+        shape = torch.Size((batch, seq, self.config.model.n_embd))
+        if (plan, shape) not in self._executors:
+            like = torch.empty(shape, dtype=DTYPES[self.config.training.precision], device=self.device)
+            self._executors[plan, shape] = Executor(plan, self.chunks, self.topology, self.weight_gradients, like)
+        return self._executors[plan, shape]

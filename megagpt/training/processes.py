@@ -1,0 +1,44 @@
+"""The process group: opened once, handed to DeepSpeed, shared cores on machines without GPUs."""
+
+import os
+import warnings
+from datetime import timedelta
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from megagpt.training.place import Place
+
+
+def start(place: Place, timeout_seconds: float) -> torch.device:
+    """Open the process group (nccl on CUDA, else gloo) and DeepSpeed's view of it; returns this rank's device."""
+    cuda = torch.cuda.is_available()
+    timeout = timedelta(seconds=timeout_seconds)
+    device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        share_cores(place.local_size if place.local_size > 1 else place.world_size)
+    backend = "nccl" if cuda else "gloo"
+    if place.world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        os.environ |= {"RANK": str(place.rank), "WORLD_SIZE": str(place.world_size), "LOCAL_RANK": str(place.local_rank)}
+        dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, timeout=timeout)
+    join_deepspeed(backend, timeout)
+    return device
+
+
+def join_deepspeed(backend: str, timeout: timedelta) -> None:
+    """Let DeepSpeed use the process group that is open."""
+    # Its shared-memory operator serves inference alone; refusing it saves a compile, and the need for a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed 0.19 calls collectives by the names that torch 2.13 replaced, at every step.
+    warnings.filterwarnings("ignore", r".*(all_gather_into_tensor|reduce_scatter_tensor)", FutureWarning)
+    deepspeed.init_distributed(backend, timeout=timeout, dist_init_required=False, auto_mpi_discovery=False)
+
+
+def share_cores(processes: int) -> None:
+    """Give each of the processes on a machine without GPUs its share of the cores."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))

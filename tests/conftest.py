@@ -1,0 +1,17 @@
+"""Shared by all tests: no GPU, no hub, no network, and one pool of ranks for the session."""
+
+import os
+from collections.abc import Iterator
+
+os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+
+import pytest
+from support.pool import Pool
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Pool]:
+    """Up to eight ranks: `ranks.run(world, function, *args)`."""
+    pool = Pool()
+    yield pool
+    pool.close()
