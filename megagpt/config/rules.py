@@ -1,5 +1,6 @@
 """Rules that join several keys, and the world sizes that a layout fits. Pure functions of a `Config`."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -190,14 +191,15 @@ def flat_keys(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
 def data_parallel_size(config: Config, world_size: int) -> int:
     """Data-parallel ranks in a world of `world_size`; raises ConfigError, naming sizes that fit, where it does not."""
     ranks = config.parallel.tensor * config.parallel.pipeline
-    micro_batches = config.training.global_batch_size // config.training.micro_batch_size
+    largest = math.lcm(config.training.micro_batch_size, config.evaluation.micro_batch_size or 1)
+    micro_batches = config.training.global_batch_size // largest
     if world_size % ranks == 0 and micro_batches % (world_size // ranks) == 0:
         return world_size // ranks
     fitting = [ranks * size for size in divisors(micro_batches)]
     raise ConfigError(
         f"parallel: a world of {world_size} ranks does not fit tensor {config.parallel.tensor} x pipeline "
         f"{config.parallel.pipeline} x data, with {micro_batches} micro-batches (training.global_batch_size / "
-        f"training.micro_batch_size) to share; world sizes that fit: {_sizes(fitting)}"
+        f"the micro-batch size) to share; world sizes that fit: {_sizes(fitting)}"
     )
 
 

@@ -6,6 +6,7 @@ rank = (pipeline_rank * data + data_rank) * tensor + tensor_rank.
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -84,26 +85,31 @@ class Topology:
         return cls(Layout(), 0, Coordinates(0, 0, 0))
 
     @classmethod
-    def create(cls, tensor: int, pipeline: int, world_size: int | None = None) -> "Topology":
+    def create(cls, tensor: int, pipeline: int, timeout_seconds: float = 1800.0) -> "Topology":
         """Lay the axes over the process group and open this rank's communicators (collective over all ranks).
 
+        `timeout_seconds`: a collective that waits longer fails.
         Raises ValueError if tensor x pipeline does not divide the world.
         """
-        world = world_size or dist.get_world_size()
+        world = dist.get_world_size()
         if world % (tensor * pipeline):
             raise ValueError(f"tensor {tensor} x pipeline {pipeline} does not divide a world of {world} ranks")
         layout, rank = Layout(tensor, pipeline, world // (tensor * pipeline)), dist.get_rank()
         at, stages = layout.coordinates(rank), layout.pipeline_ranks(rank)
+
+        def group(ranks: list[int]) -> ProcessGroup | None:
+            return _group(ranks, timedelta(seconds=timeout_seconds))
+
         return cls(
             layout,
             rank,
             at,
-            tensor_group=_group(layout.tensor_ranks(rank)),
-            data_group=_group(layout.data_ranks(rank)),
-            model_group=_group(layout.model_ranks(rank)),
-            towards_last=_group(stages),
-            towards_first=_group(stages),
-            ends_group=_group([stages[0], stages[-1]]) if pipeline > 1 and at.pipeline in (0, pipeline - 1) else None,
+            tensor_group=group(layout.tensor_ranks(rank)),
+            data_group=group(layout.data_ranks(rank)),
+            model_group=group(layout.model_ranks(rank)),
+            towards_last=group(stages),
+            towards_first=group(stages),
+            ends_group=group([stages[0], stages[-1]]) if pipeline > 1 and at.pipeline in (0, pipeline - 1) else None,
         )
 
     @property
@@ -115,8 +121,8 @@ class Topology:
         return self.at.pipeline == self.layout.pipeline - 1
 
 
-def _group(ranks: list[int]) -> ProcessGroup | None:
+def _group(ranks: list[int], timeout: timedelta) -> ProcessGroup | None:
     """A communicator of these ranks; only they take part in its making, so that it costs the same in a world of thousands."""
     if len(ranks) == 1:
         return None
-    return dist.new_group(ranks, use_local_synchronization=True)
+    return dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)

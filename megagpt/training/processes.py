@@ -7,24 +7,26 @@ from datetime import timedelta
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 from megagpt.training.place import Place
 
 
-def start(place: Place, timeout_seconds: float) -> torch.device:
+def start(place: Place) -> torch.device:
     """Open the process group (nccl on CUDA, else gloo) and DeepSpeed's view of it; returns this rank's device."""
-    cuda = torch.cuda.is_available()
-    timeout = timedelta(seconds=timeout_seconds)
+    cuda = get_accelerator().device_name() == "cuda"
+    timeout = timedelta(minutes=30)  # to meet; the groups of the topology have the config's
     device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     else:
         share_cores(place.local_size if place.local_size > 1 else place.world_size)
     backend = "nccl" if cuda else "gloo"
+    # DeepSpeed reads these itself, whoever started the rank.
+    os.environ |= {"RANK": str(place.rank), "WORLD_SIZE": str(place.world_size), "LOCAL_RANK": str(place.local_rank)}
     if place.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        os.environ |= {"RANK": str(place.rank), "WORLD_SIZE": str(place.world_size), "LOCAL_RANK": str(place.local_rank)}
         dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, timeout=timeout)
     join_deepspeed(backend, timeout)
     return device

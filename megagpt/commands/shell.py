@@ -1,0 +1,28 @@
+"""What all command lines share: errors in one line, --debug for the traceback."""
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from megagpt.errors import MegagptError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
+    """Parse, call `main`, and return the exit code: 0, 2 for an error that the user can mend, 130 for Ctrl-C."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    try:
+        main(args)
+    except MegagptError as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0

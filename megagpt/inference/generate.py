@@ -1,0 +1,66 @@
+"""Text from a checkpoint, on one process, whatever layout trained it."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megagpt.checkpoint.boxes import Box
+from megagpt.checkpoint.format import MASTER
+from megagpt.checkpoint.load import Reader
+from megagpt.config import Config, build_config
+from megagpt.errors import ConfigError
+from megagpt.model.attention import KVCache
+from megagpt.model.gpt import GPTChunk, build_chunk
+from megagpt.parallel.shard import TensorParallel, shard_of
+from megagpt.parallel.weight_gradients import WeightGradients
+
+
+def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[GPTChunk, Config]:
+    """The whole model of a checkpoint, in fp32, as one chunk. Raises CheckpointError."""
+    reader = Reader(folder)
+    saved = build_config(reader.manifest.config, f"{folder}: config")
+    training = saved.training.model_copy(update={"precision": "fp32", "recompute": "none"})
+    config = saved.model_copy(update={"training": training})
+    model = build_chunk(config, TensorParallel(WeightGradients()), range(config.model.n_layer), device)
+    reader.check_shapes({shard_of(p).name: shard_of(p).shape for p in model.parameters()})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            shard = shard_of(parameter)
+            whole = Box((0,) * len(shard.shape), shard.shape)
+            parameter[whole.within(whole)] = reader.read_whole(MASTER, shard.name).to(parameter)
+    return model.eval(), config
+
+
+@torch.inference_mode()
+def generate(
+    model: GPTChunk, prompt: Sequence[int], max_tokens: int, temperature: float, top_k: int | None, seed: int, end: int | None
+) -> Iterator[int]:
+    """Continue `prompt`, token by token, until `end`, `max_tokens` or the model's last position.
+
+    `temperature` 0 takes the likeliest token; `top_k` draws among the k likeliest. Raises ConfigError for a prompt that
+    is empty or fills all positions.
+    """
+    positions = model.config.model.n_positions
+    if not 0 < len(prompt) < positions:
+        raise ConfigError(f"--prompt: {len(prompt)} tokens; expected 1 to {positions - 1}, for model.n_positions {positions}")
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    caches = {index: KVCache() for index in model.layers}
+    tokens = torch.tensor([list(prompt)], device=device)
+    for _ in range(min(max_tokens, positions - len(prompt))):
+        chosen = _choose(model.logits(tokens, caches)[0, -1].float(), temperature, top_k, generator)
+        if chosen == end:
+            return
+        yield chosen
+        tokens = torch.tensor([[chosen]], device=device)
+
+
+def _choose(scores: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(scores.argmax())
+    scores = scores / temperature
+    if top_k is not None and top_k < len(scores):
+        scores = scores.masked_fill(scores < scores.topk(top_k).values[-1], float("-inf"))
+    return int(torch.multinomial(scores.softmax(-1), 1, generator=generator))

@@ -1,0 +1,40 @@
+"""Loss on held-out data: the same batches at every evaluation, by the same loss path as training."""
+
+import math
+from typing import Any
+
+import torch
+
+from megagpt.config.schema import Config
+from megagpt.data.blend import Dataset
+from megagpt.data.sampler import GlobalBatches
+from megagpt.training.batches import to_micro_batches, token_count
+from megagpt.training.engine import Engine
+from megagpt.training.metrics import count_tokens, global_loss
+
+
+def evaluate(engine: Engine, dataset: Dataset, config: Config) -> dict[str, Any]:
+    """`eval_loss` (nats per token over `evaluation.steps` global batches) and `eval_perplexity`, on every rank."""
+    at, layout = engine.topology.at, engine.topology.layout
+    size = config.evaluation.micro_batch_size or config.training.micro_batch_size
+    batches = GlobalBatches(
+        dataset, config.training.global_batch_size, size, at.data, layout.data, config.model.tokens_in_vocab
+    )
+    total: torch.Tensor | None = None
+    tokens = 0
+    for step in range(config.evaluation.steps):
+        micro_batches = to_micro_batches(batches.batch(step), config.training.seed, step, engine.device)
+        tokens += token_count(micro_batches)
+        loss_sum = engine.evaluate(micro_batches)
+        if loss_sum is not None:
+            total = loss_sum.double() if total is None else total + loss_sum
+    loss = global_loss(total, count_tokens(tokens, engine.topology, engine.device), engine.topology, engine.device)
+    return {"eval_loss": loss, "eval_perplexity": perplexity(loss)}
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); infinite where that is too large for a float."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,107 @@
+"""Between a run and its checkpoints: what of this rank's state is written, and how it is put back."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megagpt.checkpoint.boxes import Box, pieces
+from megagpt.checkpoint.format import MASTER
+from megagpt.checkpoint.load import Reader
+from megagpt.checkpoint.save import Entry, save_checkpoint
+from megagpt.config.schema import Config
+from megagpt.errors import CheckpointError
+from megagpt.parallel.shard import Shard, is_second_copy, shard_of
+from megagpt.training.engine import Engine
+from megagpt.training.fragments import Fragment, ZeroState
+
+
+def save(engine: Engine, directory: Path, step: int) -> Path:
+    """Write weights, moments and counters after `step` steps (collective); returns the checkpoint's folder."""
+    config, zero = engine.config, _zero_state(engine)
+    state = {
+        "samples": step * config.training.global_batch_size,
+        "optimizer_step": zero.step,
+        "optimizer": config.optimizer.type,
+        "loss_scaler": zero.loss_scaler,
+    }
+    return save_checkpoint(
+        directory, step, _entries(engine, zero), state, config.model_dump(mode="json"), config.checkpoint.keep
+    )
+
+
+def restore(engine: Engine, folder: Path) -> int:
+    """Load a checkpoint of any layout into the engine (collective); returns the steps made.
+
+    Raises CheckpointError where it is damaged or of another model.
+    """
+    reader = Reader(folder, dist.get_rank(), dist.get_world_size())
+    reader.check_shapes({shard_of(p).name: shard_of(p).shape for p in engine.parameters})
+    _check_same_data_position(reader, engine.config)
+    zero = _zero_state(engine)
+    with torch.no_grad():
+        for fragment in zero.fragments():
+            shard = shard_of(fragment.parameter)
+            zero.set_weights(fragment, _read(reader, MASTER, shard, fragment))
+            for kind, values in fragment.moments.items():
+                if kind in reader.kinds(shard.name):
+                    values.copy_(_read(reader, kind, shard, fragment))
+        if engine.config.zero.stage != 3:
+            _load_working_weights(engine, reader)
+    zero.step = reader.manifest.state["optimizer_step"]
+    zero.loss_scaler = reader.manifest.state["loss_scaler"]
+    return reader.manifest.step
+
+
+def _zero_state(engine: Engine) -> ZeroState:
+    optimizer = engine.config.optimizer
+    return ZeroState(engine.deepspeed, engine.parameters, optimizer.type, optimizer.momentum > 0)
+
+
+def _entries(engine: Engine, zero: ZeroState) -> Iterator[Entry]:
+    """The boxes that this rank writes: of what several ranks hold alike, the first rank's alone."""
+    at = engine.topology.at
+    if engine.config.zero.stage == 0 and at.data > 0:
+        return
+    for fragment in zero.fragments():
+        shard = shard_of(fragment.parameter)
+        if is_second_copy(fragment.parameter) or (shard.dim is None and at.tensor > 0):
+            continue
+        for kind, values in {MASTER: fragment.master, **fragment.moments}.items():
+            for piece in pieces(shard, fragment.shape, fragment.start, fragment.start + len(values)):
+                part = values[piece.start : piece.start + piece.box.numel].view(piece.box.size)
+                yield Entry(kind, shard.name, shard.shape, piece.box, part)
+
+
+def _read(reader: Reader, kind: str, shard: Shard, fragment: Fragment) -> torch.Tensor:
+    """The values of a fragment, flat; padding rows of the vocabulary are zeros."""
+    flat = torch.zeros(len(fragment.master))
+    for piece in pieces(shard, fragment.shape, fragment.start, fragment.start + len(flat)):
+        flat[piece.start : piece.start + piece.box.numel] = reader.read(kind, shard.name, piece.box).flatten()
+    return flat
+
+
+def _load_working_weights(engine: Engine, reader: Reader) -> None:
+    """The weights that forwards read, in their own precision: under ZeRO 0 to 2 every rank holds all of its shard."""
+    for parameter in engine.parameters:
+        shard, shape = shard_of(parameter), tuple(parameter.shape)
+        parameter.zero_()
+        for piece in pieces(shard, shape, 0, parameter.numel()):
+            values = reader.read(MASTER, shard.name, piece.box)
+            local = Box(
+                tuple(b - (shard.start if d == shard.dim else 0) for d, b in enumerate(piece.box.offset)), piece.box.size
+            )
+            parameter[local.within(Box((0,) * len(shape), shape))] = values.to(parameter)
+
+
+def _check_same_data_position(reader: Reader, config: Config) -> None:
+    """Steps count global batches: another batch size would read other samples than the run would have."""
+    saved: dict[str, Any] = reader.manifest.state
+    size = config.training.global_batch_size
+    if saved["samples"] != reader.manifest.step * size:
+        raise CheckpointError(
+            f"{reader.folder}: {saved['samples']} samples were read in {reader.manifest.step} steps, which is not "
+            f"training.global_batch_size {size}; resume with {saved['samples'] // max(1, reader.manifest.step)}"
+        )

@@ -1,0 +1,141 @@
+"""The loop: read a batch, step, report, evaluate, save."""
+
+import time
+from pathlib import Path
+
+import torch
+
+from megagpt.checkpoint.format import find_checkpoint, resolve_checkpoint
+from megagpt.config.schema import Config
+from megagpt.data.blend import Datasets
+from megagpt.data.sampler import GlobalBatches, Prefetcher
+from megagpt.errors import ConfigError
+from megagpt.parallel.topology import Topology
+from megagpt.training import snapshot
+from megagpt.training.batches import to_micro_batches, token_count
+from megagpt.training.engine import Engine, StepResult
+from megagpt.training.evaluation import evaluate
+from megagpt.training.loggers import FanOut, Logger, build_loggers
+from megagpt.training.lr_schedule import learning_rate
+from megagpt.training.metrics import count_tokens, global_loss
+
+
+class Trainer:
+    """One run: made from a config, a topology and open datasets; `train()` takes it to its last step."""
+
+    def __init__(self, config: Config, topology: Topology, datasets: Datasets, device: torch.device) -> None:
+        self.config, self.topology, self.datasets, self.device = config, topology, datasets, device
+        self.total_steps = total_steps(config, datasets)
+        self.engine = Engine(config, topology, device)
+        self.step = self._resume()
+        run_config = {**config.model_dump(mode="json"), "layout": vars(topology.layout)}
+        self.logger: Logger = FanOut()
+        if topology.rank == 0:
+            self.logger = build_loggers(config.logging, self.total_steps, run_config, self.step)
+        self._window = Window()
+
+    def train(self) -> None:
+        """Step until the run's length, evaluating and saving on the way and at the end."""
+        training, topology = self.config.training, self.topology
+        batches = GlobalBatches(
+            self.datasets.train,
+            training.global_batch_size,
+            training.micro_batch_size,
+            topology.at.data,
+            topology.layout.data,
+            self.config.model.tokens_in_vocab,
+        )
+        prefetcher = Prefetcher(batches, self.step, self.total_steps)
+        try:
+            for rows in prefetcher:
+                micro_batches = to_micro_batches(rows, training.seed, self.step, self.device)
+                n_tokens = count_tokens(token_count(micro_batches), topology, self.device)
+                rate = learning_rate(self.step, self.total_steps, self.config.optimizer.learning_rate, self.config.lr_schedule)
+                result = self.engine.train_step(micro_batches, n_tokens, rate)
+                self.step += 1
+                self._report(result, n_tokens, rate)
+                self._evaluate_if_due()
+                self._save_if_due()
+        finally:
+            prefetcher.close()
+        if self.datasets.test is not None:
+            record = evaluate(self.engine, self.datasets.test, self.config)
+            self.logger.step({"step": self.step, **{key.replace("eval", "test"): value for key, value in record.items()}})
+
+    def close(self) -> None:
+        """Free what the run holds."""
+        self.logger.close()
+        self.engine.close()
+
+    def _resume(self) -> int:
+        """Load what the config names; returns the steps already made."""
+        checkpoint = self.config.checkpoint
+        if checkpoint.resume == "never":
+            return 0
+        if checkpoint.resume != "auto":
+            return snapshot.restore(self.engine, resolve_checkpoint(checkpoint.resume))
+        found = find_checkpoint(Path(checkpoint.dir)) if checkpoint.dir else None
+        return snapshot.restore(self.engine, found) if found else 0
+
+    def _report(self, result: StepResult, n_tokens: int, rate: float) -> None:
+        self._window.tokens += n_tokens
+        self._window.steps += 1
+        if self.step % self.config.logging.interval and self.step not in (1, self.total_steps):
+            return
+        loss = global_loss(result.loss_sum, n_tokens, self.topology, self.device)
+        seconds = time.monotonic() - self._window.start
+        record = {
+            "step": self.step,
+            "loss": loss,
+            "learning_rate": rate,
+            "grad_norm": result.grad_norm,
+            "tokens": self.step * self.config.training.global_batch_size * self.config.model.n_positions,
+            "tokens_per_second": self._window.tokens / seconds,
+            "step_seconds": seconds / self._window.steps,
+        }
+        if self.config.training.precision == "fp16":
+            record |= {"loss_scale": result.loss_scale, "skipped": int(result.skipped)}
+        self.logger.step(record)
+        self._window = Window()
+
+    def _evaluate_if_due(self) -> None:
+        if self.datasets.valid is None or not self._due(self.config.evaluation.interval):
+            return
+        self.logger.step({"step": self.step, **evaluate(self.engine, self.datasets.valid, self.config)})
+        self._window = Window()
+
+    def _save_if_due(self) -> None:
+        checkpoint = self.config.checkpoint
+        if checkpoint.dir is None or not self._due(checkpoint.interval):
+            return
+        folder = snapshot.save(self.engine, Path(checkpoint.dir), self.step)
+        if self.topology.rank == 0:
+            print(f"saved {folder}", flush=True)
+        self._window = Window()
+
+    def _due(self, interval: int | None) -> bool:
+        return self.step == self.total_steps or (interval is not None and self.step % interval == 0)
+
+
+class Window:
+    """The steps since the last report: what evaluations and saves take is not in their time."""
+
+    def __init__(self) -> None:
+        self.start, self.steps, self.tokens = time.monotonic(), 0, 0
+
+
+def total_steps(config: Config, datasets: Datasets) -> int:
+    """Length of the run in optimizer steps. Raises ConfigError where an epoch is less than one step."""
+    training = config.training
+    if training.steps is not None:
+        return training.steps
+    if training.tokens is not None:
+        return -(-training.tokens // (training.global_batch_size * config.model.n_positions))
+    assert training.epochs is not None
+    steps = int(training.epochs * datasets.train.samples_per_epoch / training.global_batch_size)
+    if steps == 0:
+        raise ConfigError(
+            f"training.epochs: {training.epochs:g} epochs of {datasets.train.samples_per_epoch} samples are less than "
+            f"one step of training.global_batch_size {training.global_batch_size}"
+        )
+    return steps
