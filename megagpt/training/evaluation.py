@@ -13,8 +13,8 @@ from megagpt.training.engine import Engine
 from megagpt.training.metrics import count_tokens, global_loss
 
 
-def evaluate(engine: Engine, dataset: Dataset, config: Config) -> dict[str, Any]:
-    """`eval_loss` (nats per token over `evaluation.steps` global batches) and `eval_perplexity`, on every rank."""
+def evaluate(engine: Engine, dataset: Dataset, config: Config, name: str = "eval") -> dict[str, Any]:
+    """NAME_loss (nats per token over `evaluation.steps` global batches) and NAME_perplexity, on every rank."""
     at, layout = engine.topology.at, engine.topology.layout
     size = config.evaluation.micro_batch_size or config.training.micro_batch_size
     batches = GlobalBatches(
@@ -29,7 +29,7 @@ def evaluate(engine: Engine, dataset: Dataset, config: Config) -> dict[str, Any]
         if loss_sum is not None:
             total = loss_sum.double() if total is None else total + loss_sum
     loss = global_loss(total, count_tokens(tokens, engine.topology, engine.device), engine.topology, engine.device)
-    return {"eval_loss": loss, "eval_perplexity": perplexity(loss)}
+    return {f"{name}_loss": loss, f"{name}_perplexity": perplexity(loss)}
 
 
 def perplexity(loss: float) -> float:

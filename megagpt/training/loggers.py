@@ -1,7 +1,7 @@
 """Where rank 0 reports: a file of JSON lines, the console, Weights & Biases.
 
 A training record has step, loss, learning_rate, grad_norm, tokens, tokens_per_second and step_seconds;
-an evaluation record has step, eval_loss and eval_perplexity. `step` counts the optimizer steps done.
+an evaluation record has step, eval_loss and eval_perplexity (test_... for the one after the last step). `step` counts the optimizer steps done.
 More keys may be added: all of them reach the file and Weights & Biases.
 """
 
@@ -123,7 +123,8 @@ class Console:
 
     def step(self, record: Record) -> None:
         """Print `record`."""
-        parts = _evaluation_parts(record) if "eval_loss" in record else self._training_parts(record)
+        split = next((split for split in ("eval", "test") if f"{split}_loss" in record), None)
+        parts = _evaluation_parts(record, split) if split else self._training_parts(record)
         head = f"step {record['step']:>{len(str(self._total))}}/{self._total}"
         print(" | ".join([head, *parts]), file=self._stream or sys.stdout, flush=True)
 
@@ -170,8 +171,8 @@ class WandbLogger:
         self._run.finish()
 
 
-def _evaluation_parts(record: Record) -> list[str]:
-    return [f"eval loss {record['eval_loss']:.4f}", f"perplexity {record['eval_perplexity']:.2f}"]
+def _evaluation_parts(record: Record, split: str) -> list[str]:
+    return [f"{split} loss {record[f'{split}_loss']:.4f}", f"perplexity {record[f'{split}_perplexity']:.2f}"]
 
 
 def _is_record(line: str) -> bool:

@@ -59,8 +59,7 @@ class Trainer:
         finally:
             prefetcher.close()
         if self.datasets.test is not None:
-            record = evaluate(self.engine, self.datasets.test, self.config)
-            self.logger.step({"step": self.step, **{key.replace("eval", "test"): value for key, value in record.items()}})
+            self.logger.step({"step": self.step, **evaluate(self.engine, self.datasets.test, self.config, "test")})
 
     def close(self) -> None:
         """Free what the run holds."""

@@ -1,0 +1,267 @@
+"""Token files on disk: Megatron's MMIDIDX format, version 1, a .bin of tokens and a .idx that cuts it into sequences.
+
+The .idx, little-endian and without padding: magic (9 bytes), version (uint64), dtype code (uint8), number of sequences
+(uint64), number of document bounds (uint64), then tokens per sequence (int32), byte offset of each sequence in the .bin
+(int64), and the sequence at which each document begins, with the number of sequences as last entry (int64).
+Source: NVIDIA Megatron-LM, megatron/core/datasets/indexed_dataset.py.
+"""
+
+import difflib
+import os
+import struct
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megagpt.errors import DataError
+
+Tokens = npt.NDArray[Any]
+"""Token ids, one dimension, in the integer type of a file."""
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+_HEADER = struct.Struct("<9sQBQQ")
+_DTYPE_OF_CODE = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
+_TOKEN_CODES = {np.dtype(kind): code for code, kind in _DTYPE_OF_CODE.items() if np.issubdtype(kind, np.integer)}
+_CHECK_SEQUENCES = 1 << 20
+"""Sequences whose sizes and offsets are compared at a time when a corpus is opened."""
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The type in which Megatron stores ids below `vocab_size`: uint16 under 65,500, else int32."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+def files_of(prefix: str | Path) -> tuple[Path, Path]:
+    """The .bin and the .idx of `prefix`, which may itself contain dots."""
+    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+
+
+class IndexedWriter:
+    """Streams documents into `prefix`.bin and .idx; memory grows by 12 bytes a document.
+
+    Written aside as .tmp files, which get their names only when a `with` block ends well: the .idx last, so that a
+    reader never meets a half-made pair; they are removed when it ends badly.
+    Raises DataError where the files cannot be written, an id does not fit `dtype`, or there was no document at all.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: npt.DTypeLike) -> None:
+        self.prefix = str(prefix)
+        self.dtype = np.dtype(dtype)
+        assert self.dtype in _TOKEN_CODES, f"{self.dtype} is not an integer type of the format"
+        self._bin, self._idx = files_of(prefix)
+        self._aside = [path.with_name(path.name + ".tmp") for path in (self._bin, self._idx)]
+        self._sizes = array("i")
+        self._document_starts = array("q", [0])
+        self.n_tokens = 0
+        try:
+            self._bin.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._aside[0].open("wb")
+        except OSError as error:
+            raise DataError(f"{self._bin}: cannot be written: {error.strerror}") from None
+
+    @property
+    def n_documents(self) -> int:
+        """Documents added so far."""
+        return len(self._document_starts) - 1
+
+    def add_document(self, *sequences: npt.ArrayLike) -> None:
+        """Append one document; in corpora for GPT it is a single sequence of token ids."""
+        for sequence in sequences:
+            tokens = self._in_dtype(np.asarray(sequence))
+            self._file.write(tokens.tobytes())
+            self._sizes.append(len(tokens))
+            self.n_tokens += len(tokens)
+        self._document_starts.append(len(self._sizes))
+
+    def add_documents(self, tokens: Tokens, sizes: Sequence[int] | npt.NDArray[np.int32]) -> None:
+        """Append documents of one sequence each, of `sizes` tokens, that stand one after another in `tokens`."""
+        assert len(tokens) == sum(sizes), "sizes do not add up to the tokens"
+        self._file.write(self._in_dtype(tokens).tobytes())
+        first = len(self._sizes)
+        self._sizes.extend(int(size) for size in sizes)
+        self._document_starts.extend(range(first + 1, len(self._sizes) + 1))
+        self.n_tokens += len(tokens)
+
+    def close(self) -> None:
+        """Write the .idx and give both files their names."""
+        if not self.n_documents:
+            raise DataError(f"{self.prefix}: not written, because the input has no document with a token")
+        sizes = np.frombuffer(self._sizes, dtype=np.int32)
+        offsets = np.zeros(len(sizes), dtype=np.int64)
+        np.cumsum(sizes[:-1], dtype=np.int64, out=offsets[1:])
+        offsets *= self.dtype.itemsize
+        self._sync(self._file)
+        with self._aside[1].open("wb") as index:
+            index.write(_HEADER.pack(MAGIC, VERSION, _TOKEN_CODES[self.dtype], len(sizes), len(self._document_starts)))
+            for part in (sizes, offsets, np.frombuffer(self._document_starts, dtype=np.int64)):
+                index.write(part.tobytes())
+            self._sync(index)
+        self._idx.unlink(missing_ok=True)  # an older index must not describe the newer .bin, not even for a moment
+        self._aside[0].replace(self._bin)
+        self._aside[1].replace(self._idx)
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        self._file.close()
+        for path in self._aside:
+            path.unlink(missing_ok=True)
+
+    def __enter__(self) -> "IndexedWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            self.discard()
+
+    def _in_dtype(self, tokens: Tokens) -> Tokens:
+        if tokens.dtype == self.dtype or not len(tokens):
+            return tokens.astype(self.dtype, copy=False)
+        limits = np.iinfo(self.dtype)
+        for worst in (tokens.min(), tokens.max()):
+            if not limits.min <= worst <= limits.max:
+                raise DataError(f"{self.prefix}: token id {worst} does not fit {self.dtype}, which ends at {limits.max}")
+        return tokens.astype(self.dtype)
+
+    @staticmethod
+    def _sync(file: Any) -> None:
+        """Data before names: after a crash of the machine a renamed file must not be empty."""
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+
+
+class IndexedCorpus:
+    """A pair of .bin and .idx, memory-mapped and checked when opened.
+
+    Raises DataError for a missing, damaged, empty or mismatched file.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = str(prefix)
+        bin_path, idx_path = files_of(prefix)
+        _check_present(self.prefix, bin_path, idx_path)
+        index = _map(idx_path)
+        header = _read_header(idx_path, index)
+        self.dtype: np.dtype[Any] = header.dtype
+        ends = np.cumsum([_HEADER.size, 4 * header.n_sequences, 8 * header.n_sequences, 8 * header.n_bounds])
+        self.sizes: npt.NDArray[np.int32] = index[ends[0] : ends[1]].view(np.int32)
+        """Tokens in each sequence, int32 [sequences]."""
+        self._offsets: npt.NDArray[np.int64] = index[ends[1] : ends[2]].view(np.int64)
+        self.document_indices: npt.NDArray[np.int64] = index[ends[2] : ends[3]].view(np.int64)
+        """The sequence at which each document begins, then the number of sequences, int64 [documents + 1]."""
+        self.n_tokens = self._count_tokens(idx_path)
+        self._check_bin(bin_path, idx_path)
+        self.tokens: Tokens = _map(bin_path).view(self.dtype)
+        """All tokens in the order of the file, [n_tokens]."""
+
+    def read(self, sequence: int, offset: int = 0, length: int | None = None) -> Tokens:
+        """Tokens `offset` to `offset + length` of one sequence (to its end if absent): a read-only view, [length]."""
+        size = int(self.sizes[sequence])
+        length = size - offset if length is None else length
+        assert 0 <= offset <= offset + length <= size, f"{offset} + {length} tokens asked of a sequence of {size}"
+        start = int(self._offsets[sequence]) // self.dtype.itemsize + offset
+        return self.tokens[start : start + length]
+
+    def _count_tokens(self, idx_path: Path) -> int:
+        """Sum of the sizes; every offset must be where the sizes before it end."""
+        n_tokens = 0
+        for first in range(0, len(self.sizes), _CHECK_SEQUENCES):
+            sizes = self.sizes[first : first + _CHECK_SEQUENCES].astype(np.int64)
+            ends = n_tokens + np.cumsum(sizes)
+            in_order = np.array_equal(self._offsets[first : first + len(sizes)], (ends - sizes) * self.dtype.itemsize)
+            if sizes.min() < 0 or not in_order:
+                raise DataError(f"{idx_path}: its sizes and offsets contradict each other: it is damaged; write the pair again")
+            n_tokens = int(ends[-1])
+        bounds = self.document_indices
+        if len(bounds) < 1 or bounds[0] != 0 or bounds[-1] != len(self.sizes) or np.any(np.diff(bounds) < 0):
+            raise DataError(
+                f"{idx_path}: its documents do not cover its {len(self.sizes)} sequences: it is damaged; write the pair again"
+            )
+        return n_tokens
+
+    def _check_bin(self, bin_path: Path, idx_path: Path) -> None:
+        if not self.n_tokens:
+            raise DataError(f"{self.prefix}: an empty corpus: {idx_path.name} lists no tokens")
+        expected, found = self.n_tokens * self.dtype.itemsize, bin_path.stat().st_size
+        if found != expected:
+            raise DataError(
+                f"{bin_path}: {found} bytes, {'shorter' if found < expected else 'longer'} than the {expected} that "
+                f"{idx_path.name} describes: it is damaged or of another corpus; copy or write both files again"
+            )
+
+
+def check_vocab(corpus: IndexedCorpus, vocab_size: int, chunk_tokens: int = 1 << 24) -> None:
+    """Read the whole corpus, `chunk_tokens` at a time; raises DataError if an id is outside 0 ... vocab_size - 1."""
+    limits = np.iinfo(corpus.dtype)
+    if limits.min == 0 and limits.max < vocab_size:
+        return
+    chunks: Iterator[Tokens] = (corpus.tokens[i : i + chunk_tokens] for i in range(0, corpus.n_tokens, chunk_tokens))
+    lowest, highest = np.array([(chunk.min(), chunk.max()) for chunk in chunks], dtype=np.int64).T
+    if highest.max() >= vocab_size:
+        raise DataError(
+            f"{corpus.prefix}: its largest token id is {highest.max()}, but the vocabulary has {vocab_size} tokens; "
+            f"use the tokenizer that wrote it, or model.vocab_size {highest.max() + 1} or more"
+        )
+    if lowest.min() < 0:
+        raise DataError(f"{corpus.prefix}: has the token id {lowest.min()}, ids begin at 0: it is damaged; write it again")
+
+
+@dataclass(frozen=True)
+class _Header:
+    dtype: np.dtype[Any]
+    n_sequences: int
+    n_bounds: int
+
+
+def _read_header(path: Path, index: npt.NDArray[np.uint8]) -> _Header:
+    if bytes(index[: len(MAGIC)]) != MAGIC:
+        raise DataError(f"{path}: not an index of Megatron's format: it does not begin with MMIDIDX")
+    if len(index) < _HEADER.size:
+        raise DataError(f"{path}: {len(index)} bytes, its header alone has {_HEADER.size}: it is truncated; copy it again")
+    _, version, code, n_sequences, n_bounds = _HEADER.unpack(bytes(index[: _HEADER.size]))
+    if version != VERSION:
+        raise DataError(f"{path}: version {version} of the index format, but only version {VERSION} can be read")
+    dtype = np.dtype(_DTYPE_OF_CODE[code]) if code in _DTYPE_OF_CODE else None
+    if dtype is None or dtype not in _TOKEN_CODES:
+        known = ", ".join(f"{number} ({kind})" for kind, number in _TOKEN_CODES.items())
+        raise DataError(f"{path}: dtype code {code} is not one of tokens; those are {known}")
+    expected = _HEADER.size + 12 * n_sequences + 8 * n_bounds
+    if len(index) != expected:
+        damage = "truncated" if len(index) < expected else "damaged, or multimodal, which is not read here"
+        raise DataError(f"{path}: {len(index)} bytes, but its header describes {expected}: it is {damage}")
+    return _Header(dtype, n_sequences, n_bounds)
+
+
+def _check_present(prefix: str, bin_path: Path, idx_path: Path) -> None:
+    missing = [path for path in (bin_path, idx_path) if not path.is_file()]
+    if not missing:
+        return
+    folder = bin_path.parent
+    if not folder.is_dir():
+        raise DataError(f"{prefix}: no such corpus: the folder {folder} does not exist")
+    if len(missing) == 1:
+        raise DataError(f"{missing[0]}: missing, although its partner exists; copy or write both files again")
+    pairs = sorted(path.name.removesuffix(".idx") for path in folder.glob("*.idx") if path.with_suffix(".bin").is_file())
+    near = difflib.get_close_matches(bin_path.name.removesuffix(".bin"), pairs, n=1, cutoff=0.0)
+    hint = f"nearest prefix there: {folder / near[0]}" if near else f"{folder} has no pair of .bin and .idx"
+    raise DataError(f"{prefix}: no such corpus: {bin_path.name} and {idx_path.name} are missing; {hint}")
+
+
+def _map(path: Path) -> npt.NDArray[np.uint8]:
+    """The file's bytes, read from disk as they are touched."""
+    try:
+        if not path.stat().st_size:
+            return np.zeros(0, dtype=np.uint8)
+        return np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None

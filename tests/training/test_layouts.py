@@ -1,0 +1,99 @@
+"""The layout is a deployment detail: every one gives the losses, norms and weights of a single process.
+
+Tolerances, fp32, 10 steps: relative 1e-5 on losses and norms; 5e-6 absolute on weights of size 0.2 that Adam moved by
+up to 1e-2 a step (eps 1e-4, so that a wrong gradient scale is not hidden by Adam's own normalisation); sums in another
+order differ by about 1e-7. The clip norm of 0.05 is exceeded about twentyfold in every step.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from support.pool import Pool
+from support.runs import Tree, tiny_config, train, whole_weights
+
+STEPS = 10
+LAYOUTS: dict[str, tuple[int, Tree, int]] = {
+    "tensor 2": (2, {"tensor": 2}, 1),
+    "tensor 4": (4, {"tensor": 4}, 1),
+    "pipeline 2, ZeRO-0": (2, {"pipeline": 2}, 0),
+    "pipeline 4": (4, {"pipeline": 4}, 1),
+    "pipeline 4, gpipe": (4, {"pipeline": 4, "schedule": "gpipe"}, 1),
+    "data 2, ZeRO-0": (2, {}, 0),
+    "data 2, ZeRO-1": (2, {}, 1),
+    "data 2, ZeRO-2": (2, {}, 2),
+    "data 2, ZeRO-3": (2, {}, 3),
+    "2 x 2 x 2, ZeRO-0": (8, {"tensor": 2, "pipeline": 2}, 0),
+    "2 x 2 x 2, ZeRO-1": (8, {"tensor": 2, "pipeline": 2}, 1),
+    "2 x 2 x 2, ZeRO-2": (8, {"tensor": 2, "pipeline": 2}, 2),
+    "2 x 2 x 2, sequence parallel": (8, {"tensor": 2, "pipeline": 2, "sequence_parallel": True}, 1),
+    "2 x 2 x 2, sequence parallel, ZeRO-0": (8, {"tensor": 2, "pipeline": 2, "sequence_parallel": True}, 0),
+}
+
+
+@pytest.fixture(scope="module")
+def alone(ranks: Pool) -> Any:
+    """The single process."""
+    return ranks.run(1, train, tiny_config(), STEPS)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_equals_one_process(name: str, ranks: Pool, alone: Any) -> None:
+    world, parallel, stage = LAYOUTS[name]
+    results = ranks.run(world, train, tiny_config(parallel=parallel, zero={"stage": stage}), STEPS)
+    compare(results, alone)
+
+
+@pytest.mark.parametrize("name", ["2 x 2 x 2, ZeRO-1", "data 2, ZeRO-0"])
+def test_plain_sgd_shows_the_gradients_own_scale(name: str, ranks: Pool) -> None:
+    world, parallel, stage = LAYOUTS[name]
+    sgd = {"type": "sgd", "learning_rate": 0.5, "clip_grad": 0.0, "weight_decay": 0.0}
+    reference = ranks.run(1, train, tiny_config(optimizer=sgd), 5)
+    compare(ranks.run(world, train, tiny_config(optimizer=sgd, parallel=parallel, zero={"stage": stage}), 5), reference)
+
+
+def test_untied_output_layer_under_tensor_and_pipeline(ranks: Pool) -> None:
+    untied: Tree = {"model": {"tie_embeddings": False}}
+    reference = ranks.run(1, train, tiny_config(**untied), 3)
+    compare(ranks.run(4, train, tiny_config(parallel={"tensor": 2, "pipeline": 2}, **untied), 3), reference)
+
+
+def test_layers_that_do_not_divide_are_spread_unevenly_and_none_is_lost(ranks: Pool) -> None:
+    odd: Tree = {"model": {"n_layer": 3}}
+    reference = ranks.run(1, train, tiny_config(**odd), 3)
+    results = ranks.run(2, train, tiny_config(parallel={"pipeline": 2}, **odd), 3)
+    compare(results, reference)
+    assert {name for name in whole_weights(results) if ".mlp.up.weight" in name} == {
+        f"layers.{i}.mlp.up.weight" for i in range(3)
+    }
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("name", ["tensor 2", "2 x 2 x 2, ZeRO-2", "data 2, ZeRO-3"])
+def test_recompute_changes_nothing(recompute: str, name: str, ranks: Pool, alone: Any) -> None:
+    world, parallel, stage = LAYOUTS[name]
+    config = tiny_config(parallel=parallel, zero={"stage": stage}, training={"recompute": recompute})
+    results = ranks.run(world, train, config, 3)
+    assert results[0]["losses"] == pytest.approx(alone[0]["losses"][:3], rel=1e-5)
+    assert results[0]["norms"] == pytest.approx(alone[0]["norms"][:3], rel=1e-5)
+
+
+def test_dropout_is_the_same_under_data_and_pipeline_parallel_and_with_recompute(ranks: Pool) -> None:
+    dropout: Tree = {"model": {"embd_pdrop": 0.2, "attn_pdrop": 0.2, "resid_pdrop": 0.2}}
+    reference = ranks.run(1, train, tiny_config(**dropout), 3)
+    without = ranks.run(1, train, tiny_config(), 3)
+    assert abs(reference[0]["losses"][0] - without[0]["losses"][0]) > 1e-3
+    compare(ranks.run(4, train, tiny_config(parallel={"pipeline": 2}, **dropout), 3), reference)
+    for recompute in ("selective", "full"):
+        compare(ranks.run(1, train, tiny_config(training={"recompute": recompute}, **dropout), 3), reference)
+
+
+def compare(results: list[Tree], reference: list[Tree]) -> None:
+    """Losses and norms on every rank, and the logical weights."""
+    for result in results:
+        assert result["losses"] == pytest.approx(reference[0]["losses"], rel=1e-5)
+        assert result["norms"] == pytest.approx(reference[0]["norms"], rel=1e-5)
+    weights, expected = whole_weights(results), whole_weights(reference)
+    assert weights.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(weights[name], values, rtol=0, atol=5e-6, msg=lambda text, name=name: f"{name}: {text}")
