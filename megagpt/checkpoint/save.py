@@ -23,7 +23,7 @@ from megagpt.checkpoint.format import (
     whole_checkpoints,
     write_durably,
 )
-from megagpt.errors import CheckpointError
+from megagpt.checkpoint.together import together
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ def save_checkpoint(
     """
     final = step_folder(directory, step)
     aside = final.with_name(final.name + ".writing")
-    _together(lambda: _make_folder(aside), only_rank=0)
-    mine = _together(lambda: _write_file(aside, entries))
+    together(lambda: _make_folder(aside), only_rank=0)
+    mine = together(lambda: _write_file(aside, entries))
     told: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(told, mine)
-    _together(lambda: _finish(aside, final, Manifest(step, config, state), told, keep), only_rank=0)
+    together(lambda: _finish(aside, final, Manifest(step, config, state), told, keep), only_rank=0)
     return final
 
 
@@ -96,19 +96,3 @@ def _make_folder(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)  # what an interrupted save left
     folder.mkdir(parents=True)
-
-
-def _together(action: Any, only_rank: int | None = None) -> Any:
-    """Run `action` on all ranks or on one, and raise on all if it failed on any: nobody goes on alone."""
-    result, problem = None, None
-    if only_rank is None or dist.get_rank() == only_rank:
-        try:
-            result = action()
-        except OSError as error:
-            problem = f"rank {dist.get_rank()}: {error}"
-    problems: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    first = next((text for text in problems if text), None)
-    if first:
-        raise CheckpointError(f"the checkpoint was not written: {first}")
-    return result

@@ -11,6 +11,7 @@ from megagpt.checkpoint.boxes import Box, pieces
 from megagpt.checkpoint.format import MASTER
 from megagpt.checkpoint.load import Reader
 from megagpt.checkpoint.save import Entry, save_checkpoint
+from megagpt.checkpoint.together import together
 from megagpt.config.schema import Config
 from megagpt.errors import CheckpointError
 from megagpt.parallel.shard import Shard, is_second_copy, shard_of
@@ -37,9 +38,8 @@ def restore(engine: Engine, folder: Path) -> int:
 
     Raises CheckpointError where it is damaged or of another model.
     """
-    reader = Reader(folder, dist.get_rank(), dist.get_world_size())
-    reader.check_shapes({shard_of(p).name: shard_of(p).shape for p in engine.parameters})
-    _check_same_data_position(reader, engine.config)
+    reader = together(lambda: _open(engine, folder))
+    assert reader is not None
     zero = _zero_state(engine)
     with torch.no_grad():
         for fragment in zero.fragments():
@@ -53,6 +53,13 @@ def restore(engine: Engine, folder: Path) -> int:
     zero.step = reader.manifest.state["optimizer_step"]
     zero.loss_scaler = reader.manifest.state["loss_scaler"]
     return reader.manifest.step
+
+
+def _open(engine: Engine, folder: Path) -> Reader:
+    reader = Reader(folder, dist.get_rank(), dist.get_world_size())
+    reader.check_shapes({shard_of(p).name: shard_of(p).shape for p in engine.parameters})
+    _check_same_data_position(reader, engine.config)
+    return reader
 
 
 def _zero_state(engine: Engine) -> ZeroState:

@@ -7,13 +7,16 @@ import multiprocessing as mp
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 RANKS = 8
+AFTER_FAILURE = 5.0
+"""Seconds that the other ranks of a failed call are waited for."""
 PRELOAD = [
     "torch",
     "torch._dynamo",
@@ -38,18 +41,19 @@ class Pool:
         self._context.set_forkserver_preload(PRELOAD)
         self._workers: list[tuple[Any, Connection]] = []
 
-    def run(self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 240.0) -> list[Any]:
+    def run(self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
         self._start()
         with tempfile.TemporaryDirectory() as folder:
             for rank in range(world):
                 self._workers[rank][1].send((list(sys.path), rank, world, f"{folder}/store", function, args))
-            answers = [self._answer(rank, timeout) for rank in range(world)]
-        failed = {rank: text for rank, (good, text) in enumerate(answers) if not good}
-        if failed:
+            answers = self._answers(world, timeout)
+        failed = {rank: text for rank, (good, text) in answers.items() if not good}
+        if failed or len(answers) < world:
             self.close()  # what a failed rank left behind must not reach the next test
-            first = min(failed, key=lambda rank: "lost" in failed[rank] or "Connection closed" in failed[rank])
-            raise RankError(f"ranks {sorted(failed)} failed; rank {first}:\n{failed[first]}")
-        return [value for _, value in answers]
+            silent = sorted(set(range(world)) - set(answers))
+            texts = "\n".join(f"rank {rank}:\n{text}" for rank, text in failed.items())
+            raise RankError(f"ranks {sorted(failed)} failed, ranks {silent} did not answer\n{texts}")
+        return [answers[rank][1] for rank in range(world)]
 
     def close(self) -> None:
         for process, connection in self._workers:
@@ -68,12 +72,21 @@ class Pool:
             theirs.close()
             self._workers.append((process, ours))
 
-    def _answer(self, rank: int, timeout: float) -> tuple[bool, Any]:
-        connection = self._workers[rank][1]
-        try:
-            return connection.recv() if connection.poll(timeout) else (False, f"no answer within {timeout} s")
-        except EOFError:
-            return False, "the process ended"
+    def _answers(self, world: int, timeout: float) -> dict[int, tuple[bool, Any]]:
+        """By rank, in the order of their coming: after the first failure the others have a moment to tell theirs."""
+        waiting = {self._workers[rank][1]: rank for rank in range(world)}
+        answers: dict[int, tuple[bool, Any]] = {}
+        end = time.monotonic() + timeout
+        while waiting and time.monotonic() < end:
+            for connection in wait(list(waiting), end - time.monotonic()):
+                rank = waiting.pop(connection)  # type: ignore[index]
+                try:
+                    answers[rank] = connection.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    answers[rank] = (False, "the process ended")
+                if not answers[rank][0]:
+                    end = min(end, time.monotonic() + AFTER_FAILURE)
+        return answers
 
 
 def _serve(connection: Connection) -> None:

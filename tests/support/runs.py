@@ -1,16 +1,22 @@
 """Training runs on ranks for tests: fixed data, any layout, what each rank holds brought back in logical shape."""
 
+import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from megagpt.config import Config, build_config
+from megagpt.data.blend import build_datasets
+from megagpt.data.indexed import IndexedWriter
 from megagpt.model.gpt import MicroBatch
 from megagpt.parallel.random import stable_seed
 from megagpt.parallel.shard import is_second_copy, shard_of
 from megagpt.parallel.topology import Topology
 from megagpt.training.engine import Engine
+from megagpt.training.trainer import Trainer
 
 Tree = dict[str, Any]
 
@@ -106,3 +112,25 @@ def whole_weights(results: list[Tree]) -> dict[str, torch.Tensor]:
                 target.narrow(along, start, length).copy_(values.narrow(along, 0, length))
     assert not any(tensor.isnan().any() for tensor in whole.values())
     return whole
+
+
+def corpus(folder: Path, documents: int = 60, vocab_size: int = 61) -> str:
+    """A small corpus of random documents; returns its prefix."""
+    generator = np.random.default_rng(0)
+    sizes = generator.integers(5, 60, documents)
+    with IndexedWriter(folder / "corpus", np.dtype(np.uint16)) as writer:
+        writer.add_documents(generator.integers(0, vocab_size, int(sizes.sum())).astype(np.uint16), sizes)
+    return str(folder / "corpus")
+
+
+def run_trainer(config: Config) -> Tree:
+    """The real loop; returns this rank's final weights and, on rank 0, the metrics file's records."""
+    topology = Topology.create(config.parallel.tensor, config.parallel.pipeline)
+    datasets = build_datasets(config.data, config.model.n_positions)
+    trainer = Trainer(config, topology, datasets, torch.device("cpu"))
+    trainer.train()
+    weights, step = local_weights(trainer.engine), trainer.step
+    trainer.close()
+    path = Path(config.logging.metrics_file or "/nowhere")
+    records = [json.loads(line) for line in path.read_text().splitlines()] if topology.rank == 0 and path.exists() else []
+    return {"weights": weights, "step": step, "losses": [r["loss"] for r in records if "loss" in r], "records": records}

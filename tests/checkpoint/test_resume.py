@@ -1,0 +1,142 @@
+"""Stopping and going on is as if nothing had happened: bit for bit under the same layout, to rounding under another."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.pool import Pool, RankError
+from support.runs import Tree, corpus, run_trainer, tiny_config, whole_weights
+
+from megagpt.config import Config
+
+LAYOUTS: dict[str, tuple[int, Tree, int]] = {
+    "alone": (1, {}, 1),
+    "ZeRO-0": (2, {}, 0),
+    "ZeRO-2": (2, {}, 2),
+    "ZeRO-3": (2, {}, 3),
+    "2 x 2 x 2": (8, {"tensor": 2, "pipeline": 2, "sequence_parallel": True}, 1),
+}
+
+
+def config_of(folder: Path, data: str, parallel: Tree, stage: int, steps: int, **sections: Tree) -> Config:
+    """20 steps of a fixed schedule, stopped after `steps`; dropout, so that random state matters."""
+    tree: Tree = {
+        "model": {"embd_pdrop": 0.1, "resid_pdrop": 0.1, "attn_pdrop": 0.1},
+        "data": {"train": data},
+        "training": {"steps": steps, "micro_batch_size": 2, "global_batch_size": 8},
+        "lr_schedule": {"warmup_steps": 3, "decay_steps": 20},
+        "checkpoint": {"dir": str(folder / "checkpoints")},
+        "logging": {"interval": 1, "metrics_file": str(folder / "metrics.jsonl")},
+    }
+    return tiny_config(parallel=parallel, zero={"stage": stage}, **{**tree, **sections})
+
+
+def same_bits(results: list[Tree], expected: list[Tree]) -> None:
+    for result, other in zip(results, expected, strict=True):
+        for (name, *_, values), (_, *_, wanted) in zip(result["weights"], other["weights"], strict=True):
+            assert np.array_equal(values, wanted), name
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_ten_steps_and_ten_more_equal_twenty_bit_for_bit(name: str, ranks: Pool, tmp_path: Path) -> None:
+    world, parallel, stage = LAYOUTS[name]
+    data = corpus(tmp_path)
+    straight = ranks.run(world, run_trainer, config_of(tmp_path / "straight", data, parallel, stage, 20))
+    ranks.run(world, run_trainer, config_of(tmp_path / "halves", data, parallel, stage, 10))
+    halves = ranks.run(world, run_trainer, config_of(tmp_path / "halves", data, parallel, stage, 20))
+    assert len(straight[0]["losses"]) == 20
+    assert halves[0]["losses"] == straight[0]["losses"]
+    same_bits(halves, straight)
+
+
+def test_sgd_with_momentum_resumes_bit_for_bit(ranks: Pool, tmp_path: Path) -> None:
+    data, sgd = corpus(tmp_path), {"type": "sgd", "momentum": 0.9, "learning_rate": 0.1}
+    straight = ranks.run(2, run_trainer, config_of(tmp_path / "a", data, {}, 1, 6, optimizer=sgd))
+    ranks.run(2, run_trainer, config_of(tmp_path / "b", data, {}, 1, 3, optimizer=sgd))
+    same_bits(ranks.run(2, run_trainer, config_of(tmp_path / "b", data, {}, 1, 6, optimizer=sgd)), straight)
+
+
+@pytest.mark.parametrize("target", ["alone", "ZeRO-3", "2 x 2 x 2"])
+@pytest.mark.parametrize("source", ["ZeRO-2", "2 x 2 x 2"])
+def test_a_checkpoint_resumes_under_another_layout(source: str, target: str, ranks: Pool, tmp_path: Path) -> None:
+    plain: Tree = {"model": {"embd_pdrop": 0.0}}
+    data = corpus(tmp_path)
+    alone = ranks.run(1, run_trainer, config_of(tmp_path / "alone", data, {}, 1, 14, **plain))
+    world, parallel, stage = LAYOUTS[source]
+    ranks.run(world, run_trainer, config_of(tmp_path / "run", data, parallel, stage, 7, **plain))
+    world, parallel, stage = LAYOUTS[target]
+    results = ranks.run(world, run_trainer, config_of(tmp_path / "run", data, parallel, stage, 14, **plain))
+    assert results[0]["losses"] == pytest.approx(alone[0]["losses"], rel=1e-5)
+    weights = whole_weights(results)
+    for name, values in whole_weights(alone).items():
+        torch.testing.assert_close(weights[name], values, rtol=0, atol=5e-6)
+
+
+@pytest.fixture(scope="module")
+def saved(ranks: Pool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run's folder with one checkpoint of two ranks, and its data."""
+    folder = tmp_path_factory.mktemp("saved")
+    data = corpus(folder)
+    ranks.run(2, run_trainer, config_of(folder, data, {"tensor": 2}, 1, 2))
+    return folder, data
+
+
+def resume(saved: tuple[Path, str], folder: Path, ranks: Pool, **sections: Tree) -> Any:
+    shutil.copytree(saved[0], folder, dirs_exist_ok=True)
+    return ranks.run(2, run_trainer, config_of(folder, saved[1], {"tensor": 2}, 1, 3, **sections))
+
+
+def test_a_truncated_file_is_named(saved: tuple[Path, str], ranks: Pool, tmp_path: Path) -> None:
+    shutil.copytree(saved[0], tmp_path, dirs_exist_ok=True)
+    path = next(tmp_path.rglob("rank_00001.safetensors"))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(RankError, match=r"rank_00001.safetensors: \d+ bytes, expected \d+"):
+        ranks.run(2, run_trainer, config_of(tmp_path, saved[1], {"tensor": 2}, 1, 3))
+
+
+def test_a_flipped_bit_is_found_by_its_checksum(saved: tuple[Path, str], ranks: Pool, tmp_path: Path) -> None:
+    shutil.copytree(saved[0], tmp_path, dirs_exist_ok=True)
+    path = next(tmp_path.rglob("rank_00000.safetensors"))
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(RankError, match="SHA-256"):
+        ranks.run(2, run_trainer, config_of(tmp_path, saved[1], {"tensor": 2}, 1, 3))
+
+
+def test_another_model_is_refused_with_every_difference(saved: tuple[Path, str], ranks: Pool, tmp_path: Path) -> None:
+    other: Tree = {"model": {"ffn_hidden": 64, "n_layer": 3}}
+    with pytest.raises(RankError, match="of another model") as error:
+        resume(saved, tmp_path, ranks, **other)
+    assert "layers.0.mlp.up.weight is [128, 32], the model has [64, 32]" in str(error.value)
+
+
+def test_another_batch_size_is_refused_since_it_would_read_other_samples(
+    saved: tuple[Path, str], ranks: Pool, tmp_path: Path
+) -> None:
+    training: Tree = {"training": {"steps": 3, "micro_batch_size": 2, "global_batch_size": 4}}
+    with pytest.raises(RankError, match="resume with 8"):
+        resume(saved, tmp_path, ranks, **training)
+
+
+def test_padding_rows_of_the_vocabulary_are_not_in_the_checkpoint(saved: tuple[Path, str]) -> None:
+    manifest = json.loads(next(saved[0].rglob("manifest.json")).read_text())
+    assert manifest["shapes"]["embedding.token.weight"] == [61, 32]
+    assert sum(size[0] * size[1] for _, _, size in manifest["boxes"]["master/embedding.token.weight"]) == 61 * 32
+
+
+def test_the_checkpoint_keeps_the_resolved_config(saved: tuple[Path, str]) -> None:
+    manifest = json.loads(next(saved[0].rglob("manifest.json")).read_text())
+    assert manifest["config"]["parallel"]["tensor"] == 2
+    assert manifest["state"]["samples"] == 2 * 8
+
+
+def test_older_checkpoints_go_and_the_newest_stay(ranks: Pool, tmp_path: Path) -> None:
+    keep: Tree = {"checkpoint": {"dir": str(tmp_path / "kept"), "interval": 1, "keep": 2}}
+    ranks.run(1, run_trainer, config_of(tmp_path, corpus(tmp_path), {}, 1, 4, **keep))
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["latest", "step_00000003", "step_00000004"]
+    assert (tmp_path / "kept" / "latest").read_text().strip() == "step_00000004"
