@@ -104,17 +104,19 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: nn.Parameter, labels: Tensor, tp: TensorParallel, train: bool) -> Tensor:
         tokens, targets = hidden.flatten(0, -2), labels.flatten() - shard_of(weight).start  # [tokens, hidden], [tokens]
         ignored = labels.flatten() == IGNORED
-        chunk = max(1, _LOGITS_AT_ONCE.get(hidden.device.type, 2**26) // weight.shape[0])
+        chunk = min(len(tokens), max(1, _LOGITS_AT_ONCE.get(hidden.device.type, 2**26) // weight.shape[0]))
+        scores = tokens.new_empty(chunk, weight.shape[0])  # one buffer for all: fresh pages cost more than the arithmetic
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(tokens) if train else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=hidden.device) if train else None
         for start in range(0, len(tokens), chunk):
             part = slice(start, start + chunk)
-            losses, gradient = _token_losses(tokens[part], weight, targets[part], tp, train)
-            total += losses.masked_fill_(ignored[part], 0).sum()
+            logits = torch.mm(tokens[part], weight.t(), out=scores[: len(tokens[part])])
+            losses, gradient = _token_losses(logits, weight, targets[part], ignored[part], tp, train)
+            total += losses.sum()
             if gradient is None or grad_hidden is None or grad_weight is None:
                 continue
-            gradient = gradient.masked_fill_(ignored[part].unsqueeze(-1), 0).to(hidden.dtype)
+            gradient = gradient.to(hidden.dtype)
             torch.mm(gradient, weight, out=grad_hidden[part])
             if gradient.dtype == grad_weight.dtype:
                 grad_weight.addmm_(gradient.t(), tokens[part])
@@ -140,13 +142,14 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _token_losses(
-    hidden: Tensor, weight: nn.Parameter, targets: Tensor, tp: TensorParallel, train: bool
+    logits: Tensor, weight: nn.Parameter, targets: Tensor, ignored: Tensor, tp: TensorParallel, train: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Losses [tokens] and, for training, their gradients by this rank's logits [tokens, rows], of one chunk.
 
+    Zero where `ignored`. The logits are overwritten where they are fp32.
     Each rank normalises by its own largest logit, so that a single exchange of three numbers a token serves all ranks.
     """
-    scores = F.linear(hidden, weight).float()
+    scores = logits.float()
     real = real_rows(weight)
     scores[:, real:] = float("-inf")  # padding rows reach neither the loss nor, with probability 0, the gradient
     mine = (targets >= 0) & (targets < real)
@@ -165,10 +168,11 @@ def _token_losses(
         whole = (all_totals * (all_largest - top).exp()).sum(0)
         share = (largest - top).exp() / whole
         losses = top + whole.log() - all_targets.sum(0)
+    losses = losses.masked_fill(ignored, 0)
     if not train:
         return losses, None
-    gradient = exponentials.mul_(share.unsqueeze(-1))
-    gradient.scatter_add_(-1, index, -mine.unsqueeze(-1).to(gradient.dtype))
+    gradient = exponentials.mul_(share.masked_fill(ignored, 0).unsqueeze(-1))
+    gradient.scatter_add_(-1, index, -(mine & ~ignored).unsqueeze(-1).to(gradient.dtype))
     return losses, gradient
 
 

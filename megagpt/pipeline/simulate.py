@@ -40,7 +40,8 @@ def simulate(plan: Plan, cost: Cost | None = None, transfer: float = 0.0, in_ord
 
     `cost` defaults to F 1, B 2, I 1, W 1; `transfer` is the time a message is under way. Sends do not hold
     up the sender. With `in_order` a receiver takes a pair's messages exactly as they were sent and blocks
-    on each, holding none back for later; without, it may.
+    on each, holding none back for later; without, it may. `transfers.py` may, and a V-shaped schedule, in
+    which activations and gradients go the same way between two ranks, can need it.
     Raises ScheduleError for an action that is missing, double or on the wrong rank, for a deadlock (with
     what every stuck rank waits for), and with `in_order` for messages needed in another order than sent.
     """

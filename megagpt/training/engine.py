@@ -7,9 +7,11 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from megagpt.config.schema import Config
+from megagpt.errors import ConfigError
 from megagpt.model.gpt import DTYPES, GPTChunk, MicroBatch, build_chunk
 from megagpt.parallel.shard import TensorParallel
 from megagpt.parallel.topology import Topology
@@ -58,6 +60,8 @@ class Engine:
         self.deepspeed = self._initialize()
 
     def _initialize(self) -> Any:
+        if self.config.training.precision == "fp16" and not get_accelerator().is_fp16_supported():
+            raise ConfigError('training.precision: "fp16" is not supported on this device; "bf16" and "fp32" are')
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its notes are not the user's
         config, topology = self.config, self.topology
         engine, *_ = deepspeed.initialize(

@@ -1,6 +1,7 @@
 """The loop: read a batch, step, report, evaluate, save."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ import torch
 from megagpt.checkpoint.format import find_checkpoint, resolve_checkpoint
 from megagpt.config.schema import Config
 from megagpt.data.blend import Datasets
-from megagpt.data.sampler import GlobalBatches, Prefetcher
+from megagpt.data.sampler import GlobalBatches, Prefetcher, Rows
 from megagpt.errors import ConfigError
 from megagpt.parallel.topology import Topology
 from megagpt.training import snapshot
@@ -48,18 +49,23 @@ class Trainer:
         prefetcher = Prefetcher(batches, self.step, self.total_steps)
         try:
             for rows in prefetcher:
-                micro_batches = to_micro_batches(rows, training.seed, self.step, self.device)
-                n_tokens = count_tokens(token_count(micro_batches), topology, self.device)
-                rate = learning_rate(self.step, self.total_steps, self.config.optimizer.learning_rate, self.config.lr_schedule)
-                result = self.engine.train_step(micro_batches, n_tokens, rate)
-                self.step += 1
-                self._report(result, n_tokens, rate)
+                self.advance(rows)
                 self._evaluate_if_due()
                 self._save_if_due()
         finally:
             prefetcher.close()
         if self.datasets.test is not None:
             self.logger.step({"step": self.step, **evaluate(self.engine, self.datasets.test, self.config, "test")})
+
+    def advance(self, rows: Sequence[Rows]) -> None:
+        """One optimizer step on this data rank's rows of the global batch, and its report."""
+        config, topology = self.config, self.topology
+        micro_batches = to_micro_batches(rows, config.training.seed, self.step, self.device)
+        n_tokens = count_tokens(token_count(micro_batches), topology, self.device)
+        rate = learning_rate(self.step, self.total_steps, config.optimizer.learning_rate, config.lr_schedule)
+        result = self.engine.train_step(micro_batches, n_tokens, rate)
+        self.step += 1
+        self._report(result, n_tokens, rate)
 
     def close(self) -> None:
         """Free what the run holds."""
