@@ -1,6 +1,7 @@
 """tools/train_tokenizer.py: a SentencePiece BPE tokenizer from text, which keeps every character as it is."""
 
 import argparse
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import sentencepiece
 
 from megagpt.commands import shell
 from megagpt.data.documents import TEXT_KEY, input_files, read_documents
-from megagpt.errors import ConfigError
+from megagpt.errors import ConfigError, MegagptError
 
 EXAMPLE = """example:
   python tools/train_tokenizer.py --input corpus.jsonl --output data/tokenizer --vocab-size 32000
@@ -34,11 +35,50 @@ def _train(args: argparse.Namespace) -> None:
     if args.vocab_size < 300:
         raise ConfigError(f"--vocab-size {args.vocab_size}: expected at least 300, for 256 bytes and some pieces")
     files = input_files(args.input)
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    model = _train_bpe(Lines(files), args)
+    output = Path(f"{args.output}.model")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    aside = output.with_name(output.name + ".tmp")
+    aside.write_bytes(model)
+    aside.replace(output)
+    print(f"{output}: {args.vocab_size} pieces from {len(files)} files")
+
+
+class Lines:
+    """The text of `files` in pieces of at most `MAX_LINE` characters, blank ones left out, each file's lines in order.
+
+    SentencePiece turns an exception of its input into a text with a Python traceback, so the error is kept here.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files = files
+        self.error: MegagptError | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for path in self._files:
+                for document in read_documents(path, [TEXT_KEY]):
+                    yield from _pieces(document[TEXT_KEY])
+        except MegagptError as error:
+            self.error = error
+
+
+def _pieces(text: str) -> Iterator[str]:
+    for line in text.split("\n"):
+        for start in range(0, len(line), MAX_LINE):
+            piece = line[start : start + MAX_LINE]
+            if piece.strip():
+                yield piece
+
+
+def _train_bpe(lines: Lines, args: argparse.Namespace) -> bytes:
+    """The model file's bytes, the same for the same text. Raises DataError for the text, ConfigError for the sizes."""
+    model = io.BytesIO()
+    sentencepiece.set_random_generator_seed(0)  # the sample of lines must not change from run to run
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(files),
-            model_prefix=args.output,
+            sentence_iterator=iter(lines),
+            model_writer=model,
             model_type="bpe",
             vocab_size=args.vocab_size,
             character_coverage=args.character_coverage,
@@ -46,7 +86,8 @@ def _train(args: argparse.Namespace) -> None:
             max_sentence_length=4 * MAX_LINE,
             byte_fallback=True,
             # The text comes back as it went in: nothing folded, added or trimmed. Runs of spaces may become pieces,
-            # which code is full of; line ends and tabs are pieces of their own.
+            # which code is full of; line ends and tabs are pieces of their own. One character is lost: U+2581, which
+            # SentencePiece uses for the space.
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
@@ -54,15 +95,9 @@ def _train(args: argparse.Namespace) -> None:
             user_defined_symbols=["\n", "\t"],
             minloglevel=2,
         )
-    except (RuntimeError, OSError) as error:
-        raise ConfigError(f"--vocab-size {args.vocab_size}: SentencePiece could not train on this text: {error}") from None
-    Path(f"{args.output}.vocab").unlink(missing_ok=True)
-    print(f"{args.output}.model: {args.vocab_size} pieces from {len(files)} files")
-
-
-def _lines(files: Sequence[Path]) -> Iterator[str]:
-    for path in files:
-        for document in read_documents(path, [TEXT_KEY]):
-            for line in document[TEXT_KEY].splitlines():
-                if line.strip():
-                    yield line[:MAX_LINE]
+    except (RuntimeError, OSError, ValueError) as error:
+        if lines.error is None:
+            raise ConfigError(f"--vocab-size {args.vocab_size}: SentencePiece could not train on this text: {error}") from None
+    if lines.error is not None:
+        raise lines.error
+    return model.getvalue()

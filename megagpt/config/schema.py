@@ -117,8 +117,6 @@ class DataConfig(Section):
     """A SentencePiece .model, a Hugging Face tokenizer.json, a folder with vocab.json and merges.txt, or "byte"."""
     seed: int = Field(default=1234, ge=0)
     """Seed of the order of documents and samples."""
-    cache_dir: str | None = None
-    """Where sample indices are cached; beside the data if absent."""
 
 
 class OptimizerConfig(Section):

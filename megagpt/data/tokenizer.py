@@ -24,6 +24,9 @@ class Tokenizer(Protocol):
     def eod_id(self) -> int:
         """The id that ends a document."""
 
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text; none is added."""
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of every text; none is added."""
 
@@ -44,6 +47,9 @@ class SentencePieceTokenizer:
         self.vocab_size: int = self._model.vocab_size()
         self.eod_id: int = self._model.eos_id()
 
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._model.encode(list(texts), num_threads=1)
 
@@ -55,13 +61,20 @@ class HuggingFaceTokenizer:
     """A tokenizer.json of Hugging Face's tokenizers, or GPT-2's vocab.json and merges.txt."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, source: Path) -> None:
+        # Files made for fine-tuning often cut and pad what they encode; a corpus wants documents whole.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         self._tokenizer = tokenizer
-        self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+        # Not the number of tokens: ids may have gaps.
+        self.vocab_size: int = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         ids = [tokenizer.token_to_id(name) for name in END_OF_DOCUMENT]
         found = [token for token in ids if token is not None]
         if not found:
             raise DataError(f"{source}: has no token that ends documents; expected one of {', '.join(END_OF_DOCUMENT)}")
         self.eod_id: int = found[0]
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
@@ -75,6 +88,9 @@ class ByteTokenizer:
 
     vocab_size = 257
     eod_id = 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode()) for text in texts]

@@ -1,0 +1,149 @@
+"""Samples against plain loops: the same tokens, whatever the layout, from any step."""
+
+import itertools
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megagpt.config.schema import DataConfig
+from megagpt.data.blend import Blend, build_datasets, check_vocabulary, split_ranges
+from megagpt.data.gpt_dataset import PackedCorpus
+from megagpt.data.indexed import IndexedCorpus, IndexedWriter
+from megagpt.data.sampler import GlobalBatches, Prefetcher
+from megagpt.errors import DataError
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+PAIR = SHARED / "megatron_indexed" / "meg-gpt2-openwebtext_text_document"
+
+
+def write(prefix: Path, documents: list[list[int]]) -> str:
+    with IndexedWriter(prefix, np.dtype(np.uint16)) as writer:
+        writer.add_documents(np.array([t for d in documents for t in d], np.uint16), [len(d) for d in documents])
+    return str(prefix)
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
+    generator = np.random.default_rng(1)
+    sizes = generator.integers(1, 40, 50)
+    counter = iter(range(10_000))  # every token once, so that a sample shows where it is from
+    return write(tmp_path_factory.mktemp("data") / "c", [[next(counter) for _ in range(size)] for size in sizes])
+
+
+@pytest.mark.skipif(not PAIR.with_suffix(".idx").exists(), reason="../shared is absent")
+def test_a_pair_that_megatron_wrote_is_read_and_written_again_byte_for_byte(tmp_path: Path) -> None:
+    corpus = IndexedCorpus(PAIR)
+    assert (len(corpus.sizes), corpus.n_tokens) == (1000, 1_361_845)
+    with IndexedWriter(tmp_path / "again", corpus.dtype) as writer:
+        for sequence in range(1000):
+            writer.add_document(corpus.read(sequence))
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"again{suffix}").read_bytes() == PAIR.with_suffix(suffix).read_bytes()
+
+
+def test_an_epoch_is_the_shuffled_documents_cut_into_overlapping_samples(prefix: str) -> None:
+    corpus = IndexedCorpus(prefix)
+    packed = PackedCorpus(corpus, range(5, 45), 7, seed=3)
+    for epoch in (0, 2):
+        samples = [packed.sample(epoch * packed.samples_per_epoch + i) for i in range(packed.samples_per_epoch)]
+        assert all(len(sample) == 8 for sample in samples)
+        seen = [int(token) for sample in samples for token in sample[:-1]]
+        assert len(seen) == len(set(seen))  # no token is an input twice
+        wanted = {int(token) for sequence in range(5, 45) for token in corpus.read(sequence)}
+        assert set(seen) <= wanted and len(wanted) - len(seen) <= 7
+        read = [corpus.read(sequence) for sequence in range(5, 45)]
+        follows = {int(a): int(b) for tokens in read for a, b in pairwise(tokens)}
+        ends = {int(corpus.read(sequence)[-1]) for sequence in range(5, 45)}
+        for sample in samples:
+            for a, b in itertools.pairwise(sample):
+                assert int(a) in ends or follows[int(a)] == b
+    assert not np.array_equal(packed.sample(0), packed.sample(packed.samples_per_epoch))
+    assert np.array_equal(packed.sample(4), PackedCorpus(corpus, range(5, 45), 7, seed=3).sample(4))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(0.01, 10), min_size=1, max_size=6))
+def test_a_blend_s_shares_are_within_one_sample_at_every_prefix(prefix: str, weights: list[float]) -> None:
+    corpus = IndexedCorpus(prefix)
+    parts = [PackedCorpus(corpus, range(50), 7, seed) for seed in range(len(weights))]
+    blend = Blend(parts, weights)
+    blend.sample(300)
+    counts = np.cumsum(np.eye(len(weights))[blend._choices[:300]], axis=0)
+    due = np.outer(np.arange(1, 301), np.array(weights) / sum(weights))
+    assert np.abs(counts - due).max() < 1 + 1e-9
+    assert np.array_equal(blend.sample(17), Blend(parts, weights).sample(17))
+
+
+@pytest.mark.parametrize("data_size, micro", [(1, 4), (2, 2), (4, 1)])
+def test_the_global_batch_does_not_depend_on_the_layout(prefix: str, data_size: int, micro: int) -> None:
+    packed = PackedCorpus(IndexedCorpus(prefix), range(50), 7, seed=3)
+    for step in (0, 5, 40):
+        expected = np.stack([packed.sample(step * 8 + row) for row in range(8)])
+        ranks = [GlobalBatches(packed, 8, micro, rank, data_size, 10_000).batch(step) for rank in range(data_size)]
+        rows = [batch for rank in ranks for batch in rank]
+        assert np.array_equal(np.concatenate([batch.tokens for batch in rows]), expected)
+        assert [batch.index for batch in rows] == list(range(8 // micro))
+
+
+def test_the_prefetcher_gives_the_same_and_raises_what_its_thread_met(prefix: str) -> None:
+    packed = PackedCorpus(IndexedCorpus(prefix), range(50), 7, seed=3)
+    batches = GlobalBatches(packed, 4, 2, 0, 1, 10_000)
+    prefetcher = Prefetcher(batches, 3, 7)
+    for step, rows in enumerate(prefetcher, 3):
+        assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(rows, batches.batch(step), strict=True))
+    prefetcher.close()
+    failing = Prefetcher(GlobalBatches(packed, 4, 2, 0, 1, 5), 0, 3)
+    with pytest.raises(DataError, match=r"token id \d+, but model.vocab_size is 5"):
+        next(iter(failing))
+    failing.close()
+
+
+def test_splits_cover_every_document_once_in_order() -> None:
+    parts = split_ranges(1000, "969,30,1")
+    assert [(part.start, part.stop) for part in parts] == [(0, 969), (969, 999), (999, 1000)]
+
+
+def test_valid_and_train_of_a_split_share_no_document(prefix: str) -> None:
+    datasets = build_datasets(DataConfig(paths=prefix, split="80,20,0"), 7)
+    assert datasets.valid is not None and datasets.test is None
+    inputs = [{int(t) for i in range(d.samples_per_epoch) for t in d.sample(i)} for d in (datasets.train, datasets.valid)]
+    assert not inputs[0] & inputs[1]
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda p: p.with_suffix(".bin").unlink(), r"c.bin"),
+        (lambda p: p.with_suffix(".idx").unlink(), r"c.idx"),
+        (lambda p: p.with_suffix(".bin").write_bytes(p.with_suffix(".bin").read_bytes()[:-2]), "bytes"),
+        (lambda p: p.with_suffix(".bin").write_bytes(p.with_suffix(".bin").read_bytes() * 2), "longer"),
+        (lambda p: p.with_suffix(".idx").write_bytes(p.with_suffix(".idx").read_bytes()[:-9]), "c.idx"),
+        (lambda p: p.with_suffix(".idx").write_bytes(b"foreign" * 10), "c.idx"),
+    ],
+)
+def test_a_damaged_pair_is_named(tmp_path: Path, damage, message: str) -> None:
+    write(tmp_path / "c", [[1, 2, 3], [4, 5]])
+    damage(tmp_path / "c")
+    with pytest.raises(DataError, match=message):
+        IndexedCorpus(tmp_path / "c")
+
+
+def test_too_few_tokens_and_no_data_at_all(tmp_path: Path) -> None:
+    short = write(tmp_path / "c", [[1, 2, 3]])
+    with pytest.raises(DataError, match="too few for one sample"):
+        build_datasets(DataConfig(train=short), 7)
+    with pytest.raises(DataError, match="data.train: no training data"):
+        build_datasets(DataConfig(), 7)
+    with pytest.raises(DataError, match="token id 3, but model.vocab_size is 3"):
+        check_vocabulary(DataConfig(train=short), 3)
+
+
+def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), IndexedWriter(tmp_path / "c", np.dtype(np.uint16)) as writer:
+        writer.add_document([1, 2])
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
