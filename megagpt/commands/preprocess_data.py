@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokenizer", help="as data.tokenizer in a config: a .model, a tokenizer.json, a folder, or byte")
     parser.add_argument("--tokenizer-type", choices=TYPES, help="Megatron's flag, with the files below")
     parser.add_argument("--vocab-file", help="GPT2BPETokenizer: vocab.json; HFTokenizer: tokenizer.json")
-    parser.add_argument("--merge-file", help="GPT2BPETokenizer: merges.txt")
+    parser.add_argument("--merge-file", help="GPT2BPETokenizer: merges.txt (default: beside the vocab file)")
     parser.add_argument("--tokenizer-model", help="SentencePieceTokenizer: the .model; HFTokenizer: tokenizer.json")
     parser.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
     parser.add_argument("--workers", type=int, default=1, help="processes that tokenize")
@@ -86,9 +86,10 @@ def _tokenizer(args: argparse.Namespace) -> Callable[[], Tokenizer]:
     if args.tokenizer_type == "ByteTokenizer":
         return partial(load_tokenizer, "byte")
     if args.tokenizer_type == "GPT2BPETokenizer":
-        if not (args.vocab_file and args.merge_file):
+        if not args.vocab_file:
             raise ConfigError("--tokenizer-type GPT2BPETokenizer: needs --vocab-file and --merge-file")
-        return partial(gpt2_tokenizer, Path(args.vocab_file), Path(args.merge_file))
+        vocab = Path(args.vocab_file)
+        return partial(gpt2_tokenizer, vocab, Path(args.merge_file) if args.merge_file else vocab.with_name("merges.txt"))
     model = args.tokenizer_model or (args.vocab_file if args.tokenizer_type == "HFTokenizer" else None)
     if not model:
         raise ConfigError(f"--tokenizer-type {args.tokenizer_type}: needs --tokenizer-model")

@@ -2,6 +2,8 @@
 
 import argparse
 import io
+import itertools
+import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -34,8 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(args: argparse.Namespace) -> None:
     if args.vocab_size < 300:
         raise ConfigError(f"--vocab-size {args.vocab_size}: expected at least 300, for 256 bytes and some pieces")
+    if args.max_sentences < 1:
+        raise ConfigError(f"--max-sentences {args.max_sentences}: expected 1 or more")
     files = input_files(args.input)
-    model = _train_bpe(Lines(files), args)
+    model = _train_bpe(Lines(files, args.max_sentences), args)
     output = Path(f"{args.output}.model")
     output.parent.mkdir(parents=True, exist_ok=True)
     aside = output.with_name(output.name + ".tmp")
@@ -45,22 +49,37 @@ def _train(args: argparse.Namespace) -> None:
 
 
 class Lines:
-    """The text of `files` in pieces of at most `MAX_LINE` characters, blank ones left out, each file's lines in order.
+    """The text of `files` in pieces of at most `MAX_LINE` characters without blank ones: `limit` of them, drawn evenly.
 
+    Drawn here, because SentencePiece's own sample differs from run to run (seen in 0.2.3, seeded or not).
     SentencePiece turns an exception of its input into a text with a Python traceback, so the error is kept here.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self._files = files
+    def __init__(self, files: Sequence[Path], limit: int) -> None:
+        self._files, self._limit = files, limit
         self.error: MegagptError | None = None
 
     def __iter__(self) -> Iterator[str]:
         try:
-            for path in self._files:
-                for document in read_documents(path, [TEXT_KEY]):
-                    yield from _pieces(document[TEXT_KEY])
+            yield from _sample(self._all(), self._limit)
         except MegagptError as error:
             self.error = error
+
+    def _all(self) -> Iterator[str]:
+        for path in self._files:
+            for document in read_documents(path, [TEXT_KEY]):
+                yield from _pieces(document[TEXT_KEY])
+
+
+def _sample(items: Iterator[str], limit: int) -> list[str]:
+    """`limit` of `items` (all, if there are fewer), each as likely as any: reservoir sampling (Vitter 1985, algorithm R)."""
+    kept = list(itertools.islice(items, limit))
+    generator = random.Random(0)
+    for seen, item in enumerate(items, limit + 1):
+        place = generator.randrange(seen)
+        if place < limit:
+            kept[place] = item
+    return kept
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -74,7 +93,6 @@ def _pieces(text: str) -> Iterator[str]:
 def _train_bpe(lines: Lines, args: argparse.Namespace) -> bytes:
     """The model file's bytes, the same for the same text. Raises DataError for the text, ConfigError for the sizes."""
     model = io.BytesIO()
-    sentencepiece.set_random_generator_seed(0)  # the sample of lines must not change from run to run
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
@@ -82,7 +100,6 @@ def _train_bpe(lines: Lines, args: argparse.Namespace) -> bytes:
             model_type="bpe",
             vocab_size=args.vocab_size,
             character_coverage=args.character_coverage,
-            input_sentence_size=args.max_sentences,
             max_sentence_length=4 * MAX_LINE,
             byte_fallback=True,
             # The text comes back as it went in: nothing folded, added or trimmed. Runs of spaces may become pieces,

@@ -85,7 +85,7 @@ def _texts(line: bytes, keys: Sequence[str]) -> Document:
             near = difflib.get_close_matches(key, list(record), n=1, cutoff=0.0)
             raise ValueError(f"no key {key!r}" + (f"; nearest: {near[0]!r} (choose with --json-keys)" if near else ""))
         if not isinstance(record[key], str):
-            raise ValueError(f"expected text under the key {key!r}, found {type(record[key]).__name__}")
+            raise ValueError(f"no text under the key {key!r}; found {type(record[key]).__name__}")
     return {key: record[key] for key in keys}
 
 
