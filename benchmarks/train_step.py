@@ -53,9 +53,9 @@ def main() -> None:
     tokens = config.training.global_batch_size * config.model.n_positions
     medians = {name: statistics.median(times[2:]) for name, times in seconds.items()}
     for name, median in medians.items():
-        print(
-            f"{name:13s} {median:.3f} s/step (of {min(seconds[name][2:]):.3f} to {max(seconds[name][2:]):.3f}), {tokens / median:.0f} tokens/s"
-        )
+        counted = seconds[name][2:]
+        spread = f"{min(counted):.3f} to {max(counted):.3f}"
+        print(f"{name:13s} {median:.3f} s/step ({spread}), {tokens / median:.0f} tokens/s")
     print(f"ratio of medians: {medians['Hugging Face'] / medians['megagpt']:.2f} with {args.threads} thread(s)")
 
 

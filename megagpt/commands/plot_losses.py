@@ -51,14 +51,30 @@ def _plot(args: argparse.Namespace) -> None:
 
 
 def read_metrics(path: str) -> list[dict[str, Any]]:
-    """The records of a metrics file. Raises DataError where it is missing, empty or something else."""
+    """The records of a metrics file; a last line that is still being written, or was torn, is left out.
+
+    Raises DataError where the file is missing, has no loss yet or holds something else.
+    """
     try:
-        records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a metrics file: {error}") from None
+        lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a metrics file: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    records = [_record(path, number, line) for number, line in enumerate(lines, start=1)]
     if not any("loss" in record for record in records):
         raise DataError(f"{path}: has no line with a loss yet")
     return records
+
+
+def _record(path: str, number: int, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or "step" not in record:
+        raise DataError(f"{path}: not a metrics file: line {number} is not a JSON record with a step")
+    return record
 
 
 def _curve(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:

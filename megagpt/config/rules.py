@@ -177,6 +177,10 @@ def _deepspeed(config: Config) -> Iterator[Problem]:
         for owned, ours in OWNED_BY_MEGAGPT.items():
             if key == owned or key.startswith(owned + "."):
                 yield Problem((f"deepspeed.{key}",), f"deepspeed.{key}: megagpt sets this key itself; use {ours}")
+    for section in sorted({owned.partition(".")[0] for owned in OWNED_BY_MEGAGPT if "." in owned}):
+        value = config.deepspeed.get(section, {})
+        if not isinstance(value, dict):  # in DeepSpeed's short forms a key of ours would pass unseen
+            yield Problem((f"deepspeed.{section}",), f"deepspeed.{section}: expected an object of settings, not {value!r}")
 
 
 def flat_keys(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -16,7 +16,7 @@ Source = str | dict[str, float]
 class Section(BaseModel):
     """A part of the tree: unknown keys are errors, values keep the type written, nothing changes after load."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class ModelConfig(Section):

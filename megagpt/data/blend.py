@@ -1,5 +1,9 @@
 """Several corpora as one stream, and the datasets that a config names."""
 
+import heapq
+import math
+from collections.abc import Sequence
+from fractions import Fraction
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -10,8 +14,8 @@ from megagpt.data.gpt_dataset import PackedCorpus
 from megagpt.data.indexed import IndexedCorpus
 from megagpt.errors import DataError
 
-_BLOCK = 4096
-"""Choices made at a time."""
+LONGEST_PERIOD = 2**18
+"""Samples after which a blend's order repeats at the latest: a third of a second to lay out, 1.5 MB."""
 
 
 class Dataset(Protocol):
@@ -36,35 +40,68 @@ class Datasets(NamedTuple):
 class Blend:
     """Corpora mixed by weight: at every point of the stream each has given its share to within one sample.
 
-    Sample i is due to the corpus whose next sample has the earliest deadline: the j-th sample of a corpus of weight w
-    may come no earlier than j/w and no later than (j+1)/w (Tijdeman 1980, the chairman assignment problem).
+    The order of corpora repeats, so that any sample is found at once, however far into the stream: after as many
+    samples as the weights' common denominator, or, where that is above `LONGEST_PERIOD`, after so many, with the
+    shares rounded to multiples of 1 / LONGEST_PERIOD.
     """
 
     def __init__(self, corpora: list[PackedCorpus], weights: list[float]) -> None:
         self._corpora = corpora
-        self._weights = np.array(weights, np.float64) / sum(weights)
-        self._choices = np.zeros(0, np.int16)
-        self._ranks = np.zeros(0, np.int64)
-        self._given = np.zeros(len(corpora), np.int64)
+        self._counts = samples_per_period(weights)
+        self._choices = earliest_deadline_first(self._counts)
+        self._ranks = np.empty(len(self._choices), np.int32)
+        for corpus, count in enumerate(self._counts):
+            self._ranks[self._choices == corpus] = np.arange(count)
         self.samples_per_epoch = sum(corpus.samples_per_epoch for corpus in corpora)
 
     def sample(self, index: int) -> npt.NDArray[np.int64]:
         """Tokens [sequence_length + 1] of sample `index` >= 0."""
-        while index >= len(self._choices):
-            self._extend()
-        return self._corpora[self._choices[index]].sample(int(self._ranks[index]))
+        period, position = divmod(index, len(self._choices))
+        choice = int(self._choices[position])
+        return self._corpora[choice].sample(period * self._counts[choice] + int(self._ranks[position]))
 
-    def _extend(self) -> None:
-        choices, ranks = np.empty(_BLOCK, np.int16), np.empty(_BLOCK, np.int64)
-        for position in range(_BLOCK):
-            now = len(self._choices) + position
-            ready = self._given < self._weights * (now + 1)
-            deadline = np.where(ready, (self._given + 1) / self._weights, np.inf)
-            choice = int(deadline.argmin())
-            choices[position], ranks[position] = choice, self._given[choice]
-            self._given[choice] += 1
-        self._choices = np.concatenate((self._choices, choices))
-        self._ranks = np.concatenate((self._ranks, ranks))
+
+def samples_per_period(weights: Sequence[float]) -> list[int]:
+    """How many samples of each corpus one period has; exactly in the weights' proportion if it is not too long.
+
+    Otherwise rounded by largest remainder, and at least one each.
+    """
+    exact = [Fraction(str(weight)) for weight in weights]
+    shares = [weight / sum(exact) for weight in exact]
+    period = math.lcm(*(share.denominator for share in shares))
+    if period <= LONGEST_PERIOD:
+        return [int(share * period) for share in shares]
+    wanted = [share * LONGEST_PERIOD for share in shares]
+    counts = [max(1, math.floor(count)) for count in wanted]
+    spare = LONGEST_PERIOD - sum(counts)
+    by_need = sorted(range(len(counts)), key=lambda corpus: counts[corpus] - wanted[corpus])
+    for corpus in by_need[:spare] if spare > 0 else ():
+        counts[corpus] += 1
+    if spare < 0:  # more corpora were lifted to one sample than floors had left over: the largest pays
+        counts[counts.index(max(counts))] += spare
+    return counts
+
+
+def earliest_deadline_first(counts: Sequence[int]) -> npt.NDArray[np.int16]:
+    """The order of corpora in one period, [sum(counts)], which keeps each to within one sample of its share.
+
+    The j-th sample of a corpus that has `count` of the `period` samples may come from place floor(j period / count)
+    on and has to come before place ceil((j + 1) period / count). Of those that may come, the one that has to come
+    first is taken, which meets every deadline (Tijdeman 1980, the chairman assignment problem).
+    """
+    period = sum(counts)
+    order = np.empty(period, np.int16)
+    coming = [(0, corpus, 0) for corpus in range(len(counts))]
+    ready: list[tuple[int, int, int]] = []
+    for place in range(period):
+        while coming and coming[0][0] <= place:
+            _, corpus, rank = heapq.heappop(coming)
+            heapq.heappush(ready, (-(-(rank + 1) * period // counts[corpus]), corpus, rank))
+        _, corpus, rank = heapq.heappop(ready)
+        order[place] = corpus
+        if rank + 1 < counts[corpus]:
+            heapq.heappush(coming, ((rank + 1) * period // counts[corpus], corpus, rank + 1))
+    return order
 
 
 def build_datasets(data: DataConfig, sequence_length: int) -> Datasets:

@@ -153,6 +153,7 @@ class WandbLogger:
         except ImportError:
             raise ConfigError("logging.wandb.project: needs the wandb package; pip install wandb, or leave it out") from None
 
+        self._teardown = wandb.teardown
         self._run = wandb.init(
             project=config.project,
             name=config.name,
@@ -167,8 +168,9 @@ class WandbLogger:
         self._run.log({key: value for key, value in record.items() if key != "step"}, step=record["step"])
 
     def close(self) -> None:
-        """Flush and end the run."""
+        """End the run; all of it is in its files on return."""
         self._run.finish()
+        self._teardown()  # in wandb 0.31 finish() can return before the service has written the run's file
 
 
 def _evaluation_parts(record: Record, split: str) -> list[str]:

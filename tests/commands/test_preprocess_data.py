@@ -100,7 +100,7 @@ def test_a_trained_tokenizer_gives_every_text_back(tmp_path: Path) -> None:
         (["--input", "broken.jsonl", "--tokenizer", "byte"], "broken.jsonl:2: not valid JSON"),
         (
             ["--input", "broken.jsonl", "--tokenizer", "byte", "--json-keys", "body"],
-            "broken.jsonl:1: no key 'body'; nearest: 'text'",
+            "no key 'body'; nearest: 'text'",
         ),
         (["--input", "latin.txt", "--tokenizer", "byte"], "latin.txt: not UTF-8"),
         (["--input", "latin.txt", "--tokenizer", "gone.model"], "gone.model: no such tokenizer"),

@@ -6,11 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from megagpt.config.schema import DataConfig
-from megagpt.data.blend import Blend, build_datasets, check_vocabulary, split_ranges
+from megagpt.data.blend import build_datasets, check_vocabulary, split_ranges
 from megagpt.data.gpt_dataset import PackedCorpus
 from megagpt.data.indexed import IndexedCorpus, IndexedWriter
 from megagpt.data.sampler import GlobalBatches, Prefetcher
@@ -63,19 +61,6 @@ def test_an_epoch_is_the_shuffled_documents_cut_into_overlapping_samples(prefix:
                 assert int(a) in ends or follows[int(a)] == b
     assert not np.array_equal(packed.sample(0), packed.sample(packed.samples_per_epoch))
     assert np.array_equal(packed.sample(4), PackedCorpus(corpus, range(5, 45), 7, seed=3).sample(4))
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.floats(0.01, 10), min_size=1, max_size=6))
-def test_a_blend_s_shares_are_within_one_sample_at_every_prefix(prefix: str, weights: list[float]) -> None:
-    corpus = IndexedCorpus(prefix)
-    parts = [PackedCorpus(corpus, range(50), 7, seed) for seed in range(len(weights))]
-    blend = Blend(parts, weights)
-    blend.sample(300)
-    counts = np.cumsum(np.eye(len(weights))[blend._choices[:300]], axis=0)
-    due = np.outer(np.arange(1, 301), np.array(weights) / sum(weights))
-    assert np.abs(counts - due).max() < 1 + 1e-9
-    assert np.array_equal(blend.sample(17), Blend(parts, weights).sample(17))
 
 
 @pytest.mark.parametrize("data_size, micro", [(1, 4), (2, 2), (4, 1)])

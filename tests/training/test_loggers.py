@@ -116,6 +116,11 @@ def test_the_console_line_of_an_evaluation_has_loss_and_perplexity():
     assert console_line(EVALUATION) == "step   30/5000 | eval loss 2.2500 | perplexity 9.49\n"
 
 
+def test_the_console_line_of_the_test_split_says_so():
+    line = console_line({"step": 30, "test_loss": 2.25, "test_perplexity": math.exp(2.25)})
+    assert line == "step   30/5000 | test loss 2.2500 | perplexity 9.49\n"
+
+
 def test_a_nan_loss_is_printed_as_nan():
     assert "| loss nan |" in console_line(train_record(1, loss=math.nan, grad_norm=math.nan))
     assert "eval loss nan | perplexity nan" in console_line({"step": 1, "eval_loss": math.nan, "eval_perplexity": math.nan})
