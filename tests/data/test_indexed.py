@@ -1,0 +1,83 @@
+"""The index file against bytes laid out by hand; every kind of damage is told by its own sentence."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megagpt.data.indexed import IndexedCorpus, IndexedWriter, check_vocab, token_dtype
+from megagpt.errors import DataError
+
+
+def by_hand(
+    prefix: Path, version: int = 1, code: int = 4, offsets: tuple[int, ...] = (0, 12), bounds: tuple[int, ...] = (0, 1, 2)
+) -> None:
+    """Documents [1, 2, 3] and [70000, 5] as int32."""
+    prefix.with_suffix(".bin").write_bytes(struct.pack("<5i", 1, 2, 3, 70000, 5))
+    index = b"MMIDIDX\0\0" + struct.pack("<QBQQ", version, code, 2, 3) + struct.pack("<2i", 3, 2)
+    prefix.with_suffix(".idx").write_bytes(index + struct.pack("<2q", *offsets) + struct.pack("<3q", *bounds))
+
+
+def test_bytes_laid_out_by_hand_are_read_and_written_alike(tmp_path: Path) -> None:
+    by_hand(tmp_path / "a")
+    corpus = IndexedCorpus(tmp_path / "a")
+    assert (corpus.n_tokens, corpus.sizes.tolist(), corpus.document_indices.tolist()) == (5, [3, 2], [0, 1, 2])
+    assert corpus.read(1).tolist() == [70000, 5] and corpus.read(0, 1, 1).tolist() == [2]
+    with IndexedWriter(tmp_path / "b", np.int32) as writer:
+        writer.add_document([1, 2, 3])
+        writer.add_documents(np.array([70000, 5]), [2])
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"version": 2}, "version 2 of the index format"),
+        ({"code": 7}, "dtype code 7 is not one of tokens"),
+        ({"code": 99}, "dtype code 99 is not one of tokens"),
+        ({"offsets": (0, 8)}, "sizes and offsets contradict"),
+        ({"bounds": (0, 1, 7)}, "do not cover its 2 sequences"),
+    ],
+)
+def test_a_header_or_table_that_is_wrong_is_told(tmp_path: Path, wrong: dict, message: str) -> None:
+    by_hand(tmp_path / "a", **wrong)
+    with pytest.raises(DataError, match=message):
+        IndexedCorpus(tmp_path / "a")
+
+
+def test_the_bin_of_another_corpus_is_told(tmp_path: Path) -> None:
+    by_hand(tmp_path / "a")
+    (tmp_path / "a.bin").write_bytes(b"\0" * 16)
+    with pytest.raises(DataError, match="16 bytes, shorter than the 20"):
+        IndexedCorpus(tmp_path / "a")
+
+
+def test_a_missing_corpus_names_the_nearest(tmp_path: Path) -> None:
+    by_hand(tmp_path / "corpus_text_document")
+    with pytest.raises(DataError, match="nearest prefix there: .*corpus_text_document"):
+        IndexedCorpus(tmp_path / "corpus_text_documents")
+
+
+def test_an_id_that_does_not_fit_is_refused_and_an_older_pair_survives(tmp_path: Path) -> None:
+    by_hand(tmp_path / "a")
+    before = (tmp_path / "a.bin").read_bytes()
+    with (
+        pytest.raises(DataError, match="token id 65536 does not fit uint16"),
+        IndexedWriter(tmp_path / "a", np.uint16) as writer,
+    ):
+        writer.add_document([65536])
+    assert (tmp_path / "a.bin").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
+
+
+def test_the_vocabulary_check_finds_the_largest_id_in_any_chunk(tmp_path: Path) -> None:
+    by_hand(tmp_path / "a")
+    check_vocab(IndexedCorpus(tmp_path / "a"), 70001, chunk_tokens=2)
+    with pytest.raises(DataError, match="largest token id is 70000, but the vocabulary has 70000"):
+        check_vocab(IndexedCorpus(tmp_path / "a"), 70000, chunk_tokens=2)
+
+
+def test_tokens_take_two_bytes_below_megatron_s_limit() -> None:
+    assert [token_dtype(size).name for size in (65499, 65500)] == ["uint16", "int32"]
