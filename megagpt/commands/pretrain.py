@@ -81,7 +81,7 @@ def _train(args: argparse.Namespace, place: Place) -> None:
     config = _checked(args, place.world_size) if place.rank == 0 else None
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if _has_cuda() else "cpu")
     from megagpt.parallel.topology import Topology
-    from megagpt.training.processes import start
+    from megagpt.training.processes import start, stop
     from megagpt.training.trainer import Trainer
 
     device = start(place)
@@ -91,6 +91,7 @@ def _train(args: argparse.Namespace, place: Place) -> None:
     trainer = Trainer(config, topology, datasets, device)
     trainer.train()
     trainer.close()
+    stop()
 
 
 def _checked(args: argparse.Namespace, world_size: int) -> Config:

@@ -32,6 +32,11 @@ def start(place: Place) -> torch.device:
     return device
 
 
+def stop() -> None:
+    """Close the process group, at the end of a run that went well."""
+    deepspeed.comm.destroy_process_group()
+
+
 def join_deepspeed(backend: str, timeout: timedelta) -> None:
     """Let DeepSpeed use the process group that is open."""
     # Its shared-memory operator serves inference alone; refusing it saves a compile, and the need for a compiler.

@@ -95,7 +95,7 @@ def test_the_job_trains_over_its_tasks(slurm: dict[str, str], tmp_path: Path) ->
     config = {
         "model": {"n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 16, "vocab_size": vocabulary},
         "parallel": {"tensor": TASKS},
-        "data": {"train": str(tmp_path / "corpus"), "cache_dir": str(tmp_path / "cache")},
+        "data": {"train": str(tmp_path / "corpus")},
         "training": {"steps": 5, "micro_batch_size": 2, "global_batch_size": 4},
         "logging": {"interval": 1, "metrics_file": str(tmp_path / "metrics.jsonl")},
     }
