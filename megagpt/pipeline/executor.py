@@ -29,7 +29,6 @@ class Executor:
         self.plan, self.chunks, self.topology, self.weight_gradients, self.like = plan, chunks, topology, weight_gradients, like
         self.actions = plan.actions[topology.at.pipeline]
         self.expected = messages(plan, topology.at.pipeline)
-        self.last_stage = plan.n_stages - 1
 
     def step(self, micro_batches: Sequence[Any], loss_gradient: Tensor | None) -> Tensor | None:
         """Run the plan over this data rank's micro-batches.
@@ -39,46 +38,55 @@ class Executor:
         """
         if len(micro_batches) != self.plan.n_micro_batches:
             raise ValueError(f"the plan is for {self.plan.n_micro_batches} micro-batches, not {len(micro_batches)}")
-        self._transfers = Transfers(self.topology, self.expected, self.like)
-        self._saved: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
-        self._parked: dict[tuple[int, int], list[Job]] = {}
-        losses: list[Tensor] = []
-        for action in self.actions:
+        return _Step(self, micro_batches, loss_gradient).run()
+
+
+class _Step:
+    """One playing of the plan: what is under way between the actions."""
+
+    def __init__(self, executor: Executor, micro_batches: Sequence[Any], loss_gradient: Tensor | None) -> None:
+        self.executor, self.micro_batches, self.loss_gradient = executor, micro_batches, loss_gradient
+        self.ranks, self.last_stage = executor.plan.rank_of_stage, executor.plan.n_stages - 1
+        self.transfers = Transfers(executor.topology, executor.expected, executor.like)
+        self.saved: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
+        self.parked: dict[tuple[int, int], list[Job]] = {}
+        self.losses: list[Tensor] = []
+
+    def run(self) -> Tensor | None:
+        for action in self.executor.actions:
             stage, index = action.stage, action.micro_batch
             if action.kind is Kind.F:
-                self._forward(stage, index, micro_batches[index], losses, keep=loss_gradient is not None)
-            elif action.kind is Kind.W:
-                for job in self._parked.pop((stage, index)):
-                    job()
+                self.forward(stage, index)
+            elif action.kind is Kind.B:
+                self.backward(stage, index)
             elif action.kind is Kind.I:
-                with self.weight_gradients.parked() as jobs:
-                    self._backward(stage, index, loss_gradient)
-                self._parked[stage, index] = jobs
+                with self.executor.weight_gradients.parked() as jobs:
+                    self.backward(stage, index)
+                self.parked[stage, index] = jobs
             else:
-                self._backward(stage, index, loss_gradient)
-        self._transfers.finish()
-        return torch.stack(losses).sum() if losses else None
+                for job in self.parked.pop((stage, index)):
+                    job()
+        self.transfers.finish()
+        return torch.stack(self.losses).sum() if self.losses else None
 
-    def _forward(self, stage: int, index: int, micro_batch: Any, losses: list[Tensor], keep: bool) -> None:
-        ranks = self.plan.rank_of_stage
-        x = None
+    def forward(self, stage: int, index: int) -> None:
+        x, trains = None, self.loss_gradient is not None
         if stage > 0:
-            x = self._transfers.take(Kind.F, stage, index, ranks[stage - 1]).detach().requires_grad_(keep)
-        out = self.chunks[stage](x, micro_batch)
-        if keep:
-            self._saved[stage, index] = (x, out)
+            x = self.transfers.take(Kind.F, stage, index, self.ranks[stage - 1]).detach().requires_grad_(trains)
+        out = self.executor.chunks[stage](x, self.micro_batches[index])
+        if trains:
+            self.saved[stage, index] = (x, out)
         if stage == self.last_stage:
-            losses.append(out.detach())
+            self.losses.append(out.detach())
         else:
-            self._transfers.give(Kind.F, stage + 1, index, out.detach(), ranks[stage + 1])
+            self.transfers.give(Kind.F, stage + 1, index, out.detach(), self.ranks[stage + 1])
 
-    def _backward(self, stage: int, index: int, loss_gradient: Tensor | None) -> None:
-        ranks = self.plan.rank_of_stage
-        x, out = self._saved.pop((stage, index))
-        gradient = loss_gradient
+    def backward(self, stage: int, index: int) -> None:
+        x, out = self.saved.pop((stage, index))
+        gradient = self.loss_gradient
         if stage < self.last_stage:
-            gradient = self._transfers.take(Kind.B, stage, index, ranks[stage + 1])
+            gradient = self.transfers.take(Kind.B, stage, index, self.ranks[stage + 1])
         torch.autograd.backward(out, gradient)
         if x is not None:
             assert x.grad is not None
-            self._transfers.give(Kind.B, stage - 1, index, x.grad, ranks[stage - 1])
+            self.transfers.give(Kind.B, stage - 1, index, x.grad, self.ranks[stage - 1])
