@@ -27,8 +27,8 @@ import torch
 from megagpt.config import Config, build_config
 from megagpt.data.blend import build_datasets
 from megagpt.data.indexed import IndexedWriter
-from megagpt.data.sampler import GlobalBatches
 from megagpt.parallel.topology import Topology
+from megagpt.training.batches import global_batches
 from megagpt.training.place import Place
 from megagpt.training.processes import start
 from megagpt.training.trainer import Trainer
@@ -78,7 +78,7 @@ def our_step(config: Config, device: torch.device) -> Callable[[], None]:
     """One turn of the trainer's loop."""
     with redirect_stdout(StringIO()):
         trainer = Trainer(config, Topology.create(1, 1), build_datasets(config.data, config.model.n_positions), device)
-    batches = GlobalBatches(trainer.datasets.train, 8, 8, 0, 1, config.model.tokens_in_vocab)
+    batches = global_batches(trainer.datasets.train, config, trainer.topology, config.training.micro_batch_size)
 
     def step() -> None:
         with redirect_stdout(StringIO()):

@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from megagpt.checkpoint.boxes import Box
-from megagpt.checkpoint.format import Manifest, box_key, check_files, read_manifest
+from megagpt.checkpoint.boxes import Box, pieces
+from megagpt.checkpoint.format import MASTER, Manifest, box_key, check_files, read_manifest
 from megagpt.errors import CheckpointError
+from megagpt.parallel.shard import shard_of
 
 
 class Reader:
@@ -22,9 +23,9 @@ class Reader:
         self._files: dict[str, Any] = {}
         check_files(folder, self.manifest, sorted(self.manifest.files)[rank::world_size])
 
-    def kinds(self, name: str) -> list[str]:
-        """The tensors kept of a parameter: "master", "exp_avg", ..."""
-        return [kind for kind, found in (key.split("/", 1) for key in self.manifest.boxes) if found == name]
+    def has(self, kind: str, name: str) -> bool:
+        """Whether the tensor was kept: "master", "exp_avg", ... of a parameter."""
+        return f"{kind}/{name}" in self.manifest.boxes
 
     def check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Raise CheckpointError that names every parameter which is missing or has another shape than the model's."""
@@ -56,10 +57,14 @@ class Reader:
             raise CheckpointError(f"{self.folder}: {kind} of {name} has a gap at {box.offset}; the checkpoint is not whole")
         return out
 
-    def read_whole(self, kind: str, name: str) -> Tensor:
-        """A logical tensor, whole."""
-        shape = tuple(self.manifest.shapes[name])
-        return self.read(kind, name, Box((0,) * len(shape), shape))
+    @torch.no_grad()
+    def fill(self, parameter: nn.Parameter) -> None:
+        """Write a rank's whole tensor of a parameter, in its own precision; padding rows of the vocabulary become zeros."""
+        shard = shard_of(parameter)
+        parameter.zero_()
+        for piece in pieces(shard, tuple(parameter.shape), 0, parameter.numel()):  # all of it: one box from the start
+            values = self.read(MASTER, shard.name, piece.box)
+            parameter[tuple(slice(0, length) for length in piece.box.size)] = values.to(parameter)
 
     def _slice(self, file: str, key: str, slices: tuple[slice, ...]) -> Tensor:
         try:

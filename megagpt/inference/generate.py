@@ -6,8 +6,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megagpt.checkpoint.boxes import Box
-from megagpt.checkpoint.format import MASTER
 from megagpt.checkpoint.load import Reader
 from megagpt.config import Config, build_config
 from megagpt.errors import ConfigError
@@ -25,11 +23,8 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[GPTChu
     config = saved.model_copy(update={"training": training})
     model = build_chunk(config, TensorParallel(WeightGradients()), range(config.model.n_layer), device)
     reader.check_shapes({shard_of(p).name: shard_of(p).shape for p in model.parameters()})
-    with torch.no_grad():
-        for parameter in model.parameters():
-            shard = shard_of(parameter)
-            whole = Box((0,) * len(shard.shape), shard.shape)
-            parameter[whole.within(whole)] = reader.read_whole(MASTER, shard.name).to(parameter)
+    for parameter in model.parameters():
+        reader.fill(parameter)
     return model.eval(), config
 
 

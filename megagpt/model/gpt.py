@@ -39,7 +39,7 @@ class GPTChunk(nn.Module):
         self.config, self.tp = config, tp
         self.is_first, self.is_last = layers.start == 0, layers.stop == model.n_layer
         if self.is_first:
-            self.tokens = self._embedding("embedding.token")
+            self.tokens = self._embedding(TOKEN_EMBEDDING)
             self.positions = LearnedPositions("embedding.position", model.n_positions, model.n_embd, tp, model.init_std)
         self.layers = nn.ModuleDict({str(index): Block(index, config, tp) for index in layers})
         if self.is_last:
@@ -67,10 +67,10 @@ class GPTChunk(nn.Module):
 
     def _output_weight(self) -> nn.Parameter:
         if not self.config.model.tie_embeddings:
-            return self._embedding("head").weight
+            return self._embedding("head.weight").weight
         if self.is_first:
             return self.tokens.weight
-        weight = self._embedding("embedding.token").weight
+        weight = self._embedding(TOKEN_EMBEDDING).weight
         mark_second_copy(weight)
         return weight
 
@@ -90,5 +90,7 @@ def build_chunk(config: Config, tp: TensorParallel, layers: range, device: torch
     return chunk.to(dtype=DTYPES[config.training.precision])
 
 
+TOKEN_EMBEDDING = "embedding.token.weight"
+"""Name of the parameter that a tied output layer shares."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Type of parameters and activations under each `training.precision`."""

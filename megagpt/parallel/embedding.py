@@ -49,7 +49,7 @@ class _Lookup(torch.autograd.Function):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Each tensor rank holds a slice of the rows; `padded` rows in all, of which `vocab_size` are real.
+    """Each tensor rank holds a slice of the rows of parameter `name`; `padded` rows in all, of which `vocab_size` are real.
 
     Token ids [batch, seq] -> replicated [batch, seq, hidden], or [batch, seq / ranks, hidden] under sequence parallelism.
     """
@@ -57,7 +57,7 @@ class VocabParallelEmbedding(nn.Module):
     def __init__(self, name: str, vocab_size: int, padded: int, width: int, tp: TensorParallel, std: float) -> None:
         super().__init__()
         self.tp = tp
-        self.weight = sharded_parameter(f"{name}.weight", (padded, width), 0, tp, std, kept=vocab_size)
+        self.weight = sharded_parameter(name, (padded, width), 0, tp, std, kept=vocab_size)
 
     def forward(self, tokens: Tensor) -> Tensor:
         first, rows = shard_of(self.weight).start, self.weight.shape[0]
@@ -93,10 +93,10 @@ class VocabParallelLoss(nn.Module):
         return F.linear(hidden, self.weight[: real_rows(self.weight)])
 
 
-def real_rows(weight: nn.Parameter, rows: int | None = None) -> int:
+def real_rows(weight: nn.Parameter) -> int:
     """Rows of this rank's slice that are tokens, not padding."""
     shard = shard_of(weight)
-    return max(0, min(rows or weight.shape[0], shard.shape[0] - shard.start))
+    return max(0, min(weight.shape[0], shard.shape[0] - shard.start))
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -162,8 +162,7 @@ def _token_losses(
         share = 1.0 / total
         losses = largest + total.log() - target
     else:
-        shape = (tp.size, *largest.shape)
-        all_largest, all_totals, all_targets = _exchange(largest, total, target, tp, shape)
+        all_largest, all_totals, all_targets = _exchange(torch.stack((largest, total, target)), tp)
         top = all_largest.amax(0)
         whole = (all_totals * (all_largest - top).exp()).sum(0)
         share = (largest - top).exp() / whole
@@ -176,9 +175,8 @@ def _token_losses(
     return losses, gradient
 
 
-def _exchange(largest: Tensor, total: Tensor, target: Tensor, tp: TensorParallel, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """Every rank's three numbers for every token: three tensors [ranks, tokens]."""
-    mine = torch.stack((largest, total, target))
-    everyone = mine.new_empty(tp.size * 3, *shape[1:])
+def _exchange(mine: Tensor, tp: TensorParallel) -> tuple[Tensor, ...]:
+    """Every rank's three numbers for every token. [3, tokens] -> three of [ranks, tokens]"""
+    everyone = mine.new_empty(tp.size * 3, mine.shape[1])
     gather_into(everyone, mine, group=tp.group)
-    return everyone.view(tp.size, 3, *shape[1:]).unbind(1)
+    return everyone.view(tp.size, *mine.shape).unbind(1)

@@ -57,16 +57,16 @@ def sharded_parameter(
 
 
 def replicated_parameter(
-    name: str, shape: tuple[int, ...], tp: TensorParallel, std: float = 0.0, mean: float = 0.0, on_sequence_part: bool = True
+    name: str, shape: tuple[int, ...], tp: TensorParallel, std: float = 0.0, mean: float = 0.0
 ) -> nn.Parameter:
     """A parameter that every tensor rank holds whole.
 
-    `on_sequence_part`: it works on this rank's part of the sequence where sequence parallelism is on, so
-    that its gradient is a part, to be summed over the tensor ranks.
+    Under sequence parallelism it works on this rank's part of the sequence, so that its gradient is a part, to be
+    summed over the tensor ranks.
     """
     parameter = nn.Parameter(torch.empty(shape))
     _mark(parameter, Shard(name, shape, None, 0, std, mean))
-    cast(Any, parameter).partial_gradient = tp.sequence_parallel and on_sequence_part
+    cast(Any, parameter).partial_gradient = tp.sequence_parallel
     return parameter
 
 

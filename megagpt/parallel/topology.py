@@ -112,14 +112,6 @@ class Topology:
             ends_group=group([stages[0], stages[-1]]) if pipeline > 1 and at.pipeline in (0, pipeline - 1) else None,
         )
 
-    @property
-    def is_first_stage(self) -> bool:
-        return self.at.pipeline == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        return self.at.pipeline == self.layout.pipeline - 1
-
 
 def _group(ranks: list[int], timeout: timedelta) -> ProcessGroup | None:
     """A communicator of these ranks; only they take part in its making, so that it costs the same in a world of thousands."""

@@ -4,10 +4,20 @@ from collections.abc import Sequence
 
 import torch
 
-from megagpt.data.sampler import Rows
+from megagpt.config.schema import Config
+from megagpt.data.blend import Dataset
+from megagpt.data.sampler import GlobalBatches, Rows
 from megagpt.model.gpt import MicroBatch
 from megagpt.parallel.embedding import IGNORED
 from megagpt.parallel.random import stable_seed
+from megagpt.parallel.topology import Topology
+
+
+def global_batches(dataset: Dataset, config: Config, topology: Topology, micro_batch_size: int) -> GlobalBatches:
+    """This data rank's part of a dataset's global batches."""
+    at, layout = topology.at, topology.layout
+    vocab_size = config.model.tokens_in_vocab
+    return GlobalBatches(dataset, config.training.global_batch_size, micro_batch_size, at.data, layout.data, vocab_size)
 
 
 def to_micro_batches(rows: Sequence[Rows], seed: int, step: int, device: torch.device) -> list[MicroBatch]:
@@ -21,4 +31,4 @@ def to_micro_batches(rows: Sequence[Rows], seed: int, step: int, device: torch.d
 
 def token_count(micro_batches: Sequence[MicroBatch]) -> int:
     """Tokens that have a label."""
-    return sum(int((batch.labels != IGNORED).sum()) for batch in micro_batches)
+    return int(torch.stack([(batch.labels != IGNORED).sum() for batch in micro_batches]).sum())

@@ -10,15 +10,15 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from megagpt.config.schema import Config
+from megagpt.config.schema import Config, Schedule
 from megagpt.errors import ConfigError
-from megagpt.model.gpt import DTYPES, GPTChunk, MicroBatch, build_chunk
+from megagpt.model.gpt import DTYPES, TOKEN_EMBEDDING, GPTChunk, MicroBatch, build_chunk
 from megagpt.parallel.shard import TensorParallel
 from megagpt.parallel.topology import Topology
 from megagpt.parallel.weight_gradients import WeightGradients
 from megagpt.pipeline.executor import Executor
 from megagpt.pipeline.partition import stage_layers
-from megagpt.pipeline.schedule import Plan, forward_only, make_plan
+from megagpt.pipeline.schedule import forward_only, make_plan
 from megagpt.training.deepspeed_config import deepspeed_config
 from megagpt.training.gradients import finish_gradients
 from megagpt.training.optimizer import build_optimizer
@@ -56,7 +56,7 @@ class Engine:
         self.chunks: dict[int, GPTChunk] = {topology.at.pipeline: build_chunk(config, tp, layers, device)}
         self.model = nn.ModuleList(self.chunks.values())
         self.parameters = list(self.model.parameters())
-        self._executors: dict[tuple[Plan, torch.Size], Executor] = {}
+        self._executors: dict[tuple[Schedule | None, int, torch.Size], Executor] = {}
         self.deepspeed = self._initialize()
 
     def _initialize(self) -> Any:
@@ -85,11 +85,10 @@ class Engine:
         # ZeRO averages over its shards what is to be summed.
         shards = self.topology.layout.data if config.zero.stage > 0 else 1
         gradient = torch.tensor(loss_scale * shards / n_tokens, dtype=torch.float32, device=self.device)
-        plan = make_plan(config.parallel.schedule, self.topology.layout.pipeline, len(micro_batches))
         self.model.train()
         with self.deepspeed.coalesce_grad_reduction():
-            loss_sum = self._executor(plan, micro_batches[0]).step(micro_batches, gradient)
-            tied = "embedding.token.weight" if config.model.tie_embeddings else None
+            loss_sum = self._executor(config.parallel.schedule, micro_batches).step(micro_batches, gradient)
+            tied = TOKEN_EMBEDDING if config.model.tie_embeddings else None
             finish_gradients(self.parameters, self.topology, tied, over_data=config.zero.stage == 0)
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -102,8 +101,7 @@ class Engine:
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor | None:
         """Sum of the token losses, without dropout or gradients; None off the last stage."""
         self.model.eval()
-        plan = forward_only(self.topology.layout.pipeline, len(micro_batches))
-        return self._executor(plan, micro_batches[0]).step(micro_batches, None)
+        return self._executor(None, micro_batches).step(micro_batches, None)
 
     @property
     def loss_scale(self) -> float:
@@ -114,12 +112,18 @@ class Engine:
         """Free what DeepSpeed holds."""
         self.deepspeed.destroy()
 
-    def _executor(self, plan: Plan, micro_batch: MicroBatch) -> Executor:
-        batch, seq = micro_batch.tokens.shape
+    def _executor(self, schedule: Schedule | None, micro_batches: Sequence[MicroBatch]) -> Executor:
+        """The executor of these micro-batches' plan, made at its first use; `schedule` None is for forwards alone."""
+        key = (schedule, len(micro_batches), micro_batches[0].tokens.shape)
+        if key not in self._executors:
+            self._executors[key] = self._build_executor(*key)
+        return self._executors[key]
+
+    def _build_executor(self, schedule: Schedule | None, micro_batches: int, shape: torch.Size) -> Executor:
+        stages, (batch, seq) = self.topology.layout.pipeline, shape
+        plan = make_plan(schedule, stages, micro_batches) if schedule else forward_only(stages, micro_batches)
         if self.config.parallel.sequence_parallel:
             seq //= self.topology.layout.tensor
-        shape = torch.Size((batch, seq, self.config.model.n_embd))
-        if (plan, shape) not in self._executors:
-            like = torch.empty(shape, dtype=DTYPES[self.config.training.precision], device=self.device)
-            self._executors[plan, shape] = Executor(plan, self.chunks, self.topology, self.weight_gradients, like)
-        return self._executors[plan, shape]
+        dtype = DTYPES[self.config.training.precision]
+        like = torch.empty(batch, seq, self.config.model.n_embd, dtype=dtype, device=self.device)
+        return Executor(plan, self.chunks, self.topology, self.weight_gradients, like)

@@ -7,19 +7,15 @@ import torch
 
 from megagpt.config.schema import Config
 from megagpt.data.blend import Dataset
-from megagpt.data.sampler import GlobalBatches
-from megagpt.training.batches import to_micro_batches, token_count
+from megagpt.training.batches import global_batches, to_micro_batches, token_count
 from megagpt.training.engine import Engine
 from megagpt.training.metrics import count_tokens, global_loss
 
 
 def evaluate(engine: Engine, dataset: Dataset, config: Config, name: str = "eval") -> dict[str, Any]:
     """NAME_loss (nats per token over `evaluation.steps` global batches) and NAME_perplexity, on every rank."""
-    at, layout = engine.topology.at, engine.topology.layout
     size = config.evaluation.micro_batch_size or config.training.micro_batch_size
-    batches = GlobalBatches(
-        dataset, config.training.global_batch_size, size, at.data, layout.data, config.model.tokens_in_vocab
-    )
+    batches = global_batches(dataset, config, engine.topology, size)
     total: torch.Tensor | None = None
     tokens = 0
     for step in range(config.evaluation.steps):

@@ -41,10 +41,12 @@ def _sum(parameters: list[nn.Parameter], group: ProcessGroup | None) -> None:
 
 def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     bucket: list[Tensor] = []
+    size = 0
     for gradient in gradients:
         bucket.append(gradient)
-        if sum(g.numel() for g in bucket) >= _BUCKET:
+        size += gradient.numel()
+        if size >= _BUCKET:
             yield bucket
-            bucket = []
+            bucket, size = [], 0
     if bucket:
         yield bucket

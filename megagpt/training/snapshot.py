@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megagpt.checkpoint.boxes import Box, pieces
+from megagpt.checkpoint.boxes import pieces
 from megagpt.checkpoint.format import MASTER
 from megagpt.checkpoint.load import Reader
 from megagpt.checkpoint.save import Entry, save_checkpoint
@@ -46,10 +46,11 @@ def restore(engine: Engine, folder: Path) -> int:
             shard = shard_of(fragment.parameter)
             zero.set_weights(fragment, _read(reader, MASTER, shard, fragment))
             for kind, values in fragment.moments.items():
-                if kind in reader.kinds(shard.name):
+                if reader.has(kind, shard.name):
                     values.copy_(_read(reader, kind, shard, fragment))
-        if engine.config.zero.stage != 3:
-            _load_working_weights(engine, reader)
+    if engine.config.zero.stage != 3:  # below it every rank holds all of its shard for the forwards
+        for parameter in engine.parameters:
+            reader.fill(parameter)
     zero.step = reader.manifest.state["optimizer_step"]
     zero.loss_scaler = reader.manifest.state["loss_scaler"]
     return reader.manifest.step
@@ -88,19 +89,6 @@ def _read(reader: Reader, kind: str, shard: Shard, fragment: Fragment) -> torch.
     for piece in pieces(shard, fragment.shape, fragment.start, fragment.start + len(flat)):
         flat[piece.start : piece.start + piece.box.numel] = reader.read(kind, shard.name, piece.box).flatten()
     return flat
-
-
-def _load_working_weights(engine: Engine, reader: Reader) -> None:
-    """The weights that forwards read, in their own precision: under ZeRO 0 to 2 every rank holds all of its shard."""
-    for parameter in engine.parameters:
-        shard, shape = shard_of(parameter), tuple(parameter.shape)
-        parameter.zero_()
-        for piece in pieces(shard, shape, 0, parameter.numel()):
-            values = reader.read(MASTER, shard.name, piece.box)
-            local = Box(
-                tuple(b - (shard.start if d == shard.dim else 0) for d, b in enumerate(piece.box.offset)), piece.box.size
-            )
-            parameter[local.within(Box((0,) * len(shape), shape))] = values.to(parameter)
 
 
 def _check_same_data_position(reader: Reader, config: Config) -> None:

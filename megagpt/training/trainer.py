@@ -9,11 +9,11 @@ import torch
 from megagpt.checkpoint.format import find_checkpoint, resolve_checkpoint
 from megagpt.config.schema import Config
 from megagpt.data.blend import Datasets
-from megagpt.data.sampler import GlobalBatches, Prefetcher, Rows
+from megagpt.data.sampler import Prefetcher, Rows
 from megagpt.errors import ConfigError
 from megagpt.parallel.topology import Topology
 from megagpt.training import snapshot
-from megagpt.training.batches import to_micro_batches, token_count
+from megagpt.training.batches import global_batches, to_micro_batches, token_count
 from megagpt.training.engine import Engine, StepResult
 from megagpt.training.evaluation import evaluate
 from megagpt.training.loggers import FanOut, Logger, build_loggers
@@ -37,15 +37,7 @@ class Trainer:
 
     def train(self) -> None:
         """Step until the run's length, evaluating and saving on the way and at the end."""
-        training, topology = self.config.training, self.topology
-        batches = GlobalBatches(
-            self.datasets.train,
-            training.global_batch_size,
-            training.micro_batch_size,
-            topology.at.data,
-            topology.layout.data,
-            self.config.model.tokens_in_vocab,
-        )
+        batches = global_batches(self.datasets.train, self.config, self.topology, self.config.training.micro_batch_size)
         prefetcher = Prefetcher(batches, self.step, self.total_steps)
         try:
             for rows in prefetcher:
