@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megagpt.config.schema import DataConfig, Source
-from megagpt.data.gpt_dataset import PackedCorpus
+from megagpt.data.gpt_dataset import PackedCorpus, Sample
 from megagpt.data.indexed import IndexedCorpus
 from megagpt.errors import DataError
 
@@ -25,8 +25,8 @@ class Dataset(Protocol):
     def samples_per_epoch(self) -> int:
         """Samples until every token was seen about once."""
 
-    def sample(self, index: int) -> npt.NDArray[np.int64]:
-        """Tokens [sequence_length + 1] of sample `index` >= 0."""
+    def sample(self, index: int) -> Sample:
+        """Sample `index` >= 0."""
 
 
 class Datasets(NamedTuple):
@@ -54,8 +54,8 @@ class Blend:
             self._ranks[self._choices == corpus] = np.arange(count)
         self.samples_per_epoch = sum(corpus.samples_per_epoch for corpus in corpora)
 
-    def sample(self, index: int) -> npt.NDArray[np.int64]:
-        """Tokens [sequence_length + 1] of sample `index` >= 0."""
+    def sample(self, index: int) -> Sample:
+        """Sample `index` >= 0."""
         period, position = divmod(index, len(self._choices))
         choice = int(self._choices[position])
         return self._corpora[choice].sample(period * self._counts[choice] + int(self._ranks[position]))

@@ -15,6 +15,15 @@ from megagpt.data.indexed import IndexedCorpus
 from megagpt.errors import DataError
 
 
+class Sample(NamedTuple):
+    """A piece of the stream, one token longer than the model reads: inputs and labels overlap by all but one."""
+
+    tokens: npt.NDArray[np.int64]
+    """[seq + 1]"""
+    starts: npt.NDArray[np.bool_]
+    """Where a document begins, [seq + 1]."""
+
+
 class _Epoch(NamedTuple):
     documents: npt.NDArray[np.int64]
     """Sequence numbers in the epoch's order."""
@@ -39,12 +48,13 @@ class PackedCorpus:
             )
         self._epoch = lru_cache(maxsize=2)(self._build_epoch)
 
-    def sample(self, index: int) -> npt.NDArray[np.int64]:
-        """Tokens [sequence_length + 1] of sample `index` >= 0; indices past an epoch go on into the next."""
+    def sample(self, index: int) -> Sample:
+        """Sample `index` >= 0; indices past an epoch go on into the next."""
         epoch, position = divmod(index, self.samples_per_epoch)
         order = self._epoch(epoch)
         start = int(order.samples[position]) * self.sequence_length
         out = np.empty(self.sequence_length + 1, np.int64)
+        starts = np.zeros(len(out), np.bool_)
         filled, document = 0, int(np.searchsorted(order.ends, start, side="right"))
         while filled < len(out):
             sequence = int(order.documents[document])
@@ -52,9 +62,11 @@ class PackedCorpus:
             offset = max(0, start - (int(order.ends[document]) - size))
             part = self.corpus.read(sequence, offset, min(size - offset, len(out) - filled))
             out[filled : filled + len(part)] = part
+            if offset == 0 and len(part):
+                starts[filled] = True
             filled += len(part)
             document += 1
-        return out
+        return Sample(out, starts)
 
     def _build_epoch(self, epoch: int) -> _Epoch:
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, epoch))))

@@ -22,6 +22,8 @@ class Rows:
     """Of the micro-batch in the global batch, the same under every data-parallel size."""
     tokens: npt.NDArray[np.int64]
     """[batch, seq + 1]"""
+    starts: npt.NDArray[np.bool_]
+    """Where a document begins, [batch, seq + 1]."""
 
 
 class GlobalBatches:
@@ -40,9 +42,10 @@ class GlobalBatches:
         found = []
         for row in range(self._rows.start, self._rows.stop, self._micro):
             samples = [self._dataset.sample(first + row + offset) for offset in range(self._micro)]
-            tokens = np.stack(samples)
+            tokens = np.stack([sample.tokens for sample in samples])
             check_ids(tokens.reshape(-1), self._vocab_size, f"sample {first + row}")
-            found.append(Rows(row // self._micro, tokens))
+            starts = np.stack([sample.starts for sample in samples])
+            found.append(Rows(row // self._micro, tokens, starts))
         return found
 
 

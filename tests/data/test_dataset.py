@@ -47,7 +47,7 @@ def test_an_epoch_is_the_shuffled_documents_cut_into_overlapping_samples(prefix:
     corpus = IndexedCorpus(prefix)
     packed = PackedCorpus(corpus, range(5, 45), 7, seed=3)
     for epoch in (0, 2):
-        samples = [packed.sample(epoch * packed.samples_per_epoch + i) for i in range(packed.samples_per_epoch)]
+        samples = [packed.sample(epoch * packed.samples_per_epoch + i).tokens for i in range(packed.samples_per_epoch)]
         assert all(len(sample) == 8 for sample in samples)
         seen = [int(token) for sample in samples for token in sample[:-1]]
         assert len(seen) == len(set(seen))  # no token is an input twice
@@ -59,15 +59,15 @@ def test_an_epoch_is_the_shuffled_documents_cut_into_overlapping_samples(prefix:
         for sample in samples:
             for a, b in itertools.pairwise(sample):
                 assert int(a) in ends or follows[int(a)] == b
-    assert not np.array_equal(packed.sample(0), packed.sample(packed.samples_per_epoch))
-    assert np.array_equal(packed.sample(4), PackedCorpus(corpus, range(5, 45), 7, seed=3).sample(4))
+    assert not np.array_equal(packed.sample(0).tokens, packed.sample(packed.samples_per_epoch).tokens)
+    assert np.array_equal(packed.sample(4).tokens, PackedCorpus(corpus, range(5, 45), 7, seed=3).sample(4).tokens)
 
 
 @pytest.mark.parametrize("data_size, micro", [(1, 4), (2, 2), (4, 1)])
 def test_the_global_batch_does_not_depend_on_the_layout(prefix: str, data_size: int, micro: int) -> None:
     packed = PackedCorpus(IndexedCorpus(prefix), range(50), 7, seed=3)
     for step in (0, 5, 40):
-        expected = np.stack([packed.sample(step * 8 + row) for row in range(8)])
+        expected = np.stack([packed.sample(step * 8 + row).tokens for row in range(8)])
         ranks = [GlobalBatches(packed, 8, micro, rank, data_size, 10_000).batch(step) for rank in range(data_size)]
         rows = [batch for rank in ranks for batch in rank]
         assert np.array_equal(np.concatenate([batch.tokens for batch in rows]), expected)
@@ -95,7 +95,9 @@ def test_splits_cover_every_document_once_in_order() -> None:
 def test_valid_and_train_of_a_split_share_no_document(prefix: str) -> None:
     datasets = build_datasets(DataConfig(paths=prefix, split="80,20,0"), 7)
     assert datasets.valid is not None and datasets.test is None
-    inputs = [{int(t) for i in range(d.samples_per_epoch) for t in d.sample(i)} for d in (datasets.train, datasets.valid)]
+    inputs = [
+        {int(t) for i in range(d.samples_per_epoch) for t in d.sample(i).tokens} for d in (datasets.train, datasets.valid)
+    ]
     assert not inputs[0] & inputs[1]
 
 
