@@ -41,6 +41,8 @@ setup(
         "json5>=0.9.20",
         "sentencepiece>=0.2",
         "tokenizers>=0.20",
+        "gigatoken>=0.10",
+        "pyarrow>=15",
         "safetensors>=0.4",
         "tqdm>=4.60",
         "matplotlib>=3.8",

@@ -10,7 +10,7 @@ from pathlib import Path
 import sentencepiece
 
 from megagpt.commands import shell
-from megagpt.data.documents import TEXT_KEY, input_files, read_documents
+from megagpt.data.documents import TEXT_KEY, InputFile, input_files
 from megagpt.errors import ConfigError, MegagptError
 
 EXAMPLE = """example:
@@ -25,7 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="train_tokenizer", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input", nargs="+", required=True, help="files, globs or folders: .jsonl, or plain UTF-8 text")
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        help="files, globs or folders: .jsonl, .parquet or plain UTF-8 text, also as .gz or .zst",
+    )
     parser.add_argument("--output", required=True, help="writes OUTPUT.model")
     parser.add_argument("--vocab-size", type=int, required=True, help="pieces, with the 256 bytes and the end of document")
     parser.add_argument("--character-coverage", type=float, default=0.9995, help="share of characters with own pieces")
@@ -67,8 +72,8 @@ class Lines:
 
     def _all(self) -> Iterator[str]:
         for path in self._files:
-            for document in read_documents(path, [TEXT_KEY]):
-                yield from _pieces(document[TEXT_KEY])
+            for (text,) in InputFile(path, [TEXT_KEY]):
+                yield from _pieces(text.decode())
 
 
 def _sample(items: Iterator[str], limit: int) -> list[str]:

@@ -8,13 +8,13 @@ Source: NVIDIA Megatron-LM, megatron/core/datasets/indexed_dataset.py.
 
 import difflib
 import os
+import shutil
 import struct
-from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPE_OF_CODE = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
 _TOKEN_CODES = {np.dtype(kind): code for code, kind in _DTYPE_OF_CODE.items() if np.issubdtype(kind, np.integer)}
+_COPY_BYTES = 1 << 24
 _CHECK_SEQUENCES = 1 << 20
 """Sequences whose sizes and offsets are compared at a time when a corpus is opened."""
 
@@ -43,74 +44,103 @@ def files_of(prefix: str | Path) -> tuple[Path, Path]:
     return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
 
 
-class IndexedWriter:
-    """Streams documents into `prefix`.bin and .idx; memory grows by 12 bytes a document.
+class Position(NamedTuple):
+    """How far a writer has come."""
 
-    Written aside as .tmp files, which get their names only when a `with` block ends well: the .idx last, so that a
-    reader never meets a half-made pair; they are removed when it ends badly.
+    tokens: int = 0
+    sequences: int = 0
+    documents: int = 0
+
+
+class IndexedWriter:
+    """Streams documents into `prefix`.bin and .idx, in memory that does not grow with them.
+
+    Written aside, and named only when a `with` block ends well: the .idx last, so that a reader never meets a half-made
+    pair; removed when it ends badly. A writer that was suspended instead goes on from any earlier position.
     Raises DataError where the files cannot be written, an id does not fit `dtype`, or there was no document at all.
     """
 
-    def __init__(self, prefix: str | Path, dtype: npt.DTypeLike) -> None:
+    def __init__(self, prefix: str | Path, dtype: npt.DTypeLike, start: Position | None = None) -> None:
+        """`start`: go on from here with the files that a suspended writer of the same `prefix` left."""
         self.prefix = str(prefix)
         self.dtype = np.dtype(dtype)
         assert self.dtype in _TOKEN_CODES, f"{self.dtype} is not an integer type of the format"
         self._bin, self._idx = files_of(prefix)
-        self._aside = [path.with_name(path.name + ".tmp") for path in (self._bin, self._idx)]
-        self._sizes = array("i")
-        self._document_starts = array("q", [0])
-        self.n_tokens = 0
+        aside = {part: self._bin.with_name(f"{self._bin.name}.{part}.tmp") for part in ("tokens", "sizes", "documents", "idx")}
+        self._aside = aside
+        self._files: dict[str, BinaryIO] = {}
+        self.n_tokens, self.n_sequences, self.n_documents = start or Position()
         try:
             self._bin.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._aside[0].open("wb")
+            for part, item, count in (
+                ("tokens", self.dtype.itemsize, self.n_tokens),
+                ("sizes", 4, self.n_sequences),
+                ("documents", 8, self.n_documents),
+            ):
+                self._files[part] = _open_at(aside[part], item * count)
         except OSError as error:
             raise DataError(f"{self._bin}: cannot be written: {error.strerror}") from None
 
     @property
-    def n_documents(self) -> int:
-        """Documents added so far."""
-        return len(self._document_starts) - 1
+    def position(self) -> Position:
+        """Where the writer stands."""
+        return Position(self.n_tokens, self.n_sequences, self.n_documents)
 
     def add_document(self, *sequences: npt.ArrayLike) -> None:
         """Append one document; in corpora for GPT it is a single sequence of token ids."""
-        for sequence in sequences:
-            tokens = self._in_dtype(np.asarray(sequence))
-            self._file.write(tokens.tobytes())
-            self._sizes.append(len(tokens))
-            self.n_tokens += len(tokens)
-        self._document_starts.append(len(self._sizes))
+        arrays = [np.asarray(sequence) for sequence in sequences]
+        tokens = np.concatenate(arrays) if arrays else np.zeros(0, self.dtype)
+        self._add(tokens, [len(array) for array in arrays], [self.n_sequences + len(arrays)])
 
-    def add_documents(self, tokens: Tokens, sizes: Sequence[int] | npt.NDArray[np.int32]) -> None:
+    def add_documents(self, tokens: Tokens, sizes: Sequence[int] | npt.NDArray[Any]) -> None:
         """Append documents of one sequence each, of `sizes` tokens, that stand one after another in `tokens`."""
-        assert len(tokens) == sum(sizes), "sizes do not add up to the tokens"
-        self._file.write(self._in_dtype(tokens).tobytes())
-        first = len(self._sizes)
-        self._sizes.extend(int(size) for size in sizes)
-        self._document_starts.extend(range(first + 1, len(self._sizes) + 1))
+        self._add(tokens, sizes, np.arange(1, len(sizes) + 1, dtype=np.int64) + self.n_sequences)
+
+    def _add(self, tokens: Tokens, sizes: npt.ArrayLike, documents: npt.ArrayLike) -> None:
+        """Append sequences of `sizes` tokens each, and the sequence numbers at which documents end."""
+        lengths, ends = np.asarray(sizes, np.int32), np.asarray(documents, np.int64)
+        assert len(tokens) == lengths.sum(dtype=np.int64), "sizes do not add up to the tokens"
+        try:
+            for part, values in (("tokens", self._in_dtype(tokens)), ("sizes", lengths), ("documents", ends)):
+                self._files[part].write(np.ascontiguousarray(values).data)
+        except OSError as error:
+            raise DataError(f"{self._bin}: cannot be written: {error.strerror}") from None
         self.n_tokens += len(tokens)
+        self.n_sequences += len(lengths)
+        self.n_documents += len(ends)
+
+    def sync(self) -> None:
+        """Put all that was added on the disk, where it outlives a crash."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+
+    def suspend(self) -> None:
+        """Leave what was written aside, for a writer with a `start` to go on with."""
+        for file in self._files.values():
+            file.close()
 
     def close(self) -> None:
         """Write the .idx and give both files their names."""
-        if not self.n_documents:
+        if not self.n_tokens:
             raise DataError(f"{self.prefix}: not written, because the input has no document with a token")
-        sizes = np.frombuffer(self._sizes, dtype=np.int32)
-        offsets = np.zeros(len(sizes), dtype=np.int64)
-        np.cumsum(sizes[:-1], dtype=np.int64, out=offsets[1:])
-        offsets *= self.dtype.itemsize
-        self._sync(self._file)
-        with self._aside[1].open("wb") as index:
-            index.write(_HEADER.pack(MAGIC, VERSION, _TOKEN_CODES[self.dtype], len(sizes), len(self._document_starts)))
-            for part in (sizes, offsets, np.frombuffer(self._document_starts, dtype=np.int64)):
-                index.write(part.tobytes())
-            self._sync(index)
+        self.sync()
+        with self._aside["idx"].open("wb") as index:
+            index.write(_HEADER.pack(MAGIC, VERSION, _TOKEN_CODES[self.dtype], self.n_sequences, self.n_documents + 1))
+            shutil.copyfileobj(_rewound(self._files["sizes"]), index, _COPY_BYTES)
+            self._write_offsets(index)
+            index.write(bytes(8))  # the first document begins at sequence 0
+            shutil.copyfileobj(_rewound(self._files["documents"]), index, _COPY_BYTES)
+            index.flush()
+            os.fsync(index.fileno())
         self._idx.unlink(missing_ok=True)  # an older index must not describe the newer .bin, not even for a moment
-        self._aside[0].replace(self._bin)
-        self._aside[1].replace(self._idx)
+        self._aside["tokens"].replace(self._bin)
+        self._aside["idx"].replace(self._idx)
 
     def discard(self) -> None:
         """Leave nothing behind."""
-        self._file.close()
-        for path in self._aside:
+        self.suspend()
+        for path in self._aside.values():
             path.unlink(missing_ok=True)
 
     def __enter__(self) -> "IndexedWriter":
@@ -123,6 +153,15 @@ class IndexedWriter:
         finally:
             self.discard()
 
+    def _write_offsets(self, index: BinaryIO) -> None:
+        """Byte offset of each sequence in the .bin: the sum of the sizes before it."""
+        sizes, total = _rewound(self._files["sizes"]), 0
+        while block := sizes.read(_COPY_BYTES):
+            lengths = np.frombuffer(block, np.int32).astype(np.int64)
+            ends = total + np.cumsum(lengths)
+            index.write(((ends - lengths) * self.dtype.itemsize).data)
+            total = int(ends[-1])
+
     def _in_dtype(self, tokens: Tokens) -> Tokens:
         if tokens.dtype == self.dtype or not len(tokens):
             return tokens.astype(self.dtype, copy=False)
@@ -132,12 +171,22 @@ class IndexedWriter:
                 raise DataError(f"{self.prefix}: token id {worst} does not fit {self.dtype}, which ends at {limits.max}")
         return tokens.astype(self.dtype)
 
-    @staticmethod
-    def _sync(file: Any) -> None:
-        """Data before names: after a crash of the machine a renamed file must not be empty."""
-        file.flush()
-        os.fsync(file.fileno())
-        file.close()
+
+def _open_at(path: Path, n_bytes: int) -> BinaryIO:
+    """A file to append to and read, cut to `n_bytes`. Raises DataError if it has fewer."""
+    if n_bytes and not path.is_file():
+        raise DataError(f"{path}: gone since the run stopped; run again without --resume")
+    file = path.open("r+b" if n_bytes else "w+b")
+    if file.seek(0, os.SEEK_END) < n_bytes:
+        raise DataError(f"{path}: shorter than when the run stopped: it is damaged; run again without --resume")
+    file.truncate(n_bytes)
+    file.seek(n_bytes)
+    return file
+
+
+def _rewound(file: BinaryIO) -> BinaryIO:
+    file.seek(0)
+    return file
 
 
 class IndexedCorpus:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import sentencepiece
 import tokenizers
@@ -24,6 +24,10 @@ class Tokenizer(Protocol):
     def eod_id(self) -> int:
         """The id that ends a document."""
 
+    @property
+    def special_tokens(self) -> list[str]:
+        """Texts that become one token each wherever they stand."""
+
     def encode(self, text: str) -> list[int]:
         """Ids of one text; none is added."""
 
@@ -44,6 +48,8 @@ class SentencePieceTokenizer:
             raise DataError(f"{path}: not a SentencePiece model: {error}") from None
         if self._model.eos_id() < 0:
             raise DataError(f"{path}: has no end-of-sentence piece, which ends documents; train it with one")
+        self.source = path
+        self.special_tokens: list[str] = []
         self.vocab_size: int = self._model.vocab_size()
         self.eod_id: int = self._model.eos_id()
 
@@ -65,6 +71,8 @@ class HuggingFaceTokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
+        self.source = source
+        self.special_tokens = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
         # Not the number of tokens: ids may have gaps.
         self.vocab_size: int = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         ids = [tokenizer.token_to_id(name) for name in END_OF_DOCUMENT]
@@ -80,7 +88,20 @@ class HuggingFaceTokenizer:
         return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
+        texts = [int(token) for token in ids if token != self.eod_id]
+        return self._tokenizer.decode(texts, skip_special_tokens=True)
+
+    def to_json(self) -> str:
+        """The tokenizer as a tokenizer.json."""
+        return self._tokenizer.to_str()
+
+    def framing(self) -> tuple[list[int], list[int]]:
+        """Ids that the file's post-processor puts before and after a text, such as a beginning-of-sequence token."""
+        plain, framed = (self._tokenizer.encode("a", add_special_tokens=add).ids for add in (False, True))
+        for start in range(len(framed) - len(plain) + 1):
+            if framed[start : start + len(plain)] == plain:
+                return framed[:start], framed[start + len(plain) :]
+        raise DataError(f"{self.source}: its post-processor changes the text's own tokens; expected one that frames them")
 
 
 class ByteTokenizer:
@@ -88,6 +109,7 @@ class ByteTokenizer:
 
     vocab_size = 257
     eod_id = 256
+    special_tokens: ClassVar[list[str]] = []
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -135,6 +157,6 @@ def gpt2_tokenizer(vocab: Path, merges: Path) -> HuggingFaceTokenizer:
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    if tokenizer.token_to_id(END_OF_DOCUMENT[0]) is not None:
-        tokenizer.add_special_tokens([END_OF_DOCUMENT[0]])
+    # <|endoftext|> is not made a special token: as in Megatron's own GPT-2 tokenizer, one that stands in a text is
+    # text, and cannot end the document that it stands in.
     return HuggingFaceTokenizer(tokenizer, vocab)
