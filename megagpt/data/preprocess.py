@@ -212,15 +212,14 @@ def _write(job: Job, writers: dict[str, IndexedWriter], journal: Journal, point:
             counts.text_bytes += batch.n_bytes
             counts.skipped += batch.skipped
             counts.checked = check.checked if check else 0
+            if batch.files_done is not None:
+                point.files_done, point.counts = batch.files_done, Counts(**vars(counts))
+                point.positions = {key: writer.position for key, writer in writers.items()}
+                if time.monotonic() - last >= SECONDS_BETWEEN_POINTS:
+                    _record(writers, journal, point)
+                    last = time.monotonic()
             progress.update(batch.position - position)
             position = batch.position
-            if batch.files_done is None:
-                continue
-            point.files_done, point.counts = batch.files_done, Counts(**vars(counts))
-            point.positions = {key: writer.position for key, writer in writers.items()}
-            if time.monotonic() - last >= SECONDS_BETWEEN_POINTS:
-                _record(writers, journal, point)
-                last = time.monotonic()
     point.counts = counts
 
 
