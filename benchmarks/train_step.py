@@ -82,7 +82,7 @@ def our_step(config: Config, device: torch.device) -> Callable[[], None]:
 
     def step() -> None:
         with redirect_stdout(StringIO()):
-            trainer.advance(batches.batch(trainer.step))
+            trainer.advance(batches.at(trainer.samples))
 
     return step
 

@@ -117,6 +117,9 @@ class DataConfig(Section):
     """A SentencePiece .model, a Hugging Face tokenizer.json, a folder with vocab.json and merges.txt, or "byte"."""
     seed: int = Field(default=1234, ge=0)
     """Seed of the order of documents and samples."""
+    cache_dir: str | None = None
+    """Folder for the orders of large corpora (from a million documents and samples), 13 bytes a document for each epoch.
+    Beside the data if absent, or where that is read-only in the node's folder for temporary files."""
 
 
 class OptimizerConfig(Section):

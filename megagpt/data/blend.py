@@ -4,6 +4,7 @@ import heapq
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy.typing as npt
 
 from megagpt.config.schema import DataConfig, Source
 from megagpt.data.gpt_dataset import PackedCorpus, Sample
-from megagpt.data.indexed import IndexedCorpus
+from megagpt.data.indexed import IndexedCorpus, check_corpus
 from megagpt.errors import DataError
 
 LONGEST_PERIOD = 2**18
@@ -107,9 +108,9 @@ def earliest_deadline_first(counts: Sequence[int]) -> npt.NDArray[np.int16]:
 def build_datasets(data: DataConfig, sequence_length: int) -> Datasets:
     """Open what `data` names. Raises DataError for files that are missing, damaged or too short, and where train is absent."""
     if data.paths is not None and data.split is not None:
-        parts = [_split_part(data.paths, data.split, part, sequence_length, data.seed) for part in range(3)]
+        parts = [_split_part(data, data.paths, data.split, part, sequence_length) for part in range(3)]
     else:
-        parts = [_whole(source, sequence_length, data.seed) for source in (data.train, data.valid, data.test)]
+        parts = [_whole(data, source, sequence_length) for source in (data.train, data.valid, data.test)]
     train, valid, test = parts
     if train is None:
         raise DataError("data.train: no training data; give the prefix of a .bin/.idx pair, or data.paths with data.split")
@@ -125,40 +126,30 @@ def split_ranges(n_sequences: int, split: str) -> list[range]:
 
 
 def check_vocabulary(data: DataConfig, vocab_size: int) -> None:
-    """Look at both ends of every corpus: raise DataError for an id that the vocabulary has not.
-
-    The whole is not read, which may be terabytes: every sample is checked when it is used (`sampler.py`).
-    """
+    """Raise DataError if a corpus has an id that the vocabulary has not (`indexed.check_corpus` says how far it looks)."""
     for source in (data.train, data.valid, data.test, data.paths):
         for prefix in _prefixes(source):
-            corpus = IndexedCorpus(prefix)
-            for sequence in {0, len(corpus.sizes) - 1}:
-                check_ids(corpus.read(sequence)[: 2**20], vocab_size, prefix)
+            check_corpus(IndexedCorpus(prefix), vocab_size)
 
 
-def check_ids(tokens: npt.NDArray[np.generic], vocab_size: int, where: str) -> None:
-    """Raise DataError if an id lies outside the vocabulary."""
-    largest = int(tokens.max()) if len(tokens) else 0
-    if largest >= vocab_size or int(tokens.min() if len(tokens) else 0) < 0:
-        raise DataError(
-            f"{where}: token id {largest}, but model.vocab_size is {vocab_size}; "
-            "the data was made with another tokenizer than data.tokenizer"
-        )
-
-
-def _split_part(source: Source, split: str, part: int, sequence_length: int, seed: int) -> Dataset | None:
+def _split_part(data: DataConfig, source: Source, split: str, part: int, sequence_length: int) -> Dataset | None:
     if float(split.split(",")[part]) == 0:
         return None
-    corpora = {prefix: IndexedCorpus(prefix) for prefix in _prefixes(source)}
-    ranges = {prefix: split_ranges(len(corpus.sizes), split)[part] for prefix, corpus in corpora.items()}
-    return _blend([PackedCorpus(corpora[p], ranges[p], sequence_length, seed) for p in corpora], source)
-
-
-def _whole(source: Source | None, sequence_length: int, seed: int) -> Dataset | None:
     corpora = [IndexedCorpus(prefix) for prefix in _prefixes(source)]
-    if source is None or not corpora:
+    ranges = [split_ranges(len(corpus.sizes), split)[part] for corpus in corpora]
+    return _blend([_packed(data, c, r, sequence_length) for c, r in zip(corpora, ranges, strict=True)], source)
+
+
+def _whole(data: DataConfig, source: Source | None, sequence_length: int) -> Dataset | None:
+    if not source:
         return None
-    return _blend([PackedCorpus(corpus, range(len(corpus.sizes)), sequence_length, seed) for corpus in corpora], source)
+    corpora = [IndexedCorpus(prefix) for prefix in _prefixes(source)]
+    return _blend([_packed(data, corpus, range(len(corpus.sizes)), sequence_length) for corpus in corpora], source)
+
+
+def _packed(data: DataConfig, corpus: IndexedCorpus, sequences: range, sequence_length: int) -> PackedCorpus:
+    cache_dir = Path(data.cache_dir) if data.cache_dir else None
+    return PackedCorpus(corpus, sequences, sequence_length, data.seed, cache_dir)
 
 
 def _blend(corpora: list[PackedCorpus], source: Source) -> Dataset:

@@ -10,7 +10,7 @@ import difflib
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +30,8 @@ _HEADER = struct.Struct("<9sQBQQ")
 _DTYPE_OF_CODE = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
 _TOKEN_CODES = {np.dtype(kind): code for code, kind in _DTYPE_OF_CODE.items() if np.issubdtype(kind, np.integer)}
 _COPY_BYTES = 1 << 24
+_CHECK_TOKENS = 1 << 22
+"""Tokens whose ids are compared at a time."""
 _CHECK_SEQUENCES = 1 << 20
 """Sequences whose sizes and offsets are compared at a time when a corpus is opened."""
 
@@ -232,7 +234,7 @@ class IndexedCorpus:
                 raise DataError(f"{idx_path}: its sizes and offsets contradict each other: it is damaged; write the pair again")
             n_tokens = int(ends[-1])
         bounds = self.document_indices
-        if len(bounds) < 1 or bounds[0] != 0 or bounds[-1] != len(self.sizes) or np.any(np.diff(bounds) < 0):
+        if len(bounds) < 1 or bounds[0] != 0 or bounds[-1] != len(self.sizes) or not _ascends(bounds):
             raise DataError(
                 f"{idx_path}: its documents do not cover its {len(self.sizes)} sequences: it is damaged; write the pair again"
             )
@@ -249,20 +251,38 @@ class IndexedCorpus:
             )
 
 
-def check_vocab(corpus: IndexedCorpus, vocab_size: int, chunk_tokens: int = 1 << 24) -> None:
-    """Read the whole corpus, `chunk_tokens` at a time; raises DataError if an id is outside 0 ... vocab_size - 1."""
+def check_ids(tokens: Tokens, vocab_size: int, where: str) -> None:
+    """Raise DataError if an id of `tokens`, of any shape, lies outside 0 ... vocab_size - 1."""
+    if not tokens.size:
+        return
+    for worst in (int(tokens.max()), int(tokens.min())):
+        if not 0 <= worst < vocab_size:
+            raise DataError(
+                f"{where}: token id {worst}, but the vocabulary has the ids 0 to {vocab_size - 1}; the data is damaged or "
+                "was made with another tokenizer: use that one, or give model.vocab_size"
+            )
+
+
+def check_corpus(corpus: IndexedCorpus, vocab_size: int, most_bytes: int = 2**32) -> None:
+    """Raise DataError if the corpus has an id outside 0 ... vocab_size - 1.
+
+    Reads all of a corpus up to `most_bytes`, a matter of seconds; of a larger one so many, spread evenly over it (the
+    rest is looked at when it is used, in `sampler.py`).
+    """
     limits = np.iinfo(corpus.dtype)
     if limits.min == 0 and limits.max < vocab_size:
         return
-    chunks: Iterator[Tokens] = (corpus.tokens[i : i + chunk_tokens] for i in range(0, corpus.n_tokens, chunk_tokens))
-    lowest, highest = np.array([(chunk.min(), chunk.max()) for chunk in chunks], dtype=np.int64).T
-    if highest.max() >= vocab_size:
-        raise DataError(
-            f"{corpus.prefix}: its largest token id is {highest.max()}, but the vocabulary has {vocab_size} tokens; "
-            f"use the tokenizer that wrote it, or model.vocab_size {highest.max() + 1} or more"
-        )
-    if lowest.min() < 0:
-        raise DataError(f"{corpus.prefix}: has the token id {lowest.min()}, ids begin at 0: it is damaged; write it again")
+    chunks = -(-corpus.n_tokens // _CHECK_TOKENS)
+    step = max(1.0, corpus.tokens.nbytes / most_bytes)
+    for number in range(int(chunks / step) + 1):
+        first = int(number * step) * _CHECK_TOKENS
+        check_ids(corpus.tokens[first : first + _CHECK_TOKENS], vocab_size, corpus.prefix)
+
+
+def _ascends(values: npt.NDArray[np.int64]) -> bool:
+    """Looked at in parts: the whole may be large."""
+    starts = range(0, len(values), _CHECK_SEQUENCES)
+    return all(bool(np.all(np.diff(values[start : start + _CHECK_SEQUENCES + 1]) >= 0)) for start in starts)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Where rank 0 reports: a file of JSON lines, the console, Weights & Biases.
 
-A training record has step, loss, learning_rate, grad_norm, tokens, tokens_per_second and step_seconds;
+A training record has step, loss, learning_rate, grad_norm, tokens, tokens_per_second, step_seconds and data_wait;
 an evaluation record has step, eval_loss and eval_perplexity, test_... after the last step. `step` counts the optimizer steps
 done. More keys may be added: all of them reach the file and Weights & Biases.
 """

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,18 +11,19 @@ from megagpt.checkpoint.format import MASTER
 from megagpt.checkpoint.load import Reader
 from megagpt.checkpoint.save import Entry, save_checkpoint
 from megagpt.checkpoint.together import together
-from megagpt.config.schema import Config
-from megagpt.errors import CheckpointError
 from megagpt.parallel.shard import Shard, is_second_copy, shard_of
 from megagpt.training.engine import Engine
 from megagpt.training.fragments import Fragment, ZeroState
 
 
-def save(engine: Engine, directory: Path, step: int) -> Path:
-    """Write weights, moments and counters after `step` steps (collective); returns the checkpoint's folder."""
+def save(engine: Engine, directory: Path, step: int, samples: int) -> Path:
+    """Write weights, moments and counters after `step` steps on `samples` samples (collective).
+
+    Returns the checkpoint's folder.
+    """
     config, zero = engine.config, _zero_state(engine)
     state = {
-        "samples": step * config.training.global_batch_size,
+        "samples": samples,
         "optimizer_step": zero.step,
         "optimizer": config.optimizer.type,
         "loss_scaler": zero.loss_scaler,
@@ -33,8 +33,8 @@ def save(engine: Engine, directory: Path, step: int) -> Path:
     )
 
 
-def restore(engine: Engine, folder: Path) -> int:
-    """Load a checkpoint of any layout into the engine (collective); returns the steps made.
+def restore(engine: Engine, folder: Path) -> tuple[int, int]:
+    """Load a checkpoint of any layout into the engine (collective); returns the steps made and the samples read.
 
     Raises CheckpointError where it is damaged or of another model.
     """
@@ -53,13 +53,12 @@ def restore(engine: Engine, folder: Path) -> int:
             reader.fill(parameter)
     zero.step = reader.manifest.state["optimizer_step"]
     zero.loss_scaler = reader.manifest.state["loss_scaler"]
-    return reader.manifest.step
+    return reader.manifest.step, reader.manifest.state["samples"]
 
 
 def _open(engine: Engine, folder: Path) -> Reader:
     reader = Reader(folder, dist.get_rank(), dist.get_world_size())
     reader.check_shapes({shard_of(p).name: shard_of(p).shape for p in engine.parameters})
-    _check_same_data_position(reader, engine.config)
     return reader
 
 
@@ -89,14 +88,3 @@ def _read(reader: Reader, kind: str, shard: Shard, fragment: Fragment) -> torch.
     for piece in pieces(shard, fragment.shape, fragment.start, fragment.start + len(flat)):
         flat[piece.start : piece.start + piece.box.numel] = reader.read(kind, shard.name, piece.box).flatten()
     return flat
-
-
-def _check_same_data_position(reader: Reader, config: Config) -> None:
-    """Steps count global batches: another batch size would read other samples than the run would have."""
-    saved: dict[str, Any] = reader.manifest.state
-    size = config.training.global_batch_size
-    if saved["samples"] != reader.manifest.step * size:
-        raise CheckpointError(
-            f"{reader.folder}: {saved['samples']} samples were read in {reader.manifest.step} steps, which is not "
-            f"training.global_batch_size {size}; resume with {saved['samples'] // max(1, reader.manifest.step)}"
-        )

@@ -8,8 +8,9 @@ import torch
 
 from megagpt.checkpoint.format import find_checkpoint, resolve_checkpoint
 from megagpt.config.schema import Config
+from megagpt.data.ahead import Ahead
 from megagpt.data.blend import Datasets
-from megagpt.data.sampler import Prefetcher, Rows
+from megagpt.data.sampler import Rows
 from megagpt.errors import ConfigError
 from megagpt.parallel.topology import Topology
 from megagpt.training import snapshot
@@ -20,15 +21,19 @@ from megagpt.training.loggers import FanOut, Logger, build_loggers
 from megagpt.training.lr_schedule import learning_rate
 from megagpt.training.metrics import count_tokens, global_loss
 
+BATCHES_AHEAD = 2
+"""Global batches that a rank has ready beside the one in work."""
+
 
 class Trainer:
     """One run: made from a config, a topology and open datasets; `train()` takes it to its last step."""
 
     def __init__(self, config: Config, topology: Topology, datasets: Datasets, device: torch.device) -> None:
         self.config, self.topology, self.datasets, self.device = config, topology, datasets, device
-        self.total_steps = total_steps(config, datasets)
+        total_steps(config, datasets)  # a run of no step ends before the engine is made
         self.engine = Engine(config, topology, device)
-        self.step = self._resume()
+        self.step, self.samples = self._resume()
+        self.total_steps = total_steps(config, datasets, self.step, self.samples)
         run_config = {**config.model_dump(mode="json"), "layout": vars(topology.layout)}
         self.logger: Logger = FanOut()
         if topology.rank == 0:
@@ -38,14 +43,14 @@ class Trainer:
     def train(self) -> None:
         """Step until the run's length, evaluating and saving on the way and at the end."""
         batches = global_batches(self.datasets.train, self.config, self.topology, self.config.training.micro_batch_size)
-        prefetcher = Prefetcher(batches, self.step, self.total_steps)
-        try:
-            for rows in prefetcher:
+        firsts = range(self.samples, self.samples + (self.total_steps - self.step) * batches.size, batches.size)
+        with Ahead((batches.at(first) for first in firsts), BATCHES_AHEAD) as ready:
+            for rows in ready:
+                self._window.seconds_waited += ready.seconds_waited
+                ready.seconds_waited = 0.0
                 self.advance(rows)
                 self._evaluate_if_due()
                 self._save_if_due()
-        finally:
-            prefetcher.close()
         if self.datasets.test is not None:
             self.logger.step({"step": self.step, **evaluate(self.engine, self.datasets.test, self.config, "test")})
 
@@ -57,6 +62,7 @@ class Trainer:
         rate = learning_rate(self.step, self.total_steps, config.optimizer.learning_rate, config.lr_schedule)
         result = self.engine.train_step(micro_batches, n_tokens, rate)
         self.step += 1
+        self.samples += config.training.global_batch_size
         self._report(result, n_tokens, rate)
 
     def close(self) -> None:
@@ -64,15 +70,15 @@ class Trainer:
         self.logger.close()
         self.engine.close()
 
-    def _resume(self) -> int:
-        """Load what the config names; returns the steps already made."""
+    def _resume(self) -> tuple[int, int]:
+        """Load what the config names; returns the steps already made and the samples already read."""
         checkpoint = self.config.checkpoint
         if checkpoint.resume == "never":
-            return 0
+            return 0, 0
         if checkpoint.resume != "auto":
             return snapshot.restore(self.engine, resolve_checkpoint(checkpoint.resume))
         found = find_checkpoint(Path(checkpoint.dir)) if checkpoint.dir else None
-        return snapshot.restore(self.engine, found) if found else 0
+        return snapshot.restore(self.engine, found) if found else (0, 0)
 
     def _report(self, result: StepResult, n_tokens: int, rate: float) -> None:
         self._window.tokens += n_tokens
@@ -86,9 +92,10 @@ class Trainer:
             "loss": loss,
             "learning_rate": rate,
             "grad_norm": result.grad_norm,
-            "tokens": self.step * self.config.training.global_batch_size * self.config.model.n_positions,
+            "tokens": self.samples * self.config.model.n_positions,
             "tokens_per_second": self._window.tokens / seconds,
             "step_seconds": seconds / self._window.steps,
+            "data_wait": self._window.seconds_waited / seconds,
         }
         if self.config.training.precision == "fp16":
             record |= {"loss_scale": result.loss_scale, "skipped": int(result.skipped)}
@@ -105,7 +112,7 @@ class Trainer:
         checkpoint = self.config.checkpoint
         if checkpoint.dir is None or not self._due(checkpoint.interval):
             return
-        folder = snapshot.save(self.engine, Path(checkpoint.dir), self.step)
+        folder = snapshot.save(self.engine, Path(checkpoint.dir), self.step, self.samples)
         if self.topology.rank == 0:
             print(f"saved {folder}", flush=True)
         self._window = Window()
@@ -119,17 +126,24 @@ class Window:
 
     def __init__(self) -> None:
         self.start, self.steps, self.tokens = time.monotonic(), 0, 0
+        self.seconds_waited = 0.0
+        """For data, on this rank."""
 
 
-def total_steps(config: Config, datasets: Datasets) -> int:
-    """Length of the run in optimizer steps. Raises ConfigError where an epoch is less than one step."""
+def total_steps(config: Config, datasets: Datasets, step: int = 0, samples: int = 0) -> int:
+    """Length of the run in optimizer steps, of which `step` are made and read `samples`, maybe with other batch sizes.
+
+    Raises ConfigError where an epoch is less than one step.
+    """
     training = config.training
     if training.steps is not None:
         return training.steps
     if training.tokens is not None:
-        return -(-training.tokens // (training.global_batch_size * config.model.n_positions))
+        wanted = -(-training.tokens // config.model.n_positions)
+        return step + max(0, -(-(wanted - samples) // training.global_batch_size))
     assert training.epochs is not None
-    steps = int(training.epochs * datasets.train.samples_per_epoch / training.global_batch_size)
+    wanted = int(training.epochs * datasets.train.samples_per_epoch)
+    steps = step + max(0, (wanted - samples) // training.global_batch_size)
     if steps == 0:
         raise ConfigError(
             f"training.epochs: {training.epochs:g} epochs of {datasets.train.samples_per_epoch} samples are less than "

@@ -115,12 +115,35 @@ def test_another_model_is_refused_with_every_difference(saved: tuple[Path, str],
     assert "layers.0.mlp.up.weight is [128, 32], the model has [64, 32]" in str(error.value)
 
 
-def test_another_batch_size_is_refused_since_it_would_read_other_samples(
-    saved: tuple[Path, str], ranks: Pool, tmp_path: Path
-) -> None:
-    training: Tree = {"training": {"steps": 3, "micro_batch_size": 2, "global_batch_size": 4}}
-    with pytest.raises(RankError, match="resume with 8"):
-        resume(saved, tmp_path, ranks, **training)
+def test_a_run_goes_on_at_the_next_sample_with_another_batch_size_and_other_ranks(ranks: Pool, tmp_path: Path) -> None:
+    """With weights that all but stand still, the loss tells which samples a step has read."""
+    data = corpus(tmp_path)
+
+    def run(folder: str, world: int, steps: int, micro: int, size: int) -> Tree:
+        still: Tree = {
+            "training": {"steps": steps, "micro_batch_size": micro, "global_batch_size": size},
+            "optimizer": {"learning_rate": 1e-9, "weight_decay": 0.0},
+            "model": {"embd_pdrop": 0.0},
+        }
+        return ranks.run(world, run_trainer, config_of(tmp_path / folder, data, {}, 1, steps, **still))[0]
+
+    fours = run("fours", 1, 12, 4, 4)["losses"]  # samples 0 to 48, four by four
+    run("changed", 2, 2, 2, 8)  # samples 0 to 16
+    run("changed", 4, 5, 1, 4)  # samples 16 to 28
+    losses = run("changed", 1, 6, 3, 12)["losses"]  # samples 28 to 40
+    expected = [sum(fours[0:2]) / 2, sum(fours[2:4]) / 2, *fours[4:7], sum(fours[7:10]) / 3]
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert max(fours) - min(fours) > 1e-2  # a sample too far would show
+
+
+def test_a_run_measured_in_tokens_ends_at_them_with_any_batch_size(ranks: Pool, tmp_path: Path) -> None:
+    data = corpus(tmp_path)
+    for size, steps, stop in ((8, 2, 2), (4, None, 2 + 4)):  # 16 samples, then 16 of the 32 that 500 tokens take
+        length: Tree = {"steps": steps} if steps else {"tokens": 500, "steps": None}
+        training: Tree = {"training": {**length, "micro_batch_size": 2, "global_batch_size": size}}
+        result = ranks.run(2, run_trainer, config_of(tmp_path, data, {}, 1, 2, **training))[0]
+        assert result["step"] == stop
+    assert result["records"][-1]["tokens"] == 32 * 16
 
 
 def test_padding_rows_of_the_vocabulary_are_not_in_the_checkpoint(saved: tuple[Path, str]) -> None:

@@ -11,7 +11,7 @@ from megagpt.config.schema import DataConfig
 from megagpt.data.blend import build_datasets, check_vocabulary, split_ranges
 from megagpt.data.gpt_dataset import PackedCorpus
 from megagpt.data.indexed import IndexedCorpus, IndexedWriter
-from megagpt.data.sampler import GlobalBatches, Prefetcher
+from megagpt.data.sampler import GlobalBatches
 from megagpt.errors import DataError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -68,23 +68,32 @@ def test_the_global_batch_does_not_depend_on_the_layout(prefix: str, data_size: 
     packed = PackedCorpus(IndexedCorpus(prefix), range(50), 7, seed=3)
     for step in (0, 5, 40):
         expected = np.stack([packed.sample(step * 8 + row).tokens for row in range(8)])
-        ranks = [GlobalBatches(packed, 8, micro, rank, data_size, 10_000).batch(step) for rank in range(data_size)]
+        ranks = [GlobalBatches(packed, 8, micro, rank, data_size, 10_000).at(8 * step) for rank in range(data_size)]
         rows = [batch for rank in ranks for batch in rank]
         assert np.array_equal(np.concatenate([batch.tokens for batch in rows]), expected)
         assert [batch.index for batch in rows] == list(range(8 // micro))
 
 
-def test_the_prefetcher_gives_the_same_and_raises_what_its_thread_met(prefix: str) -> None:
+@pytest.mark.parametrize("first", [0, 3, 10_001])
+def test_a_batch_may_begin_at_any_sample(prefix: str, first: int) -> None:
     packed = PackedCorpus(IndexedCorpus(prefix), range(50), 7, seed=3)
-    batches = GlobalBatches(packed, 4, 2, 0, 1, 10_000)
-    prefetcher = Prefetcher(batches, 3, 7)
-    for step, rows in enumerate(prefetcher, 3):
-        assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(rows, batches.batch(step), strict=True))
-    prefetcher.close()
-    failing = Prefetcher(GlobalBatches(packed, 4, 2, 0, 1, 5), 0, 3)
-    with pytest.raises(DataError, match=r"token id \d+, but model.vocab_size is 5"):
-        next(iter(failing))
-    failing.close()
+    (rows,) = GlobalBatches(packed, 4, 4, 0, 1, 10_000).at(first)
+    assert np.array_equal(rows.tokens, np.stack([packed.sample(first + row).tokens for row in range(4)]))
+
+
+def test_an_id_above_the_vocabulary_is_named_with_its_sample(prefix: str) -> None:
+    packed = PackedCorpus(IndexedCorpus(prefix), range(50), 7, seed=3)
+    with pytest.raises(DataError, match=r"sample 8: token id \d+, but the vocabulary has the ids 0 to 4"):
+        GlobalBatches(packed, 4, 2, 0, 1, 5).at(8)
+
+
+def test_samples_tell_where_documents_begin(prefix: str) -> None:
+    corpus = IndexedCorpus(prefix)
+    packed = PackedCorpus(corpus, range(50), 7, seed=3)
+    firsts = {int(corpus.read(sequence)[0]) for sequence in range(50)}
+    for index in range(2 * packed.samples_per_epoch):
+        sample = packed.sample(index)
+        assert [int(token) in firsts for token in sample.tokens] == sample.starts.tolist()
 
 
 def test_splits_cover_every_document_once_in_order() -> None:
@@ -125,7 +134,7 @@ def test_too_few_tokens_and_no_data_at_all(tmp_path: Path) -> None:
         build_datasets(DataConfig(train=short), 7)
     with pytest.raises(DataError, match="data.train: no training data"):
         build_datasets(DataConfig(), 7)
-    with pytest.raises(DataError, match="token id 3, but model.vocab_size is 3"):
+    with pytest.raises(DataError, match="token id 3, but the vocabulary has the ids 0 to 2"):
         check_vocabulary(DataConfig(train=short), 3)
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megagpt.data.indexed import IndexedCorpus, IndexedWriter, check_vocab, token_dtype
+from megagpt.data import indexed
+from megagpt.data.indexed import IndexedCorpus, IndexedWriter, check_corpus, token_dtype
 from megagpt.errors import DataError
 
 
@@ -72,11 +73,35 @@ def test_an_id_that_does_not_fit_is_refused_and_an_older_pair_survives(tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
 
 
-def test_the_vocabulary_check_finds_the_largest_id_in_any_chunk(tmp_path: Path) -> None:
-    by_hand(tmp_path / "a")
-    check_vocab(IndexedCorpus(tmp_path / "a"), 70001, chunk_tokens=2)
-    with pytest.raises(DataError, match="largest token id is 70000, but the vocabulary has 70000"):
-        check_vocab(IndexedCorpus(tmp_path / "a"), 70000, chunk_tokens=2)
+@pytest.mark.parametrize("place", [0, 4, 8])
+def test_one_id_above_the_vocabulary_is_found_wherever_it_stands(
+    place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexed, "_CHECK_TOKENS", 2)
+    tokens = [5] * 9
+    tokens[place] = 700
+    with IndexedWriter(tmp_path / "a", np.uint16) as writer:
+        writer.add_document(tokens)
+    check_corpus(IndexedCorpus(tmp_path / "a"), 701)
+    with pytest.raises(DataError, match=r"a: token id 700, but the vocabulary has the ids 0 to 699"):
+        check_corpus(IndexedCorpus(tmp_path / "a"), 700)
+
+
+def test_a_negative_id_is_found(tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "a", np.int32) as writer:
+        writer.add_document([5, -1, 5])
+    with pytest.raises(DataError, match="token id -1"):
+        check_corpus(IndexedCorpus(tmp_path / "a"), 700)
+
+
+def test_of_a_very_large_corpus_the_check_reads_an_even_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexed, "_CHECK_TOKENS", 10)
+    seen: list[int] = []
+    monkeypatch.setattr(indexed, "check_ids", lambda tokens, *rest: seen.extend(tokens.tolist()))
+    with IndexedWriter(tmp_path / "a", np.uint16) as writer:
+        writer.add_document(range(1000))
+    check_corpus(IndexedCorpus(tmp_path / "a"), 60_000, most_bytes=200)
+    assert len(seen) <= 110 and max(np.diff(sorted({0, *seen, 999}))) <= 101
 
 
 def test_tokens_take_two_bytes_below_megatron_s_limit() -> None:
