@@ -2,13 +2,17 @@
 
 import sys
 import time
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 def progress(what: str, total_bytes: int) -> "tqdm[None] | LogLines":
     """Told of bytes done by `update`; used as a context manager."""
     if sys.stderr.isatty():
+        from tqdm import tqdm  # its import takes a tenth of a small run
+
         return tqdm(total=total_bytes, unit="B", unit_scale=True, desc=what)
     return LogLines(what, total_bytes)
 

@@ -7,6 +7,7 @@ wait for the lock and find the files. Where locks do not work, several build the
 import contextlib
 import fcntl
 import hashlib
+import mmap
 import os
 import shutil
 import tempfile
@@ -136,4 +137,6 @@ def _load(place: Path) -> Order | None:
         parts = {part: np.load(place / f"{part}.npy", mmap_mode="r", allow_pickle=False) for part in Order._fields}
     except (OSError, ValueError, EOFError):
         return None
+    for values in parts.values():
+        values._mmap.madvise(mmap.MADV_WILLNEED)  # read in one go, before the first samples are looked for
     return Order(**{part: values.view(np.ndarray) for part, values in parts.items()})

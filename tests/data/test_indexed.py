@@ -1,5 +1,6 @@
 """The index file against bytes laid out by hand; every kind of damage is told by its own sentence."""
 
+import os
 import struct
 from pathlib import Path
 
@@ -106,3 +107,12 @@ def test_of_a_very_large_corpus_the_check_reads_an_even_part(tmp_path: Path, mon
 
 def test_tokens_take_two_bytes_below_megatron_s_limit() -> None:
     assert [token_dtype(size).name for size in (65499, 65500)] == ["uint16", "int32"]
+
+
+def test_a_file_cut_short_while_it_is_open_is_an_error_and_not_the_end(tmp_path: Path) -> None:
+    by_hand(tmp_path / "a")
+    corpus = IndexedCorpus(tmp_path / "a")
+    os.truncate(tmp_path / "a.bin", 2)
+    with pytest.raises(DataError, match=r"a.bin: ends before byte \d+: it was cut short since it was opened"):
+        for sequence in range(len(corpus.sizes)):
+            corpus.read(sequence)

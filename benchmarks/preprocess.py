@@ -1,0 +1,101 @@
+"""Text to tokens, whole processes on one file: ours, gigatoken alone, Hugging Face's tokenizers alone.
+
+    python benchmarks/preprocess.py --tokenizer ../shared/data/gpt2 --input corpus.jsonl
+    python benchmarks/preprocess.py --tokenizer ../shared/data/gpt2 --megabytes 30
+
+gigatoken alone reads the file and encodes it, and writes nothing: the bound for ours, which also parses in Python,
+compares a sample with the reference library and writes the pair of files. The runs take turns, so that a machine that
+slows down slows all of them.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+GIGATOKEN = """
+import sys, gigatoken
+from megagpt.data.tokenizer import load_tokenizer
+tokenizer = gigatoken.Tokenizer.from_json(load_tokenizer(sys.argv[1]).to_json())
+print(len(tokenizer.encode_files(gigatoken.JsonlFileSource([sys.argv[2]]))), "documents")
+"""
+TOKENIZERS = """
+import sys, json
+from megagpt.data.tokenizer import load_tokenizer
+tokenizer = load_tokenizer(sys.argv[1])
+texts = [json.loads(line)["text"] for line in open(sys.argv[2], "rb")]
+print(sum(len(tokenizer.encode_batch(texts[first : first + 1000])) for first in range(0, len(texts), 1000)), "documents")
+"""
+
+
+def main() -> None:
+    """Print each program's seconds, least and median, and its rate."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", required=True, help="a folder with vocab.json and merges.txt, or a tokenizer.json")
+    parser.add_argument("--input", help="a .jsonl (default: made of the text files of the Python installation)")
+    parser.add_argument("--megabytes", type=int, default=30, help="size of the file that is made")
+    parser.add_argument("--runs", type=int, default=5, help="runs of ours and of gigatoken")
+    parser.add_argument("--reference-runs", type=int, default=1, help="runs of Hugging Face's tokenizers")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(args.input) if args.input else make_corpus(Path(folder) / "corpus.jsonl", args.megabytes * 10**6)
+        ours = [str(ROOT / "tools" / "preprocess_data.py"), "--input", str(path), "--tokenizer", args.tokenizer]
+        ours += ["--append-eod", "--output-prefix", str(Path(folder) / "out")]
+        programs = {
+            "ours": (ours, args.runs),
+            "gigatoken alone": (["-c", GIGATOKEN, args.tokenizer, str(path)], args.runs),
+            "tokenizers alone": (["-c", TOKENIZERS, args.tokenizer, str(path)], args.reference_runs),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in programs}
+        for turn in range(args.runs):
+            for name, (command, runs) in programs.items():
+                if turn < runs:
+                    seconds[name].append(run(command))
+        report(seconds, path.stat().st_size)
+
+
+def report(seconds: dict[str, list[float]], n_bytes: int) -> None:
+    """One line for each program."""
+    bound = statistics.median(seconds["gigatoken alone"])
+    for name, found in seconds.items():
+        if not found:
+            continue
+        middle = statistics.median(found)
+        print(
+            f"{name}: median {middle:.2f} s, least {min(found):.2f} s of {len(found)}, {n_bytes / middle / 1e6:.1f} MB/s, "
+            f"{middle / bound:.2f} times gigatoken alone"
+        )
+
+
+def run(command: list[str]) -> float:
+    """Seconds of a Python process from its start to its end."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    start = time.perf_counter()
+    subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL, env=environment)
+    return time.perf_counter() - start
+
+
+def make_corpus(path: Path, n_bytes: int) -> Path:
+    """Documents out of the installation's sources and texts, each once while they last."""
+    roots = [sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")]
+    files = sorted(file for root in roots for kind in ("py", "txt", "md", "rst") for file in Path(root).rglob(f"*.{kind}"))
+    written = 0
+    with path.open("w", encoding="utf-8") as output:
+        while written < n_bytes:
+            for file in files:
+                text = file.read_text(encoding="utf-8", errors="ignore")[:20_000]
+                written += output.write(json.dumps({"text": text, "file": str(file)}) + "\n")
+                if written >= n_bytes:
+                    break
+    return path
+
+
+if __name__ == "__main__":
+    main()
