@@ -1,22 +1,16 @@
 """Several corpora as one stream, and the datasets that a config names."""
 
-import heapq
-import math
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from megagpt.config.schema import DataConfig, Source
 from megagpt.data.gpt_dataset import PackedCorpus, Sample
 from megagpt.data.indexed import IndexedCorpus, check_corpus
+from megagpt.data.interleave import Interleave
 from megagpt.errors import DataError
-
-LONGEST_PERIOD = 2**18
-"""Samples after which a blend's order repeats at the latest: a third of a second to lay out, 1.5 MB."""
 
 
 class Dataset(Protocol):
@@ -39,70 +33,21 @@ class Datasets(NamedTuple):
 
 
 class Blend:
-    """Corpora mixed by weight: at every point of the stream each has given its share to within one sample.
+    """Corpora mixed by weight: at every point of the stream each has given its share to within one sample."""
 
-    The order of corpora repeats, so that any sample is found at once, however far into the stream: after as many
-    samples as the weights' common denominator, or, where that is above `LONGEST_PERIOD`, after so many, with the
-    shares rounded to multiples of 1 / LONGEST_PERIOD.
-    """
-
-    def __init__(self, corpora: list[PackedCorpus], weights: list[float]) -> None:
+    def __init__(self, corpora: Sequence[Dataset], weights: Sequence[float]) -> None:
+        """Raises DataError for a weight that is too small a share."""
         self._corpora = corpora
-        self._counts = samples_per_period(weights)
-        self._choices = earliest_deadline_first(self._counts)
-        self._ranks = np.empty(len(self._choices), np.int32)
-        for corpus, count in enumerate(self._counts):
-            self._ranks[self._choices == corpus] = np.arange(count)
+        try:
+            self._interleave = Interleave(weights)
+        except ValueError as error:
+            raise DataError(f"data: weights {', '.join(f'{weight:g}' for weight in weights)}: {error}; leave it out") from None
         self.samples_per_epoch = sum(corpus.samples_per_epoch for corpus in corpora)
 
     def sample(self, index: int) -> Sample:
         """Sample `index` >= 0."""
-        period, position = divmod(index, len(self._choices))
-        choice = int(self._choices[position])
-        return self._corpora[choice].sample(period * self._counts[choice] + int(self._ranks[position]))
-
-
-def samples_per_period(weights: Sequence[float]) -> list[int]:
-    """How many samples of each corpus one period has; exactly in the weights' proportion if it is not too long.
-
-    Otherwise rounded by largest remainder, and at least one each.
-    """
-    exact = [Fraction(str(weight)) for weight in weights]
-    shares = [weight / sum(exact) for weight in exact]
-    period = math.lcm(*(share.denominator for share in shares))
-    if period <= LONGEST_PERIOD:
-        return [int(share * period) for share in shares]
-    wanted = [share * LONGEST_PERIOD for share in shares]
-    counts = [max(1, math.floor(count)) for count in wanted]
-    spare = LONGEST_PERIOD - sum(counts)
-    by_need = sorted(range(len(counts)), key=lambda corpus: counts[corpus] - wanted[corpus])
-    for corpus in by_need[:spare] if spare > 0 else ():
-        counts[corpus] += 1
-    if spare < 0:  # more corpora were lifted to one sample than floors had left over: the largest pays
-        counts[counts.index(max(counts))] += spare
-    return counts
-
-
-def earliest_deadline_first(counts: Sequence[int]) -> npt.NDArray[np.int16]:
-    """The order of corpora in one period, [sum(counts)], which keeps each to within one sample of its share.
-
-    The j-th sample of a corpus that has `count` of the `period` samples may come from place floor(j period / count)
-    on and has to come before place ceil((j + 1) period / count). Of those that may come, the one that has to come
-    first is taken, which meets every deadline (Tijdeman 1980, the chairman assignment problem).
-    """
-    period = sum(counts)
-    order = np.empty(period, np.int16)
-    coming = [(0, corpus, 0) for corpus in range(len(counts))]
-    ready: list[tuple[int, int, int]] = []
-    for place in range(period):
-        while coming and coming[0][0] <= place:
-            _, corpus, rank = heapq.heappop(coming)
-            heapq.heappush(ready, (-(-(rank + 1) * period // counts[corpus]), corpus, rank))
-        _, corpus, rank = heapq.heappop(ready)
-        order[place] = corpus
-        if rank + 1 < counts[corpus]:
-            heapq.heappush(coming, ((rank + 1) * period // counts[corpus], corpus, rank + 1))
-    return order
+        corpus, rank = self._interleave.at(index)
+        return self._corpora[corpus].sample(rank)
 
 
 def build_datasets(data: DataConfig, sequence_length: int) -> Datasets:
@@ -152,7 +97,7 @@ def _packed(data: DataConfig, corpus: IndexedCorpus, sequences: range, sequence_
     return PackedCorpus(corpus, sequences, sequence_length, data.seed, cache_dir)
 
 
-def _blend(corpora: list[PackedCorpus], source: Source) -> Dataset:
+def _blend(corpora: Sequence[Dataset], source: Source) -> Dataset:
     return Blend(corpora, list(source.values())) if isinstance(source, dict) and len(corpora) > 1 else corpora[0]
 
 
