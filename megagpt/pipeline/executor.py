@@ -1,6 +1,6 @@
 """Runs one rank's list of actions: compute, send, receive, deferred weight gradients. Any schedule, any number of stages."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -29,16 +29,23 @@ class Executor:
         self.plan, self.chunks, self.topology, self.weight_gradients, self.like = plan, chunks, topology, weight_gradients, like
         self.actions = plan.actions[topology.at.pipeline]
         self.expected = messages(plan, topology.at.pipeline)
+        self.last_of_stage = {action.stage: number for number, action in enumerate(self.actions)}.values()
 
-    def step(self, micro_batches: Sequence[Any], loss_gradient: Tensor | None) -> Tensor | None:
+    def step(
+        self,
+        micro_batches: Sequence[Any],
+        loss_gradient: Tensor | None,
+        stage_done: Callable[[int], None] | None = None,
+    ) -> Tensor | None:
         """Run the plan over this data rank's micro-batches.
 
         `loss_gradient`: the scalar that each backward starts from (None where the plan has none: evaluation).
+        `stage_done`: called with each stage of this rank once its weights have their whole gradients.
         Returns the sum of the token losses (fp32 scalar) on the last stage's rank, None elsewhere.
         """
         if len(micro_batches) != self.plan.n_micro_batches:
             raise ValueError(f"the plan is for {self.plan.n_micro_batches} micro-batches, not {len(micro_batches)}")
-        return _Step(self, micro_batches, loss_gradient).run()
+        return _Step(self, micro_batches, loss_gradient).run(stage_done)
 
 
 class _Step:
@@ -52,8 +59,8 @@ class _Step:
         self.parked: dict[tuple[int, int], list[Job]] = {}
         self.losses: list[Tensor] = []
 
-    def run(self) -> Tensor | None:
-        for action in self.executor.actions:
+    def run(self, stage_done: Callable[[int], None] | None) -> Tensor | None:
+        for number, action in enumerate(self.executor.actions):
             stage, index = action.stage, action.micro_batch
             if action.kind is Kind.F:
                 self.forward(stage, index)
@@ -66,6 +73,8 @@ class _Step:
             else:
                 for job in self.parked.pop((stage, index)):
                     job()
+            if stage_done is not None and number in self.executor.last_of_stage:
+                stage_done(stage)
         self.transfers.finish()
         return torch.stack(self.losses).sum() if self.losses else None
 

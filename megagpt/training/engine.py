@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from megagpt.config.schema import Config, Schedule
 from megagpt.errors import ConfigError
 from megagpt.model.gpt import DTYPES, TOKEN_EMBEDDING, GPTChunk, MicroBatch, build_chunk
-from megagpt.parallel.shard import TensorParallel
+from megagpt.parallel.shard import TensorParallel, shard_of
 from megagpt.parallel.topology import Topology
 from megagpt.parallel.weight_gradients import WeightGradients
 from megagpt.pipeline.executor import Executor
 from megagpt.pipeline.partition import stage_layers
 from megagpt.pipeline.schedule import forward_only, make_plan
 from megagpt.training.deepspeed_config import deepspeed_config
-from megagpt.training.gradients import finish_gradients
+from megagpt.training.gradients import finish_gradients, sum_over_ends
 from megagpt.training.optimizer import build_optimizer
+from megagpt.training.reduction import ByChunk, Reduction, WholeStep
 from megagpt.training.zero_groups import ZeroGroups
 
 
@@ -57,7 +58,9 @@ class Engine:
         self.model = nn.ModuleList(self.chunks.values())
         self.parameters = list(self.model.parameters())
         self._executors: dict[tuple[Schedule | None, int, torch.Size], Executor] = {}
+        self._tied = [p for p in self.parameters if config.model.tie_embeddings and shard_of(p).name == TOKEN_EMBEDDING]
         self.deepspeed = self._initialize()
+        self._reduction: Reduction = WholeStep(self.deepspeed) if config.zero.stage == 3 else ByChunk(self.deepspeed)
 
     def _initialize(self) -> Any:
         if self.config.training.precision == "fp16" and not get_accelerator().is_fp16_supported():
@@ -86,16 +89,29 @@ class Engine:
         shards = self.topology.layout.data if config.zero.stage > 0 else 1
         gradient = torch.tensor(loss_scale * shards / n_tokens, dtype=torch.float32, device=self.device)
         self.model.train()
-        with self.deepspeed.coalesce_grad_reduction():
-            loss_sum = self._executor(config.parallel.schedule, micro_batches).step(micro_batches, gradient)
-            tied = TOKEN_EMBEDDING if config.model.tie_embeddings else None
-            finish_gradients(self.parameters, self.topology, tied, over_data=config.zero.stage == 0)
+        self._reduction.begin()
+        executor = self._executor(config.parallel.schedule, micro_batches)
+        loss_sum = executor.step(micro_batches, gradient, self._reduce_stage)
+        self._reduce_tied()
+        self._reduction.finish()
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm()
         skipped = bool(getattr(self.deepspeed.optimizer, "overflow", False))
         return StepResult(loss_sum, float("nan") if norm is None else float(norm), loss_scale, skipped)
+
+    def _reduce_stage(self, stage: int) -> None:
+        """Sum a chunk's gradients as soon as they are whole, while others are at work; not those of a tied embedding."""
+        tied = set(self._tied)
+        done = [parameter for parameter in self.chunks[stage].parameters() if parameter not in tied]
+        finish_gradients(done, self.topology, over_data=self.config.zero.stage == 0)
+        self._reduction.reduce(done)
+
+    def _reduce_tied(self) -> None:
+        """The tied embedding, to which the first stage and the last have each added."""
+        sum_over_ends(self._tied, self.topology)
+        finish_gradients(self._tied, self.topology, over_data=self.config.zero.stage == 0)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor | None:

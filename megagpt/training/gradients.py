@@ -1,4 +1,4 @@
-"""What remains to be summed after the backwards, before ZeRO reduces over its shards.
+"""What remains to be summed after a chunk's backwards, before ZeRO reduces over its shards.
 
 - a tied embedding's gradient, made in part by the first stage and in part by the last;
 - replicated parameters under sequence parallelism, to which each tensor rank adds its part of the sequence;
@@ -19,13 +19,16 @@ _BUCKET = 2**24
 """Elements summed in one call: few calls, and a small buffer beside the gradients."""
 
 
-def finish_gradients(parameters: list[nn.Parameter], topology: Topology, tied: str | None, over_data: bool) -> None:
-    """`tied`: the name of the parameter that first and last stage share; `over_data`: also sum over data ranks."""
-    if topology.ends_group is not None and tied is not None:
-        _sum([p for p in parameters if shard_of(p).name == tied], topology.ends_group)
+def finish_gradients(parameters: list[nn.Parameter], topology: Topology, over_data: bool) -> None:
+    """Sum what tensor ranks have parts of, and with `over_data` everything over the data ranks."""
     _sum([p for p in parameters if has_partial_gradient(p)], topology.tensor_group)
     if over_data:
         _sum(parameters, topology.data_group)
+
+
+def sum_over_ends(tied: list[nn.Parameter], topology: Topology) -> None:
+    """Sum the gradients of parameters that the first stage and the last both have."""
+    _sum(tied, topology.ends_group)
 
 
 def _sum(parameters: list[nn.Parameter], group: ProcessGroup | None) -> None:
