@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megagpt.parallel.shard import has_partial_gradient, shard_of
+from megagpt.parallel.shard import has_partial_gradient
 from megagpt.parallel.topology import Topology
 
 _BUCKET = 2**24
