@@ -21,7 +21,15 @@ def console_script(name: str) -> str:
     return f"megagpt-{name} = megagpt.commands.{name.replace('-', '_')}:main"
 
 
-COMMANDS = ("pretrain", "preprocess-data", "train-tokenizer", "generate-text", "plot-losses")
+COMMANDS = (
+    "pretrain",
+    "preprocess-data",
+    "merge-datasets",
+    "inspect-dataset",
+    "train-tokenizer",
+    "generate-text",
+    "plot-losses",
+)
 
 setup(
     name="megagpt",
