@@ -6,11 +6,12 @@ The .idx, little-endian and without padding: magic (9 bytes), version (uint64), 
 Source: NVIDIA Megatron-LM, megatron/core/datasets/indexed_dataset.py.
 """
 
+import contextlib
 import difflib
 import os
 import shutil
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -72,7 +73,7 @@ class IndexedWriter:
         self._aside = aside
         self._files: dict[str, BinaryIO] = {}
         self.n_tokens, self.n_sequences, self.n_documents = start or Position()
-        try:
+        with self._named_errors():
             self._bin.parent.mkdir(parents=True, exist_ok=True)
             for part, item, count in (
                 ("tokens", self.dtype.itemsize, self.n_tokens),
@@ -80,8 +81,6 @@ class IndexedWriter:
                 ("documents", 8, self.n_documents),
             ):
                 self._files[part] = _open_at(aside[part], item * count)
-        except OSError as error:
-            raise DataError(f"{self._bin}: cannot be written: {error.strerror}") from None
 
     @property
     def position(self) -> Position:
@@ -102,31 +101,35 @@ class IndexedWriter:
         """Append sequences of `sizes` tokens each, and the sequence numbers at which documents end."""
         lengths, ends = np.asarray(sizes, np.int32), np.asarray(documents, np.int64)
         assert len(tokens) == lengths.sum(dtype=np.int64), "sizes do not add up to the tokens"
-        try:
+        with self._named_errors():
             for part, values in (("tokens", self._in_dtype(tokens)), ("sizes", lengths), ("documents", ends)):
                 self._files[part].write(np.ascontiguousarray(values).data)
-        except OSError as error:
-            raise DataError(f"{self._bin}: cannot be written: {error.strerror}") from None
         self.n_tokens += len(tokens)
         self.n_sequences += len(lengths)
         self.n_documents += len(ends)
 
     def sync(self) -> None:
         """Put all that was added on the disk, where it outlives a crash."""
-        for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
+        with self._named_errors():
+            for file in self._files.values():
+                file.flush()
+                os.fsync(file.fileno())
 
     def suspend(self) -> None:
         """Leave what was written aside, for a writer with a `start` to go on with."""
         for file in self._files.values():
-            file.close()
+            with contextlib.suppress(OSError):  # of a full disk: what is lost was not synced either
+                file.close()
 
     def close(self) -> None:
         """Write the .idx and give both files their names."""
         if not self.n_tokens:
             raise DataError(f"{self.prefix}: not written, because the input has no document with a token")
         self.sync()
+        with self._named_errors():
+            self._finish()
+
+    def _finish(self) -> None:
         with self._aside["idx"].open("wb") as index:
             index.write(_HEADER.pack(MAGIC, VERSION, _TOKEN_CODES[self.dtype], self.n_sequences, self.n_documents + 1))
             shutil.copyfileobj(_rewound(self._files["sizes"]), index, _COPY_BYTES)
@@ -163,6 +166,13 @@ class IndexedWriter:
             ends = total + np.cumsum(lengths)
             index.write(((ends - lengths) * self.dtype.itemsize).data)
             total = int(ends[-1])
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(f"{self._bin}: cannot be written: {error.strerror}") from None
 
     def _in_dtype(self, tokens: Tokens) -> Tokens:
         if tokens.dtype == self.dtype or not len(tokens):

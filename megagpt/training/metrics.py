@@ -21,7 +21,6 @@ def global_loss(loss_sum: Tensor | None, n_tokens: int, topology: Topology, devi
     total = torch.zeros((), dtype=torch.float64, device=device) if loss_sum is None else loss_sum.double()
     if topology.data_group is not None:
         dist.all_reduce(total, group=topology.data_group)
-    if topology.towards_first is not None:
-        last = topology.layout.pipeline_ranks(topology.rank)[-1]
-        dist.broadcast(total, src=last, group=topology.towards_first)
+    if topology.towards_first is not None:  # zero on all but one of its ranks
+        dist.all_reduce(total, group=topology.towards_first)
     return float(total) / n_tokens

@@ -2,6 +2,8 @@
 
 import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -116,3 +118,16 @@ def test_a_file_cut_short_while_it_is_open_is_an_error_and_not_the_end(tmp_path:
     with pytest.raises(DataError, match=r"a.bin: ends before byte \d+: it was cut short since it was opened"):
         for sequence in range(len(corpus.sizes)):
             corpus.read(sequence)
+
+
+def test_a_disk_that_fills_ends_in_a_sentence_and_leaves_nothing(tmp_path: Path) -> None:
+    """No file may grow beyond 4,000 bytes, as on a disk with so much left."""
+    code = (
+        "import resource; from megagpt.data.indexed import IndexedWriter\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
+        f"with IndexedWriter({str(tmp_path / 'a')!r}, 'uint16') as writer:\n"
+        "    writer.add_document(range(3000))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert "DataError" in done.stderr.splitlines()[-1] and "a.bin: cannot be written: File too large" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,66 @@
+"""The closed formulas against what the process groups of a real step are asked for, to the byte."""
+
+from typing import Any
+
+import pytest
+import torch
+from support.pool import Pool
+from support.runs import Tree, micro_batches, tiny_config, token_count
+
+from megagpt.config import Config
+from megagpt.parallel.topology import Topology
+from megagpt.parallel.traffic import counting
+from megagpt.planner.traffic import Amount, Place, rank_parameters, step_traffic
+from megagpt.training.engine import Engine
+
+LAYOUTS: dict[str, tuple[int, Tree]] = {
+    "tensor 2": (2, {"parallel": {"tensor": 2}}),
+    "tensor 4": (4, {"parallel": {"tensor": 4}}),
+    "tensor 2, full recompute": (2, {"parallel": {"tensor": 2}, "training": {"recompute": "full"}}),
+    "tensor 2, sequence parallel": (2, {"parallel": {"tensor": 2, "sequence_parallel": True}}),
+    "pipeline 2": (2, {"parallel": {"pipeline": 2}}),
+    "pipeline 4, untied": (4, {"parallel": {"pipeline": 4}, "model": {"tie_embeddings": False}}),
+    "data 2, ZeRO-0": (2, {"zero": {"stage": 0}}),
+    "data 2, ZeRO-1": (2, {"zero": {"stage": 1}}),
+    "data 2, ZeRO-2": (2, {"zero": {"stage": 2}}),
+    "2 x 2 x 2": (8, {"parallel": {"tensor": 2, "pipeline": 2}}),
+    "2 x 2 x 2, sequence parallel": (8, {"parallel": {"tensor": 2, "pipeline": 2, "sequence_parallel": True}}),
+}
+
+
+def measured(config: Config) -> Any:
+    """This rank's second step: what it said, where it stands, and how many parameters it holds."""
+    parallel = config.parallel
+    topology = Topology.create(parallel.tensor, parallel.pipeline)
+    engine = Engine(config, topology, torch.device("cpu"))
+    for step in range(2):
+        batches = micro_batches(config, step, topology.at.data, topology.layout.data)
+        with counting(topology) as traffic:
+            engine.train_step(batches, token_count(config, step), 1e-3)
+    stages, held = tuple(engine.chunks), sum(parameter.numel() for parameter in engine.parameters)
+    engine.close()
+    found = {tuple(kind): Amount(traffic.calls[kind], traffic.bytes[kind]) for kind in traffic.calls}
+    return found, Place(stages, parallel.pipeline, parallel.tensor, topology.layout.data), held
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_step_says_what_the_formulas_say_and_nothing_else(name: str, ranks: Pool) -> None:
+    world, sections = LAYOUTS[name]
+    config = tiny_config(**sections)
+    for found, place, held in ranks.run(world, measured, config):
+        assert rank_parameters(config, place) == held
+        expected = step_traffic(config, place)
+        for kind in found.keys() | expected.keys():
+            if kind[0] in ("model", "other"):  # gradient norms; groups of one rank, in which nothing is moved
+                continue
+            assert kind in expected, (name, kind, found[kind])
+            if kind[0] == "data":  # in as many calls as there are buckets; the overflow check and the norm besides
+                assert 0 <= found[kind].bytes - expected[kind].bytes <= 64, (name, kind)
+                assert found[kind].calls >= expected[kind].calls, (name, kind)
+            else:
+                assert found[kind] == expected[kind], (name, kind)
+
+
+def test_norms_and_overflow_checks_are_a_few_bytes(ranks: Pool) -> None:
+    for found, *_ in ranks.run(8, measured, tiny_config(**LAYOUTS["2 x 2 x 2"][1])):
+        assert found["model", "all-reduce"].bytes <= 64
