@@ -181,6 +181,8 @@ class EvaluationConfig(Section):
 
     interval: int | None = Field(default=None, ge=1)
     """Steps between evaluations; only after the last step if absent."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each label that is spread evenly over the vocabulary; evaluations report the plain loss without it."""
     steps: int = Field(default=10, ge=1)
     """Global batches in one evaluation."""
     micro_batch_size: int | None = Field(default=None, ge=1)

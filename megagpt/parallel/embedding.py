@@ -77,16 +77,20 @@ class VocabParallelLoss(nn.Module):
     micro-batch never exist together, on one rank or gathered.
     """
 
-    def __init__(self, weight: nn.Parameter, tp: TensorParallel) -> None:
+    def __init__(self, weight: nn.Parameter, tp: TensorParallel, label_smoothing: float = 0.0) -> None:
         super().__init__()
         self.tp = tp
         self.weight = weight
+        self.label_smoothing = label_smoothing
+        """Share of the label that is spread evenly over the vocabulary (Szegedy et al., arXiv 1512.00567), in training
+        mode alone: an evaluation tells the plain cross entropy."""
 
     def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
         enter = gather_sequence if self.tp.sequence_parallel else copy_to_ranks
         hidden = enter(hidden, self.tp.group)
         train = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
-        return _ChunkedLoss.apply(hidden, self.weight, labels, self.tp, train)
+        smoothing = self.label_smoothing if self.training else 0.0
+        return _ChunkedLoss.apply(hidden, self.weight, labels, self.tp, smoothing, train)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of this rank's real tokens. [batch, seq, hidden] -> [batch, seq, vocabulary of this rank]"""
@@ -101,7 +105,9 @@ def real_rows(weight: nn.Parameter) -> int:
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: nn.Parameter, labels: Tensor, tp: TensorParallel, train: bool) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: nn.Parameter, labels: Tensor, tp: TensorParallel, smoothing: float, train: bool
+    ) -> Tensor:
         tokens, targets = hidden.flatten(0, -2), labels.flatten() - shard_of(weight).start  # [tokens, hidden], [tokens]
         ignored = labels.flatten() == IGNORED
         chunk = min(len(tokens), max(1, _LOGITS_AT_ONCE.get(hidden.device.type, 2**26) // weight.shape[0]))
@@ -112,7 +118,7 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(tokens), chunk):
             part = slice(start, start + chunk)
             logits = torch.mm(tokens[part], weight.t(), out=scores[: len(tokens[part])])
-            losses, gradient = _token_losses(logits, weight, targets[part], ignored[part], tp, train)
+            losses, gradient = _token_losses(logits, weight, targets[part], ignored[part], tp, smoothing, train)
             total += losses.sum()
             if gradient is None or grad_hidden is None or grad_weight is None:
                 continue
@@ -128,7 +134,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         scale, (grad_hidden,) = grads[0].detach(), ctx.saved_tensors
         weight, grad_weight = ctx.weight, ctx.grad_weight
         ctx.grad_weight = None
@@ -138,11 +144,17 @@ class _ChunkedLoss(torch.autograd.Function):
 
         if weight.requires_grad:
             ctx.later.add(job)
-        return (grad_hidden * scale.to(grad_hidden.dtype)).view(ctx.shape), None, None, None, None
+        return (grad_hidden * scale.to(grad_hidden.dtype)).view(ctx.shape), None, None, None, None, None
 
 
 def _token_losses(
-    logits: Tensor, weight: nn.Parameter, targets: Tensor, ignored: Tensor, tp: TensorParallel, train: bool
+    logits: Tensor,
+    weight: nn.Parameter,
+    targets: Tensor,
+    ignored: Tensor,
+    tp: TensorParallel,
+    smoothing: float,
+    train: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Losses [tokens] and, for training, their gradients by this rank's logits [tokens, rows], of one chunk.
 
@@ -151,11 +163,14 @@ def _token_losses(
     """
     scores = logits.float()
     real = real_rows(weight)
+    evenly = smoothing / shard_of(weight).shape[0]  # each token's part of the smoothed label
     scores[:, real:] = float("-inf")  # padding rows reach neither the loss nor, with probability 0, the gradient
     mine = (targets >= 0) & (targets < real)
     index = torch.where(mine, targets, 0).unsqueeze(-1)
     largest = scores.amax(-1).clamp_(min=torch.finfo(torch.float32).min)
     target = torch.where(mine, scores.gather(-1, index).squeeze(-1), 0.0)
+    if smoothing > 0:
+        target = target.mul_(1 - smoothing).add_(scores[:, :real].sum(-1), alpha=evenly)
     exponentials = scores.sub_(largest.unsqueeze(-1)).exp_()
     total = exponentials.sum(-1)
     if tp.group is None:
@@ -171,7 +186,9 @@ def _token_losses(
     if not train:
         return losses, None
     gradient = exponentials.mul_(share.masked_fill(ignored, 0).unsqueeze(-1))
-    gradient.scatter_add_(-1, index, -(mine & ~ignored).unsqueeze(-1).to(gradient.dtype))
+    gradient.scatter_add_(-1, index, (mine & ~ignored).unsqueeze(-1).to(gradient.dtype).mul_(smoothing - 1))
+    if smoothing > 0:
+        gradient[:, :real].sub_(evenly * (~ignored).unsqueeze(-1).to(gradient.dtype))
     return losses, gradient
 
 

@@ -55,6 +55,9 @@ class Engine:
         )
         layers = stage_layers(config.model, topology.layout.pipeline)[topology.at.pipeline]
         self.chunks: dict[int, GPTChunk] = {topology.at.pipeline: build_chunk(config, tp, layers, device)}
+        for chunk in self.chunks.values():
+            if chunk.is_last:
+                chunk.loss.label_smoothing = config.training.label_smoothing
         self.model = nn.ModuleList(self.chunks.values())
         self.parameters = list(self.model.parameters())
         self._executors: dict[tuple[Schedule | None, int, torch.Size], Executor] = {}
