@@ -30,6 +30,17 @@ class KVCache:
         return keys, values
 
 
+def document_mask(documents: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the attention scores so that a token sees its own document's earlier tokens alone.
+
+    Number of each token's document, [batch, seq] -> 0 or -inf, [batch, 1, seq, seq] in the queries' `dtype`. Its
+    batch x seq^2 numbers are made once for all layers of a chunk, and kept until the micro-batch's backward.
+    """
+    seen = (documents.unsqueeze(2) == documents.unsqueeze(1)).tril().unsqueeze(1)
+    # Not the booleans: scaled_dot_product_attention would turn them into these numbers anew in every layer, and keep each.
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+
+
 class CausalSelfAttention(nn.Module):
     """[batch, seq, hidden] -> [batch, seq, hidden] (a part of the sequence under sequence parallelism).
 
@@ -44,7 +55,8 @@ class CausalSelfAttention(nn.Module):
         self.heads, self.head_width, self.dropout = model.n_head // tp.size, model.head_width, model.attn_pdrop
         self.recompute_core = recompute_core
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """`mask`: of `document_mask`, over the whole sequence; all earlier tokens are seen without one."""
         qkv = self.qkv(x)  # [batch, seq, heads * 3 * head]
         batch, seq, _ = qkv.shape
         query, key, value = qkv.view(batch, seq, self.heads, 3, self.head_width).transpose(1, 2).unbind(3)
@@ -52,13 +64,13 @@ class CausalSelfAttention(nn.Module):
             return self.proj(self._join(self._cached(query, key, value, cache)))
         if self.recompute_core and torch.is_grad_enabled():
             # The block sets the dropout seed before this call; saving the state here serves the second forward.
-            out = checkpoint(self._core, query, key, value, use_reentrant=False, preserve_rng_state=self._dropout() > 0)
+            out = checkpoint(self._core, query, key, value, mask, use_reentrant=False, preserve_rng_state=self._dropout() > 0)
         else:
-            out = self._core(query, key, value)
+            out = self._core(query, key, value, mask)
         return self.proj(self._join(out))
 
-    def _core(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=self._dropout())
+    def _core(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, dropout_p=self._dropout())
 
     def _cached(self, query: Tensor, key: Tensor, value: Tensor, cache: KVCache) -> Tensor:
         first = cache.length == 0

@@ -27,17 +27,17 @@ class Block(nn.Module):
         self.mlp_norm = LayerNorm(f"{name}.mlp_norm", model.n_embd, model.layer_norm_epsilon, tp)
         self.mlp = MLP(f"{name}.mlp", model, tp, residual_std)
 
-    def forward(self, x: Tensor, seed: int = 0, cache: KVCache | None = None) -> Tensor:
-        """`seed`: of the micro-batch's dropout."""
+    def forward(self, x: Tensor, seed: int = 0, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """`seed`: of the micro-batch's dropout; `mask`: of its documents."""
         if self.recompute and torch.is_grad_enabled():
             # Dropout is seeded inside, so that the second forward finds its masks without a saved random state.
-            return checkpoint(self._forward, x, seed, use_reentrant=False, preserve_rng_state=False)
-        return self._forward(x, seed, cache)
+            return checkpoint(self._forward, x, seed, mask, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x, seed, mask, cache)
 
-    def _forward(self, x: Tensor, seed: int, cache: KVCache | None = None) -> Tensor:
+    def _forward(self, x: Tensor, seed: int, mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
         if self.training and self.model.attn_pdrop > 0:  # every tensor rank has other heads, and so other masks
             seed_dropout(seed, self.index, "attention", self.tp.rank)
-        x = x + self._drop(self.attention(self.attention_norm(x), cache), seed, "attention residual")
+        x = x + self._drop(self.attention(self.attention_norm(x), mask, cache), seed, "attention residual")
         return x + self._drop(self.mlp(self.mlp_norm(x)), seed, "mlp residual")
 
     def _drop(self, x: Tensor, seed: int, place: str) -> Tensor:

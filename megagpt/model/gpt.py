@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megagpt.config.schema import Config
-from megagpt.model.attention import KVCache
+from megagpt.model.attention import KVCache, document_mask
 from megagpt.model.block import Block, residual_dropout
 from megagpt.model.norm import LayerNorm
 from megagpt.model.positions import LearnedPositions
@@ -20,7 +20,7 @@ from megagpt.parallel.shard import TensorParallel, mark_second_copy
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What all stages know of one forward: the first reads tokens, the last labels, all the seed of dropout."""
+    """What all stages know of one forward: the first reads tokens and positions, the last labels, all the rest."""
 
     tokens: Tensor
     """[batch, seq], int64"""
@@ -28,6 +28,11 @@ class MicroBatch:
     """[batch, seq], int64; `IGNORED` where a position has no part in the loss"""
     seed: int = 0
     """Differs for every micro-batch of the run, whatever the layout."""
+    positions: Tensor | None = None
+    """[batch, seq], int64; 0 to seq - 1 if absent"""
+    documents: Tensor | None = None
+    """[batch, seq], int64, which of the sample's documents each token is of: attention stays within it. If absent, a
+    token attends to all before it."""
 
 
 class GPTChunk(nn.Module):
@@ -49,21 +54,26 @@ class GPTChunk(nn.Module):
     def forward(self, x: Tensor | None, micro_batch: MicroBatch) -> Tensor:
         """Hidden states of the layers before (None at the first chunk) to those after this chunk, or at the last
         chunk to the sum of the token losses (a scalar, fp32)."""
-        hidden = self.hidden(micro_batch.tokens if x is None else x, micro_batch.seed)
+        hidden = self.hidden(micro_batch.tokens if x is None else x, micro_batch)
         return self.loss(hidden, micro_batch.labels) if self.is_last else hidden
 
-    def hidden(self, x: Tensor, seed: int = 0, caches: dict[str, KVCache] | None = None) -> Tensor:
+    def hidden(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """Token ids [batch, seq] at the first chunk, else hidden states, through this chunk's layers."""
+        seed, documents = micro_batch.seed, micro_batch.documents
         if self.is_first:
-            x = self.positions(self.tokens(x), next(iter(caches.values())).length if caches else 0)
+            x = self.positions(self.tokens(x), micro_batch.positions)
             x = residual_dropout(x, self.config.model.embd_pdrop, self.training, self.tp, seed, "embedding")
-        for index, block in self.layers.items():
-            x = block(x, seed, caches[index] if caches else None)
+        mask = None if documents is None else document_mask(documents, x.dtype)
+        for block in self.layers.values():
+            x = block(x, seed, mask)
         return self.norm(x) if self.is_last else x
 
-    def logits(self, x: Tensor, caches: dict[str, KVCache] | None = None) -> Tensor:
+    def logits(self, tokens: Tensor, caches: dict[str, KVCache] | None = None) -> Tensor:
         """Scores of the next token, on a model of one chunk. [batch, seq] -> [batch, seq, vocab_size]"""
-        return self.loss.logits(self.hidden(x, caches=caches))
+        x = self.positions(self.tokens(tokens), seen=next(iter(caches.values())).length if caches else 0)
+        for index, block in self.layers.items():
+            x = block(x, cache=caches[index] if caches else None)
+        return self.loss.logits(self.norm(x))
 
     def _output_weight(self) -> nn.Parameter:
         if not self.config.model.tie_embeddings:

@@ -1,5 +1,6 @@
 """Learned absolute positions (GPT-2)."""
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megagpt.parallel.shard import TensorParallel, replicated_parameter
@@ -13,9 +14,12 @@ class LearnedPositions(nn.Module):
         self.tp = tp
         self.weight = replicated_parameter(f"{name}.weight", (positions, width), tp, std)
 
-    def forward(self, x: Tensor, seen: int = 0) -> Tensor:
-        """`seen`: tokens before the first of x, in generation."""
+    def forward(self, x: Tensor, positions: Tensor | None = None, seen: int = 0) -> Tensor:
+        """`positions`: of the whole sequence's tokens, [batch, seq]; without them they count from `seen`, the tokens
+        before the first of x in generation."""
         part = x.shape[1]
         start = seen + (self.tp.rank * part if self.tp.sequence_parallel else 0)
+        if positions is not None:
+            return x + F.embedding(positions.narrow(1, start, part), self.weight)
         # A narrow of the weight, not a lookup: its gradient is a plain sum over the batch, the same bits on every run.
         return x + self.weight.narrow(0, start, part)
