@@ -120,6 +120,13 @@ class DataConfig(Section):
     cache_dir: str | None = None
     """Folder for the orders of large corpora (from a million documents and samples), 13 bytes a document for each epoch.
     Beside the data if absent, or where that is read-only in the node's folder for temporary files."""
+    reset_positions: bool = False
+    """Positions count from the beginning of each document of a sample, not of the sample (Megatron: reset-position-ids)."""
+    reset_attention: bool = False
+    """A token attends to earlier tokens of its own document alone, not of all the sample (Megatron: reset-attention-mask).
+    Takes a mask of micro_batch_size x n_positions^2 numbers, and attention that is slower than the plain causal one."""
+    mask_document_ends: bool = False
+    """No loss where the next token is the first of another document, which nothing foretells (Megatron: eod-mask-loss)."""
 
 
 class OptimizerConfig(Section):
