@@ -181,6 +181,12 @@ class TrainingConfig(Section):
     """Seed of the initial weights and of dropout."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What the backward computes again instead of keeping: nothing, the attention core, or whole blocks."""
+    freeze: list[str] = []
+    """Patterns of weights that stay as they are, such as "embedding.*", "layers.[0-3].*" or "layers.2.attention.*": they
+    take no gradient and no optimizer state. A tied output layer is the token embedding, so freezes with it. A run may go
+    on with other patterns; what is trained again begins with moments of zero."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each label that is spread evenly over the vocabulary; evaluations report the plain loss without it."""
 
 
 class EvaluationConfig(Section):
@@ -188,8 +194,6 @@ class EvaluationConfig(Section):
 
     interval: int | None = Field(default=None, ge=1)
     """Steps between evaluations; only after the last step if absent."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of each label that is spread evenly over the vocabulary; evaluations report the plain loss without it."""
     steps: int = Field(default=10, ge=1)
     """Global batches in one evaluation."""
     micro_batch_size: int | None = Field(default=None, ge=1)

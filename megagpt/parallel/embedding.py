@@ -113,28 +113,27 @@ class _ChunkedLoss(torch.autograd.Function):
         chunk = min(len(tokens), max(1, _LOGITS_AT_ONCE.get(hidden.device.type, 2**26) // weight.shape[0]))
         scores = tokens.new_empty(chunk, weight.shape[0])  # one buffer for all: fresh pages cost more than the arithmetic
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(tokens) if train else None
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=hidden.device) if train else None
+        grad_hidden = torch.empty_like(tokens) if train and hidden.requires_grad else None
+        grad_weight = _zeros_in_fp32(weight) if train and weight.requires_grad else None
         for start in range(0, len(tokens), chunk):
             part = slice(start, start + chunk)
             logits = torch.mm(tokens[part], weight.t(), out=scores[: len(tokens[part])])
             losses, gradient = _token_losses(logits, weight, targets[part], ignored[part], tp, smoothing, train)
             total += losses.sum()
-            if gradient is None or grad_hidden is None or grad_weight is None:
+            if gradient is None:
                 continue
             gradient = gradient.to(hidden.dtype)
-            torch.mm(gradient, weight, out=grad_hidden[part])
-            if gradient.dtype == grad_weight.dtype:
-                grad_weight.addmm_(gradient.t(), tokens[part])
-            else:
-                grad_weight += gradient.t() @ tokens[part]
+            if grad_hidden is not None:
+                torch.mm(gradient, weight, out=grad_hidden[part])
+            if grad_weight is not None:
+                _add_product(grad_weight, gradient.t(), tokens[part])
         if train:
             ctx.save_for_backward(grad_hidden)
             ctx.grad_weight, ctx.weight, ctx.later, ctx.shape = grad_weight, weight, tp.weight_gradients, hidden.shape
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
         scale, (grad_hidden,) = grads[0].detach(), ctx.saved_tensors
         weight, grad_weight = ctx.weight, ctx.grad_weight
         ctx.grad_weight = None
@@ -142,9 +141,23 @@ class _ChunkedLoss(torch.autograd.Function):
         def job() -> None:
             accumulate(weight, grad_weight.mul_(scale))
 
-        if weight.requires_grad:
+        if grad_weight is not None:
             ctx.later.add(job)
-        return (grad_hidden * scale.to(grad_hidden.dtype)).view(ctx.shape), None, None, None, None, None
+        if grad_hidden is not None:
+            grad_hidden = (grad_hidden * scale.to(grad_hidden.dtype)).view(ctx.shape)
+        return grad_hidden, None, None, None, None, None
+
+
+def _zeros_in_fp32(weight: nn.Parameter) -> Tensor:
+    return torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """`total += left @ right`, without a temporary where the types allow."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def _token_losses(

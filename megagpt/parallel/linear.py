@@ -16,7 +16,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, later: WeightGradients) -> Tensor:
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x if weight.requires_grad else None)  # a frozen weight has no use for it
         ctx.weight, ctx.bias, ctx.later = weight, bias, later
         return F.linear(x, weight, bias)
 
@@ -24,15 +24,17 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
         grad, (x,) = grads[0].detach(), ctx.saved_tensors
         weight, bias = ctx.weight, ctx.bias
+        bias_trains = bias is not None and bias.requires_grad
 
         def job() -> None:
             if weight.requires_grad:
                 accumulate_product(weight, grad.flatten(0, -2).t(), x.detach().flatten(0, -2))
-            if bias is not None and bias.requires_grad:
+            if bias_trains:
                 accumulate(bias, grad.flatten(0, -2).sum(0))
 
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
-        ctx.later.add(job)
+        if weight.requires_grad or bias_trains:
+            ctx.later.add(job)
         return grad_x, None, None, None
 
 

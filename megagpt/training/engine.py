@@ -20,6 +20,7 @@ from megagpt.pipeline.executor import Executor
 from megagpt.pipeline.partition import stage_layers
 from megagpt.pipeline.schedule import forward_only, make_plan
 from megagpt.training.deepspeed_config import deepspeed_config
+from megagpt.training.freezing import fill_groups, freeze
 from megagpt.training.gradients import finish_gradients, sum_over_ends
 from megagpt.training.optimizer import build_optimizer
 from megagpt.training.reduction import ByChunk, Reduction, WholeStep
@@ -58,10 +59,13 @@ class Engine:
         for chunk in self.chunks.values():
             if chunk.is_last:
                 chunk.loss.label_smoothing = config.training.label_smoothing
+        freeze(self.chunks.values(), config)
         self.model = nn.ModuleList(self.chunks.values())
         self.parameters = list(self.model.parameters())
+        fill_groups(self.model)
         self._executors: dict[tuple[Schedule | None, int, torch.Size], Executor] = {}
-        self._tied = [p for p in self.parameters if config.model.tie_embeddings and shard_of(p).name == TOKEN_EMBEDDING]
+        tied = [p for p in self.parameters if config.model.tie_embeddings and shard_of(p).name == TOKEN_EMBEDDING]
+        self._tied = [p for p in tied if p.requires_grad]
         self.deepspeed = self._initialize()
         self._reduction: Reduction = WholeStep(self.deepspeed) if config.zero.stage == 3 else ByChunk(self.deepspeed)
 
@@ -72,7 +76,7 @@ class Engine:
         config, topology = self.config, self.topology
         engine, *_ = deepspeed.initialize(
             model=self.model,
-            optimizer=build_optimizer(config.optimizer, self.parameters),
+            optimizer=build_optimizer(config.optimizer, self.model.parameters()),
             mpu=ZeroGroups(topology, shards=config.zero.stage > 0),
             config=deepspeed_config(config, topology.layout.data),
         )
@@ -107,7 +111,7 @@ class Engine:
     def _reduce_stage(self, stage: int) -> None:
         """Sum a chunk's gradients as soon as they are whole, while others are at work; not those of a tied embedding."""
         tied = set(self._tied)
-        done = [parameter for parameter in self.chunks[stage].parameters() if parameter not in tied]
+        done = [p for p in self.chunks[stage].parameters() if p.requires_grad and p not in tied]
         finish_gradients(done, self.topology, over_data=self.config.zero.stage == 0)
         self._reduction.reduce(done)
 

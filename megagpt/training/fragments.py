@@ -22,8 +22,9 @@ class Fragment:
     """Of the rank's whole tensor (ZeRO-3 keeps the parameter itself empty)."""
     start: int
     master: Tensor
+    """The fp32 values that are trained; of a frozen parameter its own, in its own type."""
     moments: dict[str, Tensor]
-    """Views by kind; empty where the rule keeps none."""
+    """Views by kind; empty where the rule keeps none, and for a frozen parameter."""
 
 
 class ZeroState:
@@ -39,6 +40,9 @@ class ZeroState:
     def fragments(self) -> Iterator[Fragment]:
         """This rank's part of every parameter that it has a part of."""
         for parameter in self._parameters:
+            if not parameter.requires_grad:
+                yield from self._frozen(parameter)
+                continue
             found = self._partitioned(parameter) if self._stage == 3 else self._mapped(parameter)
             if found is None:
                 continue
@@ -110,9 +114,24 @@ class ZeroState:
     def _partitioned(self, parameter: Any) -> tuple[tuple[int, ...], int, Tensor, int, int] | None:
         """Stage 3: equal parts of every parameter, the last one padded."""
         group, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
+        start, length = self._part(parameter)
+        return (tuple(parameter.ds_shape), start, self._flats()[group], offset, length) if length > 0 else None
+
+    def _frozen(self, parameter: Any) -> Iterator[Fragment]:
+        """Not in the optimizer: whole on every data rank, of which the first tells it, or in parts as all under stage 3."""
+        if self._stage == 3:
+            start, length = self._part(parameter)
+            if length > 0:
+                yield Fragment(parameter, tuple(parameter.ds_shape), start, parameter.ds_tensor.narrow(0, 0, length), {})
+        elif self._data_rank == 0:
+            yield Fragment(parameter, tuple(parameter.shape), 0, parameter.detach().view(-1), {})
+
+    def _part(self, parameter: Any) -> tuple[int, int]:
+        """Start and length of this rank's flat part under stage 3; none is left for the last ranks of a small parameter."""
         part = parameter.partition_numel()
-        start = part * torch.distributed.get_rank(self._zero.dp_process_group)
-        length = min(part, parameter.ds_numel - start)
-        if length <= 0:
-            return None
-        return tuple(parameter.ds_shape), start, self._flats()[group], offset, length
+        start = part * self._data_rank
+        return start, min(part, parameter.ds_numel - start)
+
+    @property
+    def _data_rank(self) -> int:
+        return torch.distributed.get_rank(self._zero.dp_process_group)

@@ -1,4 +1,7 @@
-"""The update rule, over two groups of parameters: matrices, which decay, and biases and norms, which do not."""
+"""The update rule, over two groups of parameters: matrices, which decay, and biases and norms, which do not.
+
+Frozen parameters are in neither.
+"""
 
 import importlib
 from collections.abc import Iterable
@@ -11,7 +14,7 @@ from megagpt.config.schema import OptimizerConfig
 
 def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer that ZeRO will shard; apex's FusedAdam on CUDA where NVIDIA apex is installed, else torch's fused one."""
-    parameters = list(parameters)
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},

@@ -79,7 +79,7 @@ def _entries(engine: Engine, zero: ZeroState) -> Iterator[Entry]:
         for kind, values in {MASTER: fragment.master, **fragment.moments}.items():
             for piece in pieces(shard, fragment.shape, fragment.start, fragment.start + len(values)):
                 part = values[piece.start : piece.start + piece.box.numel].view(piece.box.size)
-                yield Entry(kind, shard.name, shard.shape, piece.box, part)
+                yield Entry(kind, shard.name, shard.shape, piece.box, part.float())  # frozen weights may be bf16
 
 
 def _read(reader: Reader, kind: str, shard: Shard, fragment: Fragment) -> torch.Tensor:
