@@ -13,6 +13,7 @@ from megagpt.config import Config, build_config, config_hash, data_parallel_size
 from megagpt.data.blend import build_datasets, check_vocabulary
 from megagpt.data.tokenizer import load_tokenizer
 from megagpt.errors import ConfigError, MegagptError
+from megagpt.pipeline.schedule import make_plan
 from megagpt.training.deepspeed_config import deepspeed_config
 from megagpt.training.place import Place, find_place
 
@@ -87,7 +88,8 @@ def _train(args: argparse.Namespace, place: Place) -> None:
     device = start(place)
     config = _agree(config, device)
     datasets = build_datasets(config.data, config.model.n_positions)
-    topology = Topology.create(config.parallel.tensor, config.parallel.pipeline, config.parallel.timeout_seconds)
+    parallel = config.parallel
+    topology = Topology.create(parallel.tensor, parallel.pipeline, parallel.timeout_seconds, parallel.context)
     trainer = Trainer(config, topology, datasets, device)
     trainer.train()
     trainer.close()
@@ -98,10 +100,20 @@ def _checked(args: argparse.Namespace, world_size: int) -> Config:
     config = _resolved(args)
     if config.model.vocab_size is None:
         raise ConfigError(f"{args.config}: model.vocab_size: give it, or data.tokenizer to take it from")
-    data_parallel_size(config, world_size)
+    _check_schedule(config, data_parallel_size(config, world_size) // config.parallel.context)
     build_datasets(config.data, config.model.n_positions)
     check_vocabulary(config.data, config.model.vocab_size)
     return config
+
+
+def _check_schedule(config: Config, readers: int) -> None:
+    """Raise ConfigError for a number of micro-batches that the schedule is not made for."""
+    parallel, training = config.parallel, config.training
+    micro_batches = training.global_batch_size // training.micro_batch_size // readers
+    try:
+        make_plan(parallel.schedule, parallel.pipeline, micro_batches, parallel.virtual_stages)
+    except ValueError as error:
+        raise ConfigError(f"parallel.schedule: {parallel.schedule}: {error}") from None
 
 
 def _agree(config: Config | None, device: Any) -> Config:
@@ -119,7 +131,7 @@ def _agree(config: Config | None, device: Any) -> Config:
 
 
 def _print_config(config: Config, place: Place) -> None:
-    ranks = config.parallel.tensor * config.parallel.pipeline
+    ranks = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
     data = data_parallel_size(config, place.world_size if place.world_size > 1 else ranks)
     print(json.dumps({"config": json.loads(to_json(config)), "deepspeed": deepspeed_config(config, data)}, indent=2))
 

@@ -42,7 +42,7 @@ class Problem:
 
 def broken_rules(config: Config) -> list[Problem]:
     """Every rule that `config` breaks, whatever the number of ranks."""
-    rules = (_shape, _tensor_parallel, _pipeline, _zero, _batch, _length, _data, _lr_schedule, _optimizer, _deepspeed)
+    rules = (_shape, _tensor_parallel, _context, _pipeline, _zero, _batch, _length, _data, _lr_schedule, _optimizer, _deepspeed)
     return [problem for rule in rules for problem in rule(config)]
 
 
@@ -76,12 +76,46 @@ def _tensor_parallel(config: Config) -> Iterator[Problem]:
         )
 
 
-def _pipeline(config: Config) -> Iterator[Problem]:
-    if config.parallel.pipeline > config.model.n_layer:
+def _context(config: Config) -> Iterator[Problem]:
+    parallel, model = config.parallel, config.model
+    part = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
+    if model.n_head % (parallel.context * parallel.tensor):
         yield Problem(
-            ("parallel.pipeline", "model.n_layer"),
-            f"parallel.pipeline: {config.parallel.pipeline} stages for model.n_layer {config.model.n_layer}; "
-            f"every stage needs a layer, so at most {config.model.n_layer}",
+            ("parallel.context", "parallel.tensor", "model.n_head"),
+            f"parallel.context: {parallel.context} x parallel.tensor {parallel.tensor} does not divide model.n_head "
+            f"{model.n_head}, over which attention is shared out; products that would: {_sizes(divisors(model.n_head))}",
+        )
+    if parallel.context > 1 and model.n_positions % part:
+        yield Problem(
+            ("parallel.context", "parallel.tensor", "parallel.sequence_parallel", "model.n_positions"),
+            f"parallel.context: {part} parts (with sequence parallelism) do not divide model.n_positions {model.n_positions}; "
+            f"nearest model.n_positions: {max(1, round(model.n_positions / part)) * part}",
+        )
+
+
+INTERLEAVED = ("interleaved_1f1b", "interleaved_zero_bubble")
+V_SHAPED = ("zbv", "v_half", "v_min")
+
+
+def chunks_per_rank(config: Config) -> int:
+    """Pipeline stages that each rank has under the config's schedule."""
+    return 2 if config.parallel.schedule in V_SHAPED else config.parallel.virtual_stages
+
+
+def _pipeline(config: Config) -> Iterator[Problem]:
+    parallel, layers = config.parallel, config.model.n_layer
+    allowed = {**dict.fromkeys(V_SHAPED, (1, 2)), **dict.fromkeys(INTERLEAVED, range(2, layers + 1))}.get(parallel.schedule, (1,))
+    if parallel.virtual_stages not in allowed:
+        hint = "2 or more" if parallel.schedule in INTERLEAVED else " or ".join(map(str, allowed))
+        yield Problem(
+            ("parallel.virtual_stages", "parallel.schedule"),
+            f"parallel.virtual_stages: {parallel.virtual_stages} with parallel.schedule {parallel.schedule}; expected {hint}",
+        )
+    stages = parallel.pipeline * chunks_per_rank(config)
+    if stages > layers:
+        yield Problem(
+            ("parallel.pipeline", "parallel.virtual_stages", "parallel.schedule", "model.n_layer"),
+            f"parallel.pipeline: {stages} stages for model.n_layer {layers}; every stage needs a layer, so at most {layers}",
         )
 
 
@@ -93,6 +127,12 @@ def _zero(config: Config) -> Iterator[Problem]:
             f"zero.stage: 3 with parallel.pipeline {config.parallel.pipeline} gives wrong gradients (weights that are "
             "gathered per layer cannot stay whole while micro-batches are in flight); use zero.stage 1 or 2, "
             "or parallel.pipeline 1",
+        )
+    elif zero.stage == 3 and config.parallel.schedule not in ("1f1b", "gpipe"):
+        yield Problem(
+            ("zero.stage", "parallel.schedule"),
+            f"zero.stage: 3 with parallel.schedule {config.parallel.schedule}, which leaves weight gradients or whole chunks "
+            'for later, while stage 3 frees the weights; use parallel.schedule "1f1b", or zero.stage 1 or 2',
         )
     if zero.stage == 0 and zero.offload_optimizer != "none":
         yield Problem(
@@ -193,16 +233,21 @@ def flat_keys(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
-    """Data-parallel ranks in a world of `world_size`; raises ConfigError, naming sizes that fit, where it does not."""
-    ranks = config.parallel.tensor * config.parallel.pipeline
+    """Ranks in a world of `world_size` that hold the same parameters: data-parallel times context-parallel ones.
+
+    Raises ConfigError, naming sizes that fit, where the world does not.
+    """
+    parallel = config.parallel
+    ranks = parallel.tensor * parallel.pipeline * parallel.context
     largest = math.lcm(config.training.micro_batch_size, config.evaluation.micro_batch_size or 1)
     micro_batches = config.training.global_batch_size // largest
     if world_size % ranks == 0 and micro_batches % (world_size // ranks) == 0:
-        return world_size // ranks
+        return world_size // (parallel.tensor * parallel.pipeline)
     fitting = [ranks * size for size in divisors(micro_batches)]
+    context = f" x context {parallel.context}" if parallel.context > 1 else ""
     raise ConfigError(
-        f"parallel: a world of {world_size} ranks does not fit tensor {config.parallel.tensor} x pipeline "
-        f"{config.parallel.pipeline} x data, with {micro_batches} micro-batches (training.global_batch_size / "
+        f"parallel: a world of {world_size} ranks does not fit tensor {parallel.tensor} x pipeline "
+        f"{parallel.pipeline}{context} x data, with {micro_batches} micro-batches (training.global_batch_size / "
         f"the micro-batch size) to share; world sizes that fit: {_sizes(fitting)}"
     )
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Schedule = Literal["1f1b", "gpipe"]
+Schedule = Literal["1f1b", "gpipe", "interleaved_1f1b", "interleaved_zero_bubble", "zb_h1", "zbv", "v_half", "v_min"]
 Source = str | dict[str, float]
 """One prefix of a .bin/.idx pair, or several with their weights: {"data/web": 0.7, "data/books": 0.3}."""
 
@@ -75,14 +75,18 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Where the work runs. The data-parallel size is what is left of the world: world / (tensor x pipeline)."""
+    """Where the work runs. The data-parallel size is what is left of the world: world / (tensor x pipeline x context)."""
 
     tensor: int = Field(default=1, ge=1)
     """Ranks that share each matrix; best kept within one node."""
     pipeline: int = Field(default=1, ge=1)
     """Stages that share the layers."""
+    context: int = Field(default=1, ge=1)
+    """Ranks that share each sequence, for long ones: every one has a part of the positions."""
     schedule: Schedule = "1f1b"
-    """Order of the forwards and backwards in a pipeline."""
+    """Order of the forwards and backwards in a pipeline: docs/schedules.md shows and compares them."""
+    virtual_stages: int = Field(default=1, ge=1)
+    """Chunks of layers on each rank: 2 or more for the interleaved schedules; the V-shaped ones have two by themselves."""
     sequence_parallel: bool = False
     """Split norms and dropout along the sequence over the tensor ranks: reduce-scatter in place of all-reduce."""
     timeout_seconds: float = Field(default=1800.0, gt=0)

@@ -42,7 +42,7 @@ def document_mask(documents: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class CausalSelfAttention(nn.Module):
-    """[batch, seq, hidden] -> [batch, seq, hidden] (a part of the sequence under sequence parallelism).
+    """[batch, seq, hidden] -> [batch, seq, hidden] (a part of the sequence under sequence or context parallelism).
 
     The rows of the qkv weight stand head by head, each with its query, key and value (3 x head), so that a
     contiguous split of them is a split by heads.
@@ -53,13 +53,14 @@ class CausalSelfAttention(nn.Module):
         self.qkv = ColumnParallelLinear(f"{name}.qkv", model.n_embd, 3 * model.n_embd, tp, model.init_std)
         self.proj = RowParallelLinear(f"{name}.proj", model.n_embd, model.n_embd, tp, residual_std)
         self.heads, self.head_width, self.dropout = model.n_head // tp.size, model.head_width, model.attn_pdrop
-        self.recompute_core = recompute_core
+        self.recompute_core, self.context = recompute_core, tp.context
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """`mask`: of `document_mask`, over the whole sequence; all earlier tokens are seen without one."""
         qkv = self.qkv(x)  # [batch, seq, heads * 3 * head]
         batch, seq, _ = qkv.shape
-        query, key, value = qkv.view(batch, seq, self.heads, 3, self.head_width).transpose(1, 2).unbind(3)
+        qkv = self.context.heads_for_sequence(qkv.view(batch, seq, self.heads, 3 * self.head_width))
+        query, key, value = qkv.unflatten(3, (3, self.head_width)).transpose(1, 2).unbind(3)
         if cache is not None:
             return self.proj(self._join(self._cached(query, key, value, cache)))
         if self.recompute_core and torch.is_grad_enabled():
@@ -83,5 +84,5 @@ class CausalSelfAttention(nn.Module):
         return self.dropout if self.training else 0.0
 
     def _join(self, out: Tensor) -> Tensor:
-        """[batch, heads, seq, head] -> [batch, seq, heads * head]"""
-        return out.transpose(1, 2).flatten(2)
+        """[batch, heads, seq, head] -> [batch, seq, heads * head], of this rank's positions and all of its heads"""
+        return self.context.sequence_for_heads(out.transpose(1, 2)).flatten(2)

@@ -1,7 +1,6 @@
 """One transformer block: attention and MLP, each normalised before and added to the residual stream."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -35,8 +34,8 @@ class Block(nn.Module):
         return self._forward(x, seed, mask, cache)
 
     def _forward(self, x: Tensor, seed: int, mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
-        if self.training and self.model.attn_pdrop > 0:  # every tensor rank has other heads, and so other masks
-            seed_dropout(seed, self.index, "attention", self.tp.rank)
+        if self.training and self.model.attn_pdrop > 0:  # every rank has other heads, and so other masks
+            seed_dropout(seed, self.index, "attention", self.tp.rank, self.tp.context.rank)
         x = x + self._drop(self.attention(self.attention_norm(x), mask, cache), seed, "attention residual")
         return x + self._drop(self.mlp(self.mlp_norm(x)), seed, "mlp residual")
 
@@ -49,5 +48,6 @@ def residual_dropout(x: Tensor, p: float, training: bool, tp: TensorParallel, *p
     where each holds a part of the sequence."""
     if not training or p == 0:
         return x
-    seed_dropout(*place, tp.rank if tp.sequence_parallel else 0)
-    return F.dropout(x, p)
+    seed_dropout(*place, tp.rank if tp.sequence_parallel else 0, tp.context.rank)
+    # Not F.dropout, which keeps its mask in the type of x on a CPU; this one keeps a byte for each number.
+    return torch.native_dropout(x, p, True)[0]

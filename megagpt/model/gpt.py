@@ -3,6 +3,7 @@
 A chunk of all layers is the whole model; the single process takes the same path as any layout.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +24,9 @@ class MicroBatch:
     """What all stages know of one forward: the first reads tokens and positions, the last labels, all the rest."""
 
     tokens: Tensor
-    """[batch, seq], int64"""
+    """[batch, seq], int64; under context parallelism this rank's part of the positions, [batch, seq / ranks]"""
     labels: Tensor
-    """[batch, seq], int64; `IGNORED` where a position has no part in the loss"""
+    """As tokens; `IGNORED` where a position has no part in the loss"""
     seed: int = 0
     """Differs for every micro-batch of the run, whatever the layout."""
     positions: Tensor | None = None
@@ -98,6 +99,15 @@ def build_chunk(config: Config, tp: TensorParallel, layers: range, device: torch
     for parameter in chunk.parameters():
         initialize(parameter, config.training.seed)
     return chunk.to(dtype=DTYPES[config.training.precision])
+
+
+def share_tied_embedding(chunks: Sequence[GPTChunk]) -> None:
+    """Where one rank has the first chunk and the last, their tied embedding is one parameter and not two copies."""
+    first = next((chunk for chunk in chunks if chunk.is_first), None)
+    last = next((chunk for chunk in chunks if chunk.is_last), None)
+    if first is None or last is None or first is last or not first.config.model.tie_embeddings:
+        return
+    last.loss.weight = first.tokens.weight
 
 
 TOKEN_EMBEDDING = "embedding.token.weight"

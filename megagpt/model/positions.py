@@ -18,7 +18,8 @@ class LearnedPositions(nn.Module):
         """`positions`: of the whole sequence's tokens, [batch, seq]; without them they count from `seen`, the tokens
         before the first of x in generation."""
         part = x.shape[1]
-        start = seen + (self.tp.rank * part if self.tp.sequence_parallel else 0)
+        parts = self.tp.size if self.tp.sequence_parallel else 1
+        start = seen + part * (self.tp.context.rank * parts + (self.tp.rank if parts > 1 else 0))
         if positions is not None:
             return x + F.embedding(positions.narrow(1, start, part), self.weight)
         # A narrow of the weight, not a lookup: its gradient is a plain sum over the batch, the same bits on every run.

@@ -1,12 +1,20 @@
 """Linear layers split over tensor ranks, which own their backward (Shoeybi et al., arXiv 1909.08053, sec. 3)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
-from megagpt.parallel.collectives import copy_to_ranks, gather_sequence, reduce_from_ranks, reduce_scatter_to_sequence
+from megagpt.parallel.collectives import (
+    all_gather_sequence,
+    copy_to_ranks,
+    reduce_from_ranks,
+    reduce_scatter_sequence,
+    reduce_scatter_to_sequence,
+)
 from megagpt.parallel.shard import TensorParallel, replicated_parameter, sharded_parameter
 from megagpt.parallel.weight_gradients import WeightGradients, accumulate, accumulate_product
 
@@ -23,19 +31,46 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
         grad, (x,) = grads[0].detach(), ctx.saved_tensors
-        weight, bias = ctx.weight, ctx.bias
-        bias_trains = bias is not None and bias.requires_grad
-
-        def job() -> None:
-            if weight.requires_grad:
-                accumulate_product(weight, grad.flatten(0, -2).t(), x.detach().flatten(0, -2))
-            if bias_trains:
-                accumulate(bias, grad.flatten(0, -2).sum(0))
-
-        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
-        if weight.requires_grad or bias_trains:
-            ctx.later.add(job)
+        grad_x = grad @ ctx.weight if ctx.needs_input_grad[0] else None
+        _later(ctx, grad, lambda: x)
         return grad_x, None, None, None
+
+
+class _GatheredLinear(torch.autograd.Function):
+    """As `_Linear` on the ranks' parts of the sequence together, of which each rank keeps its own alone.
+
+    The others' are gathered again for the weight gradient (Korthikanti et al., arXiv 2205.05198, section 4.2.2).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, later: WeightGradients, group: ProcessGroup
+    ) -> Tensor:
+        ctx.save_for_backward(x if weight.requires_grad else None)
+        ctx.weight, ctx.bias, ctx.later, ctx.group = weight, bias, later, group
+        return F.linear(all_gather_sequence(x, group), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        grad, (x,), group = grads[0].detach(), ctx.saved_tensors, ctx.group
+        grad_x = reduce_scatter_sequence(grad @ ctx.weight, group) if ctx.needs_input_grad[0] else None
+        _later(ctx, grad, lambda: all_gather_sequence(x, group))
+        return grad_x, None, None, None, None
+
+
+def _later(ctx: Any, grad: Tensor, whole_input: Callable[[], Tensor]) -> None:
+    """Hand over the work for the gradients of the weight and the bias, of what is not frozen."""
+    weight, bias = ctx.weight, ctx.bias
+    bias_trains = bias is not None and bias.requires_grad
+
+    def job() -> None:
+        if weight.requires_grad:
+            accumulate_product(weight, grad.flatten(0, -2).t(), whole_input().detach().flatten(0, -2))
+        if bias_trains:
+            accumulate(bias, grad.flatten(0, -2).sum(0))
+
+    if weight.requires_grad or bias_trains:
+        ctx.later.add(job)
 
 
 def linear(x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, later: WeightGradients) -> Tensor:
@@ -57,8 +92,10 @@ class ColumnParallelLinear(nn.Module):
         self.bias = sharded_parameter(f"{name}.bias", (n_out,), 0, tp, 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        enter = gather_sequence if self.tp.sequence_parallel else copy_to_ranks
-        return linear(enter(x, self.tp.group), self.weight, self.bias, self.tp.weight_gradients)
+        tp = self.tp
+        if tp.sequence_parallel and tp.group is not None:
+            return _GatheredLinear.apply(x, self.weight, self.bias, tp.weight_gradients, tp.group)
+        return linear(copy_to_ranks(x, tp.group), self.weight, self.bias, tp.weight_gradients)
 
 
 class RowParallelLinear(nn.Module):

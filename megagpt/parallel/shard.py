@@ -3,13 +3,14 @@
 The record travels on the parameter itself, so that nothing keeps a second list of names and shapes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from megagpt.parallel.context import ContextParallel
 from megagpt.parallel.weight_gradients import WeightGradients
 
 
@@ -40,6 +41,8 @@ class TensorParallel:
     rank: int = 0
     size: int = 1
     sequence_parallel: bool = False
+    context: ContextParallel = field(default_factory=ContextParallel)
+    """Who shares the sequences; no ranks of other parts of a matrix."""
 
 
 def sharded_parameter(

@@ -71,8 +71,9 @@ class _Step:
                     self.backward(stage, index)
                 self.parked[stage, index] = jobs
             else:
-                for job in self.parked.pop((stage, index)):
-                    job()
+                with torch.no_grad():  # as in a backward
+                    for job in self.parked.pop((stage, index)):
+                        job()
             if stage_done is not None and number in self.executor.last_of_stage:
                 stage_done(stage)
         self.transfers.finish()

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from megagpt.pipeline.schedule import Action, Kind, Plan, messages
+from megagpt.pipeline.plan import Action, Kind, Plan, messages
 
 Cost = Callable[[Action], float]
 """Duration of an action, in any unit of time."""

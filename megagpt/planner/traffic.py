@@ -61,9 +61,12 @@ def tensor_traffic(config: Config, place: Place) -> Traffic:
     if not config.parallel.sequence_parallel:
         return {("tensor", "all-reduce"): moved, ("tensor", "all-gather"): loss}
     partial = GRADIENT_BYTES * _partial_parameters(config, place)
+    # Of what enters a layer's two products a rank keeps its own part: the rest is gathered again for their gradients.
+    gathers = sums + micro_batches * 2 * _layers(config, place)
+    gathered = gathers * batch * model.n_positions * model.n_embd * _activation_bytes(config)
     return {
         ("tensor", "reduce-scatter"): moved,
-        ("tensor", "all-gather"): Amount(moved.calls + loss.calls, moved.bytes + loss.bytes),
+        ("tensor", "all-gather"): Amount(gathers + loss.calls, gathered + loss.bytes),
         ("tensor", "all-reduce"): Amount(len(place.stages), partial),
     }
 

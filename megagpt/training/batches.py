@@ -1,64 +1,49 @@
 """Rows of tokens to what the model reads."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megagpt.config.schema import Config, DataConfig
+from megagpt.config.schema import Config
 from megagpt.data.blend import Dataset
 from megagpt.data.sampler import GlobalBatches, Rows
 from megagpt.model.gpt import MicroBatch
+from megagpt.parallel.context import ContextParallel
 from megagpt.parallel.embedding import IGNORED
 from megagpt.parallel.random import stable_seed
 from megagpt.parallel.topology import Topology
 
 
-@dataclass(frozen=True)
-class MaskedRows(Rows):
-    """Rows that know what the run does where a document begins."""
-
-    masks: DataConfig
-
-
-class MaskedBatches(GlobalBatches):
-    """Global batches of `MaskedRows`."""
-
-    def __init__(self, dataset: Dataset, config: Config, topology: Topology, micro_batch_size: int) -> None:
-        at, layout = topology.at, topology.layout
-        vocab_size = config.model.tokens_in_vocab
-        super().__init__(dataset, config.training.global_batch_size, micro_batch_size, at.data, layout.data, vocab_size)
-        self._masks = config.data
-
-    def at(self, first: int) -> list[Rows]:
-        """As of `GlobalBatches`."""
-        return [MaskedRows(**vars(rows), masks=self._masks) for rows in super().at(first)]
-
-
 def global_batches(dataset: Dataset, config: Config, topology: Topology, micro_batch_size: int) -> GlobalBatches:
-    """This data rank's part of a dataset's global batches."""
-    return MaskedBatches(dataset, config, topology, micro_batch_size)
+    """This data rank's part of a dataset's global batches; context ranks read the same."""
+    size, vocab_size = config.training.global_batch_size, config.model.tokens_in_vocab
+    return GlobalBatches(dataset, size, micro_batch_size, topology.reader, topology.layout.readers, vocab_size)
 
 
-def to_micro_batches(rows: Sequence[Rows], seed: int, step: int, device: torch.device) -> list[MicroBatch]:
-    """Tokens [batch, seq + 1] to inputs and labels [batch, seq] on `device`; dropout is seeded by (seed, step, micro-batch).
+def to_micro_batches(
+    rows: Sequence[Rows], config: Config, topology: Topology, step: int, device: torch.device
+) -> list[MicroBatch]:
+    """Tokens [batch, seq + 1] to inputs and labels [batch, seq] on `device`, or to this context rank's part of them.
 
-    Where `MaskedRows` say so, positions and attention begin anew with each document, and no label is the first of one.
+    Dropout is seeded by (seed, step, micro-batch). As the config says, positions and attention begin anew with each
+    document, and no label is the first token of one.
     """
+    data = config.data
+    context = ContextParallel(rank=topology.context_rank, size=topology.layout.context)
     found = []
     for row in rows:
-        masks = row.masks if isinstance(row, MaskedRows) else DataConfig()
         tokens = _on(device, row.tokens)
         labels = tokens[:, 1:]
-        if masks.mask_document_ends:
+        if data.mask_document_ends:
             labels = labels.masked_fill(_on(device, row.starts[:, 1:]), IGNORED)
         starts = row.starts[:, :-1]
-        positions = _on(device, positions_in_document(starts)) if masks.reset_positions else None
-        documents = _on(device, np.cumsum(starts, 1)) if masks.reset_attention else None
-        found.append(MicroBatch(tokens[:, :-1], labels, stable_seed(seed, step, row.index), positions, documents))
+        positions = _on(device, positions_in_document(starts)) if data.reset_positions else None
+        documents = _on(device, np.cumsum(starts, 1)) if data.reset_attention else None
+        seed = stable_seed(config.training.seed, step, row.index)
+        found.append(MicroBatch(context.part(tokens[:, :-1]), context.part(labels), seed, positions, documents))
     return found
 
 

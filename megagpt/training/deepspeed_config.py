@@ -18,7 +18,8 @@ def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
     if zero.offload_param != "none":
         sharding["offload_param"] = {"device": zero.offload_param}
     ours = {
-        "train_micro_batch_size_per_gpu": training.global_batch_size // data_parallel_size,
+        # Of no effect but on DeepSpeed's own arithmetic; context ranks may be more than samples.
+        "train_micro_batch_size_per_gpu": max(1, training.global_batch_size // data_parallel_size),
         "gradient_accumulation_steps": 1,  # our schedule accumulates; one DeepSpeed step is one optimizer step
         "gradient_clipping": config.optimizer.clip_grad,
         "zero_optimization": sharding,

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from megagpt.config.schema import Config, Schedule
 from megagpt.errors import ConfigError
-from megagpt.model.gpt import DTYPES, TOKEN_EMBEDDING, GPTChunk, MicroBatch, build_chunk
+from megagpt.model.gpt import DTYPES, TOKEN_EMBEDDING, GPTChunk, MicroBatch, build_chunk, share_tied_embedding
+from megagpt.parallel.context import ContextParallel
 from megagpt.parallel.shard import TensorParallel, shard_of
 from megagpt.parallel.topology import Topology
 from megagpt.parallel.weight_gradients import WeightGradients
 from megagpt.pipeline.executor import Executor
 from megagpt.pipeline.partition import stage_layers
-from megagpt.pipeline.schedule import forward_only, make_plan
+from megagpt.pipeline.plan import forward_plan
+from megagpt.pipeline.schedule import make_plan, placement
 from megagpt.training.deepspeed_config import deepspeed_config
 from megagpt.training.freezing import fill_groups, freeze
 from megagpt.training.gradients import finish_gradients, sum_over_ends
@@ -53,9 +55,14 @@ class Engine:
             topology.at.tensor,
             topology.layout.tensor,
             config.parallel.sequence_parallel,
+            ContextParallel(topology.context_group, topology.context_rank, topology.layout.context),
         )
-        layers = stage_layers(config.model, topology.layout.pipeline)[topology.at.pipeline]
-        self.chunks: dict[int, GPTChunk] = {topology.at.pipeline: build_chunk(config, tp, layers, device)}
+        parallel = config.parallel
+        self._placement = placement(parallel.schedule, topology.layout.pipeline, parallel.virtual_stages)
+        layers = stage_layers(config.model, len(self._placement))
+        mine = [stage for stage, rank in enumerate(self._placement) if rank == topology.at.pipeline]
+        self.chunks: dict[int, GPTChunk] = {stage: build_chunk(config, tp, layers[stage], device) for stage in mine}
+        share_tied_embedding(list(self.chunks.values()))
         for chunk in self.chunks.values():
             if chunk.is_last:
                 chunk.loss.label_smoothing = config.training.label_smoothing
@@ -94,7 +101,7 @@ class Engine:
         config, loss_scale = self.config, self.loss_scale
         # ZeRO averages over its shards what is to be summed.
         shards = self.topology.layout.data if config.zero.stage > 0 else 1
-        gradient = torch.tensor(loss_scale * shards / n_tokens, dtype=torch.float32, device=self.device)
+        gradient = torch.tensor(loss_scale * shards / max(1, n_tokens), dtype=torch.float32, device=self.device)
         self.model.train()
         self._reduction.begin()
         executor = self._executor(config.parallel.schedule, micro_batches)
@@ -117,7 +124,8 @@ class Engine:
 
     def _reduce_tied(self) -> None:
         """The tied embedding, to which the first stage and the last have each added."""
-        sum_over_ends(self._tied, self.topology)
+        if self._placement[0] != self._placement[-1]:
+            sum_over_ends(self._tied, self.topology)
         finish_gradients(self._tied, self.topology, over_data=self.config.zero.stage == 0)
 
     @torch.no_grad()
@@ -143,8 +151,11 @@ class Engine:
         return self._executors[key]
 
     def _build_executor(self, schedule: Schedule | None, micro_batches: int, shape: torch.Size) -> Executor:
-        stages, (batch, seq) = self.topology.layout.pipeline, shape
-        plan = make_plan(schedule, stages, micro_batches) if schedule else forward_only(stages, micro_batches)
+        parallel, (batch, seq) = self.config.parallel, shape
+        if schedule is None:
+            plan = forward_plan(self._placement, micro_batches)
+        else:
+            plan = make_plan(schedule, parallel.pipeline, micro_batches, parallel.virtual_stages)
         if self.config.parallel.sequence_parallel:
             seq //= self.topology.layout.tensor
         dtype = DTYPES[self.config.training.precision]

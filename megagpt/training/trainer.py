@@ -57,7 +57,7 @@ class Trainer:
     def advance(self, rows: Sequence[Rows]) -> None:
         """One optimizer step on this data rank's rows of the global batch, and its report."""
         config, topology = self.config, self.topology
-        micro_batches = to_micro_batches(rows, config.training.seed, self.step, self.device)
+        micro_batches = to_micro_batches(rows, config, topology, self.step, self.device)
         n_tokens = count_tokens(token_count(micro_batches), topology, self.device)
         rate = learning_rate(self.step, self.total_steps, config.optimizer.learning_rate, config.lr_schedule)
         result = self.engine.train_step(micro_batches, n_tokens, rate)

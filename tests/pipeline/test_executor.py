@@ -8,7 +8,8 @@ from support.runs import Tree, tiny_config, train, whole_weights
 import megagpt.training.engine as engine_module
 from megagpt.config import Config
 from megagpt.parallel import linear
-from megagpt.pipeline.schedule import make_plan, split_backward
+from megagpt.pipeline.plan import split_backward
+from megagpt.pipeline.schedule import make_plan
 
 
 def train_split(config: Config, steps: int, split: bool) -> Tree:

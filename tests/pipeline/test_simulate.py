@@ -1,13 +1,13 @@
 import random
 from dataclasses import replace
-from itertools import pairwise, product
+from itertools import pairwise
 
 import pytest
+from torch_orders import torch_plan
 
-from megagpt.pipeline.schedule import Action, Kind, Plan, forward_only, gpipe, make_plan, one_f_one_b, split_backward
+from megagpt.pipeline.one_stage import gpipe, one_f_one_b
+from megagpt.pipeline.plan import Action, Kind, Plan, forward_plan, split_backward
 from megagpt.pipeline.simulate import ScheduleError, kind_costs, simulate
-
-SIZES = list(product((1, 2, 3, 5, 8, 16), (1, 2, 3, 7, 16, 64)))
 
 
 def edited(plan: Plan, rank: int, order: list[Action]) -> Plan:
@@ -16,42 +16,8 @@ def edited(plan: Plan, rank: int, order: list[Action]) -> Plan:
     return replace(plan, actions=tuple(orders))
 
 
-def torch_plan(name: str, ranks: int, micro_batches: int) -> Plan:
-    """A plan in the order that torch's own schedule of that name prints: an independent maker of many-stage plans."""
-    from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
-
-    orders = [
-        tuple(
-            Action(Kind(op.computation_type.value), op.stage_index, op.microbatch_index)
-            for op in order
-            if op is not None and op.computation_type.value in "FBIW"
-        )
-        for order in get_schedule_ops(name, ranks, micro_batches)
-    ]
-    owner = {action.stage: rank for rank, order in enumerate(orders) for action in order}
-    return Plan(tuple(orders), tuple(owner[stage] for stage in sorted(owner)), len(owner), micro_batches)
-
-
-@pytest.mark.parametrize("name", ["1f1b", "gpipe"])
-def test_the_bubble_is_the_theorys(name: str):
-    """(p - 1) / (m + p - 1) of the time (Narayanan et al., arXiv 2104.04473, section 2.2.1, as a share of the whole)."""
-    for stages, micro_batches in SIZES:
-        played = simulate(make_plan(name, stages, micro_batches))
-        bubble = (stages - 1) / (micro_batches + stages - 1)
-        assert played.idle_share == pytest.approx([bubble] * stages)
-        assert played.makespan == 3 * (micro_batches + stages - 1)
-
-
-def test_one_f_one_b_holds_as_many_micro_batches_as_stages_follow():
-    for stages, micro_batches in SIZES:
-        peaks = simulate(one_f_one_b(stages, micro_batches)).peak_live
-        assert peaks == tuple(min(stages - rank, micro_batches) for rank in range(stages))
-
-
-def test_gpipe_holds_all_micro_batches_and_evaluation_none():
-    for stages, micro_batches in SIZES:
-        assert simulate(gpipe(stages, micro_batches)).peak_live == (micro_batches,) * stages
-        assert simulate(forward_only(stages, micro_batches)).peak_live == (1,) * stages
+def test_evaluation_holds_one_micro_batch_at_a_time():
+    assert simulate(forward_plan(range(3), 7)).peak_live == (1, 1, 1)
 
 
 def test_a_split_backward_takes_as_long_and_holds_as_much_as_the_whole():
@@ -71,7 +37,7 @@ def test_an_action_starts_when_its_input_has_arrived_and_its_rank_is_free():
 
 
 def test_costs_may_differ_by_stage():
-    played = simulate(forward_only(3, 10), lambda action: 4.0 if action.stage == 1 else 1.0)
+    played = simulate(forward_plan(range(3), 10), lambda action: 4.0 if action.stage == 1 else 1.0)
     assert played.makespan == 1 + 10 * 4 + 1
 
 
@@ -92,7 +58,9 @@ def test_torchs_zbv_plays_with_few_held_but_needs_messages_in_another_order_than
         simulate(plan)
 
 
-@pytest.mark.parametrize("plan", [one_f_one_b(4, 6), gpipe(3, 4), forward_only(3, 3)], ids=["1f1b", "gpipe", "evaluation"])
+@pytest.mark.parametrize(
+    "plan", [one_f_one_b(4, 6), gpipe(3, 4), forward_plan(range(3), 3)], ids=["1f1b", "gpipe", "evaluation"]
+)
 def test_every_doubled_action_is_found_by_name(plan: Plan):
     for rank, order in enumerate(plan.actions):
         for index, action in enumerate(order):

@@ -1,6 +1,7 @@
 """Training runs on ranks for tests: fixed data, any layout, what each rank holds brought back in logical shape."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from megagpt.config import Config, build_config
 from megagpt.data.blend import build_datasets
 from megagpt.data.indexed import IndexedWriter
 from megagpt.model.gpt import MicroBatch
+from megagpt.parallel.context import ContextParallel
 from megagpt.parallel.random import stable_seed
 from megagpt.parallel.shard import is_second_copy, shard_of
 from megagpt.parallel.topology import Topology
@@ -65,11 +67,13 @@ def token_count(config: Config, step: int) -> int:
 
 def train(config: Config, steps: int) -> Tree:
     """Losses and gradient norms of every step and the final weights that this rank holds, through the real engine."""
-    topology = Topology.create(config.parallel.tensor, config.parallel.pipeline)
+    topology = Topology.create(config.parallel.tensor, config.parallel.pipeline, context=config.parallel.context)
     engine = Engine(config, topology, torch.device("cpu"))
     losses, norms = [], []
     for step in range(steps):
-        batches = micro_batches(config, step, topology.at.data, topology.layout.data)
+        batches = micro_batches(config, step, topology.reader, topology.layout.readers)
+        context = ContextParallel(rank=topology.context_rank, size=topology.layout.context)
+        batches = [replace(batch, tokens=context.part(batch.tokens), labels=context.part(batch.labels)) for batch in batches]
         count = token_count(config, step)
         result = engine.train_step(batches, count, config.optimizer.learning_rate)
         total = torch.zeros(1) if result.loss_sum is None else result.loss_sum.reshape(1).clone()
@@ -125,7 +129,7 @@ def corpus(folder: Path, documents: int = 60, vocab_size: int = 61) -> str:
 
 def run_trainer(config: Config) -> Tree:
     """The real loop; returns this rank's final weights and, on rank 0, the metrics file's records."""
-    topology = Topology.create(config.parallel.tensor, config.parallel.pipeline)
+    topology = Topology.create(config.parallel.tensor, config.parallel.pipeline, context=config.parallel.context)
     datasets = build_datasets(config.data, config.model.n_positions)
     trainer = Trainer(config, topology, datasets, torch.device("cpu"))
     trainer.train()

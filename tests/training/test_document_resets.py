@@ -47,7 +47,7 @@ def read(folder: Path, data: Tree, topology: Topology, steps: int = 5) -> list[M
     """Micro-batches of the first global batches."""
     config = config_of(folder, data, model={"vocab_size": 1000})
     batches = global_batches(build_datasets(config.data, config.model.n_positions).train, config, topology, 2)
-    return [found for step in range(steps) for found in to_micro_batches(batches.at(8 * step), 7, step, CPU)]
+    return [found for step in range(steps) for found in to_micro_batches(batches.at(8 * step), config, topology, step, CPU)]
 
 
 def test_labels_positions_and_documents_begin_anew_where_the_corpus_says(numbered: tuple[Path, list[int]]) -> None:

@@ -1,0 +1,79 @@
+"""Layouts, schedules, ZeRO stages, shapes and batch splits drawn at random equal one process.
+
+30 draws by default; more by hand: MEGAGPT_LAYOUT_DRAWS=300 python -m pytest tests/training/test_any_layout.py
+"""
+
+import os
+from typing import Any, get_args
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, note, settings
+from hypothesis import strategies as st
+from support.pool import Pool
+from support.runs import Tree, tiny_config, train, whole_weights
+
+from megagpt.config.schema import Schedule
+
+DRAWS = int(os.environ.get("MEGAGPT_LAYOUT_DRAWS", "30"))
+STEPS = 2
+SCHEDULES = [name for name in get_args(Schedule) if name != "auto"]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[int, Tree, Tree]:
+    """A world size, the sections that describe the run, and those that describe the layout."""
+    tensor = draw(st.sampled_from([1, 1, 2, 4]))
+    pipeline = draw(st.sampled_from([size for size in (1, 2, 4) if size * tensor <= 8]))
+    context = draw(st.sampled_from([size for size in (1, 2, 4) if size * tensor * pipeline <= 8 and size * tensor <= 4]))
+    data = draw(st.sampled_from([size for size in (1, 2, 4) if size * tensor * pipeline * context <= 8]))
+    micro = draw(st.sampled_from([1, 2]))
+    per_rank = draw(st.sampled_from([1, 2, 3, 4, 6, 8]))
+    run: Tree = {
+        "model": {
+            "n_layer": draw(st.integers(max(2, 2 * pipeline), 9)),
+            "n_embd": draw(st.sampled_from([16, 32])),
+            "n_positions": draw(st.sampled_from([8, 16])),
+            "vocab_size": draw(st.integers(40, 70)),
+            "tie_embeddings": draw(st.booleans()),
+        },
+        "training": {
+            "steps": STEPS,
+            "micro_batch_size": micro,
+            "global_batch_size": micro * data * per_rank,
+            "seed": draw(st.integers(0, 99)),
+        },
+        "optimizer": {"type": draw(st.sampled_from(["adamw", "sgd"]))},
+    }
+    parallel: Tree = {"tensor": tensor, "pipeline": pipeline, "context": context}
+    parallel |= {"sequence_parallel": tensor > 1 and draw(st.booleans())}
+    if pipeline > 1:
+        parallel["schedule"] = draw(st.sampled_from(SCHEDULES))
+    layout: Tree = {
+        "parallel": parallel,
+        "zero": {"stage": draw(st.integers(0, 3 if pipeline == 1 else 2))},
+        "recompute": draw(st.sampled_from(["none", "selective", "full"])),
+    }
+    return tensor * pipeline * context * data, run, layout
+
+
+@settings(max_examples=DRAWS, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(cases())
+def test_whatever_the_layout_the_run_is_that_of_one_process(ranks: Pool, case: tuple[int, Tree, Tree]) -> None:
+    world, run, layout = case
+    note(f"{world} ranks: {run} {layout}")
+    training = {**run["training"], "recompute": layout["recompute"]}
+    config = tiny_config(**{**run, "training": training, "parallel": layout["parallel"], "zero": layout["zero"]})
+    expected = ranks.run(1, train, tiny_config(**run), STEPS)
+    compare(ranks.run(world, train, config, STEPS), expected)
+
+
+def compare(results: list[Any], expected: list[Any]) -> None:
+    """As in test_layouts.py: sums in another order differ by about 1e-7."""
+    for result in results:
+        assert result["losses"] == pytest.approx(expected[0]["losses"], rel=1e-5)
+        assert result["norms"] == pytest.approx(expected[0]["norms"], rel=1e-5)
+    weights, wanted = whole_weights(results), whole_weights(expected)
+    assert weights.keys() == wanted.keys()
+    for name, values in wanted.items():
+        torch.testing.assert_close(weights[name], values, rtol=0, atol=5e-6, msg=lambda text, name=name: f"{name}: {text}")
