@@ -42,7 +42,8 @@ class Problem:
 
 def broken_rules(config: Config) -> list[Problem]:
     """Every rule that `config` breaks, whatever the number of ranks."""
-    rules = (_shape, _tensor_parallel, _context, _pipeline, _zero, _batch, _length, _data, _lr_schedule, _optimizer, _deepspeed)
+    sizes = (_shape, _tensor_parallel, _context, _pipeline, _zero, _batch, _ramp)
+    rules = (*sizes, _length, _data, _lr_schedule, _optimizer, _deepspeed)
     return [problem for rule in rules for problem in rule(config)]
 
 
@@ -104,7 +105,9 @@ def chunks_per_rank(config: Config) -> int:
 
 def _pipeline(config: Config) -> Iterator[Problem]:
     parallel, layers = config.parallel, config.model.n_layer
-    allowed = {**dict.fromkeys(V_SHAPED, (1, 2)), **dict.fromkeys(INTERLEAVED, range(2, layers + 1))}.get(parallel.schedule, (1,))
+    allowed = {**dict.fromkeys(V_SHAPED, (1, 2)), **dict.fromkeys(INTERLEAVED, range(2, layers + 1))}.get(
+        parallel.schedule, (1,)
+    )
     if parallel.virtual_stages not in allowed:
         hint = "2 or more" if parallel.schedule in INTERLEAVED else " or ".join(map(str, allowed))
         yield Problem(
@@ -156,6 +159,34 @@ def _batch(config: Config) -> Iterator[Problem]:
                 (key, "training.global_batch_size"),
                 f"{key}: {size} does not divide training.global_batch_size {training.global_batch_size}; "
                 f"{_sizes(divisors(training.global_batch_size))} would",
+            )
+
+
+def _ramp(config: Config) -> Iterator[Problem]:
+    training, ramp = config.training, config.training.batch_ramp
+    micro, full, key = training.micro_batch_size, training.global_batch_size, "training.batch_ramp"
+    if (ramp.start is None) != (ramp.samples == 0):
+        missing, given = ("start", "samples") if ramp.start is None else ("samples", "start")
+        yield Problem((f"{key}.start", f"{key}.samples"), f"{key}.{missing}: goes with {key}.{given}; give both or neither")
+    if ramp.start is None:
+        return
+    if ramp.start >= full:
+        yield Problem(
+            (f"{key}.start", "training.global_batch_size"),
+            f"{key}.start: {ramp.start} is not below training.global_batch_size {full}; without a ramp leave {key} out",
+        )
+    elif (full - ramp.start) % ramp.increment:
+        yield Problem(
+            (f"{key}.increment", f"{key}.start", "training.global_batch_size"),
+            f"{key}.increment: steps of {ramp.increment} from {ramp.start} do not meet training.global_batch_size {full}; "
+            f"{_sizes([size for size in divisors(full - ramp.start) if size % micro == 0])} would",
+        )
+    for name, size in (("start", ramp.start), ("increment", ramp.increment)):
+        if size % micro:
+            yield Problem(
+                (f"{key}.{name}", "training.micro_batch_size"),
+                f"{key}.{name}: {size} is not a multiple of training.micro_batch_size {micro}; "
+                f"nearest: {max(1, round(size / micro)) * micro}",
             )
 
 
@@ -239,8 +270,7 @@ def data_parallel_size(config: Config, world_size: int) -> int:
     """
     parallel = config.parallel
     ranks = parallel.tensor * parallel.pipeline * parallel.context
-    largest = math.lcm(config.training.micro_batch_size, config.evaluation.micro_batch_size or 1)
-    micro_batches = config.training.global_batch_size // largest
+    micro_batches = _micro_batches(config)
     if world_size % ranks == 0 and micro_batches % (world_size // ranks) == 0:
         return world_size // (parallel.tensor * parallel.pipeline)
     fitting = [ranks * size for size in divisors(micro_batches)]
@@ -248,8 +278,21 @@ def data_parallel_size(config: Config, world_size: int) -> int:
     raise ConfigError(
         f"parallel: a world of {world_size} ranks does not fit tensor {parallel.tensor} x pipeline "
         f"{parallel.pipeline}{context} x data, with {micro_batches} micro-batches (training.global_batch_size / "
-        f"the micro-batch size) to share; world sizes that fit: {_sizes(fitting)}"
+        f"the micro-batch size{_in_ramp(config)}) to share; world sizes that fit: {_sizes(fitting)}"
     )
+
+
+def _micro_batches(config: Config) -> int:
+    """What data-parallel ranks share evenly: the micro-batches of a step, or the common divisor of a ramp's steps."""
+    training, ramp = config.training, config.training.batch_ramp
+    full = training.global_batch_size // math.lcm(training.micro_batch_size, config.evaluation.micro_batch_size or 1)
+    if ramp.start is None:
+        return full
+    return math.gcd(full, ramp.start // training.micro_batch_size, ramp.increment // training.micro_batch_size)
+
+
+def _in_ramp(config: Config) -> str:
+    return ", and for every size of training.batch_ramp" if config.training.batch_ramp.start is not None else ""
 
 
 def divisors(number: int) -> list[int]:

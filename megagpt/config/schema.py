@@ -6,7 +6,7 @@ several keys are in `rules.py`; reading files and overrides is in `load.py`. Not
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Schedule = Literal["1f1b", "gpipe", "interleaved_1f1b", "interleaved_zero_bubble", "zb_h1", "zbv", "v_half", "v_min"]
 Source = str | dict[str, float]
@@ -166,6 +166,18 @@ class LRScheduleConfig(Section):
     """Floor."""
 
 
+class BatchRampConfig(Section):
+    """A global batch that grows to training.global_batch_size (Megatron: rampup-batch-size). Every size is a multiple of
+    micro-batch x data-parallel size. The learning rate goes on by steps, of which a ramp makes more."""
+
+    start: int | None = Field(default=None, ge=1)
+    """Sequences in the first steps; no ramp if absent."""
+    increment: int = Field(default=1, ge=1)
+    """Sequences that the batch grows by at a time."""
+    samples: int = Field(default=0, ge=0)
+    """Sequences over which it grows, each size for an equal part of them."""
+
+
 class TrainingConfig(Section):
     """Length, batch and precision of the run."""
 
@@ -179,6 +191,8 @@ class TrainingConfig(Section):
     """Sequences in one forward of one data-parallel rank."""
     global_batch_size: int = Field(ge=1)
     """Sequences in one optimizer step, over all ranks."""
+    batch_ramp: BatchRampConfig = BatchRampConfig()
+    """Smaller batches in the first steps; null for none."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of parameters and activations; gradients are summed and optimizer states kept in fp32 under each."""
     seed: int = Field(default=1234, ge=0)
@@ -191,6 +205,11 @@ class TrainingConfig(Section):
     on with other patterns; what is trained again begins with moments of zero."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of each label that is spread evenly over the vocabulary; evaluations report the plain loss without it."""
+
+    @field_validator("batch_ramp", mode="before")
+    @classmethod
+    def _no_ramp(cls, value: Any) -> Any:
+        return BatchRampConfig() if value is None else value
 
 
 class EvaluationConfig(Section):

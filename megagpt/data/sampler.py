@@ -1,6 +1,6 @@
 """Which samples a data-parallel rank reads of a global batch.
 
-The global batch at `first` is samples [first, first + G), whatever the layout; rank d of D takes the d-th part.
+The global batch of size G at `first` is samples [first, first + G), whatever the layout; rank d of D takes the d-th part.
 """
 
 from dataclasses import dataclass
@@ -31,18 +31,18 @@ class GlobalBatches:
         self, dataset: Dataset, global_batch_size: int, micro_batch_size: int, data_rank: int, data_size: int, vocab_size: int
     ) -> None:
         self._dataset, self._micro, self._vocab_size = dataset, micro_batch_size, vocab_size
+        self._rank, self._ranks = data_rank, data_size
         self.size = global_batch_size
-        """Samples in a global batch."""
-        part = global_batch_size // data_size
-        self._rows = range(data_rank * part, (data_rank + 1) * part)
+        """Samples in a global batch, where `at` is told no other number."""
 
-    def at(self, first: int) -> list[Rows]:
-        """Micro-batches of the global batch that begins at sample `first`.
+    def at(self, first: int, size: int | None = None) -> list[Rows]:
+        """Micro-batches of the global batch of `size` samples that begins at sample `first`.
 
         Raises DataError for a token id above the vocabulary.
         """
+        part = (size or self.size) // self._ranks
         found = []
-        for row in range(self._rows.start, self._rows.stop, self._micro):
+        for row in range(self._rank * part, (self._rank + 1) * part, self._micro):
             samples = [self._dataset.sample(first + row + offset) for offset in range(self._micro)]
             tokens = np.stack([sample.tokens for sample in samples])
             starts = np.stack([sample.starts for sample in samples])

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from megagpt.data.sampler import Rows
 from megagpt.errors import ConfigError
 from megagpt.parallel.topology import Topology
 from megagpt.training import snapshot
+from megagpt.training.batch_ramp import batch_size, batches_from, steps_between
 from megagpt.training.batches import global_batches, to_micro_batches, token_count
 from megagpt.training.engine import Engine, StepResult
 from megagpt.training.evaluation import evaluate
@@ -43,8 +45,8 @@ class Trainer:
     def train(self) -> None:
         """Step until the run's length, evaluating and saving on the way and at the end."""
         batches = global_batches(self.datasets.train, self.config, self.topology, self.config.training.micro_batch_size)
-        firsts = range(self.samples, self.samples + (self.total_steps - self.step) * batches.size, batches.size)
-        with Ahead((batches.at(first) for first in firsts), BATCHES_AHEAD) as ready:
+        ahead = islice(batches_from(self.samples, self.config.training), max(0, self.total_steps - self.step))
+        with Ahead((batches.at(first, size) for first, size in ahead), BATCHES_AHEAD) as ready:
             for rows in ready:
                 self._window.seconds_waited += ready.seconds_waited
                 ready.seconds_waited = 0.0
@@ -62,7 +64,8 @@ class Trainer:
         rate = learning_rate(self.step, self.total_steps, config.optimizer.learning_rate, config.lr_schedule)
         result = self.engine.train_step(micro_batches, n_tokens, rate)
         self.step += 1
-        self.samples += config.training.global_batch_size
+        self._window.batch_size = batch_size(self.samples, config.training)
+        self.samples += self._window.batch_size
         self._report(result, n_tokens, rate)
 
     def close(self) -> None:
@@ -97,6 +100,8 @@ class Trainer:
             "step_seconds": seconds / self._window.steps,
             "data_wait": self._window.seconds_waited / seconds,
         }
+        if self.config.training.batch_ramp.start is not None:
+            record["batch_size"] = self._window.batch_size
         if self.config.training.precision == "fp16":
             record |= {"loss_scale": result.loss_scale, "skipped": int(result.skipped)}
         self.logger.step(record)
@@ -128,6 +133,8 @@ class Window:
         self.start, self.steps, self.tokens = time.monotonic(), 0, 0
         self.seconds_waited = 0.0
         """For data, on this rank."""
+        self.batch_size = 0
+        """Of the last step, sequences."""
 
 
 def total_steps(config: Config, datasets: Datasets, step: int = 0, samples: int = 0) -> int:
@@ -140,13 +147,15 @@ def total_steps(config: Config, datasets: Datasets, step: int = 0, samples: int 
         return training.steps
     if training.tokens is not None:
         wanted = -(-training.tokens // config.model.n_positions)
-        return step + max(0, -(-(wanted - samples) // training.global_batch_size))
+        return step + steps_between(samples, wanted, training)[0]
     assert training.epochs is not None
     wanted = int(training.epochs * datasets.train.samples_per_epoch)
-    steps = step + max(0, (wanted - samples) // training.global_batch_size)
+    more, end = steps_between(samples, wanted, training)
+    steps = step + more - (more > 0 and end > wanted)
     if steps == 0:
+        key = "global_batch_size" if training.batch_ramp.start is None else "batch_ramp.start"
         raise ConfigError(
             f"training.epochs: {training.epochs:g} epochs of {datasets.train.samples_per_epoch} samples are less than "
-            f"one step of training.global_batch_size {training.global_batch_size}"
+            f"one step of training.{key} {batch_size(0, training)}"
         )
     return steps
