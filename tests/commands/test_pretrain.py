@@ -67,7 +67,7 @@ def test_truncated_bin(tmp_path: Path) -> None:
 
 
 def test_data_of_another_tokenizer(tmp_path: Path) -> None:
-    refused(pretrain(config_file(tmp_path, model={"vocab_size": 30})), "token id", "model.vocab_size is 30")
+    refused(pretrain(config_file(tmp_path, model={"vocab_size": 30})), "token id 60", "the vocabulary has the ids 0 to 29")
 
 
 def test_tokenizer_larger_than_the_model(tmp_path: Path) -> None:

@@ -67,6 +67,18 @@ def test_all_errors_are_listed_at_once_field_errors_and_broken_rules_alike() -> 
         (["parallel.sequence_parallel=true"], "parallel.tensor is 1"),
         (["parallel.sequence_parallel=true", "parallel.tensor=4", "model.n_positions=18"], "model.n_positions 18"),
         (["parallel.pipeline=5"], "5 stages for model.n_layer 4"),
+        (["parallel.pipeline=4", "parallel.schedule=zbv"], "8 stages for model.n_layer 4"),
+        (["parallel.pipeline=2", "parallel.schedule=interleaved_1f1b"], "expected 2 or more"),
+        (
+            ["parallel.pipeline=2", "parallel.virtual_stages=2"],
+            "parallel.virtual_stages: 2 with parallel.schedule 1f1b; expected 1",
+        ),
+        (["parallel.schedule=zbv", "zero.stage=3"], 'use parallel.schedule "1f1b"'),
+        (["parallel.context=3"], "parallel.context: 3 x parallel.tensor 1 does not divide model.n_head 4"),
+        (
+            ["parallel.context=4", "model.n_positions=18"],
+            "4 parts (with sequence parallelism) do not divide model.n_positions 18",
+        ),
         (["zero.stage=3", "parallel.pipeline=2"], "use zero.stage 1 or 2"),
         (["zero.stage=0", 'zero.offload_optimizer="cpu"'], "zero.offload_optimizer: needs zero.stage 1, 2 or 3"),
         (['zero.offload_param="cpu"'], "zero.offload_param: needs zero.stage 3"),

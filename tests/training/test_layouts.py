@@ -35,6 +35,8 @@ LAYOUTS: dict[str, tuple[int, Tree, int]] = {
         2,
     ),
     "2 x 2 x 2, zbv": (8, {"tensor": 2, "pipeline": 2, "schedule": "zbv"}, 1),
+    "pipeline 2 x data 2, v_half": (4, {"pipeline": 2, "schedule": "v_half"}, 2),
+    "pipeline 2 x tensor 2, v_min": (4, {"pipeline": 2, "tensor": 2, "schedule": "v_min"}, 1),
     "data 2, ZeRO-0": (2, {}, 0),
     "data 2, ZeRO-1": (2, {}, 1),
     "data 2, ZeRO-2": (2, {}, 2),
