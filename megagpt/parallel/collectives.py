@@ -47,6 +47,15 @@ def reduce_scatter_sequence(x: Tensor, group: ProcessGroup | None) -> Tensor:
     return out
 
 
+def all_to_all(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Give part r of the first dim to rank r; what comes has the parts of all ranks in their order. Shape in = shape out."""
+    if group is None:
+        return x
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(out, x.contiguous(), group=group)
+    return out
+
+
 class _Copy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
@@ -90,6 +99,17 @@ class _ReduceScatter(torch.autograd.Function):
         return all_gather_sequence(grads[0], ctx.group), None
 
 
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return all_to_all(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_to_all(grads[0], ctx.group), None
+
+
 def copy_to_ranks(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """Forward: identity. Backward: sum of the ranks' gradients."""
     return x if group is None else _Copy.apply(x, group)
@@ -108,3 +128,8 @@ def gather_sequence(x: Tensor, group: ProcessGroup | None) -> Tensor:
 def reduce_scatter_to_sequence(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """Forward: reduce-scatter along the sequence. Backward: all-gather along it."""
     return x if group is None else _ReduceScatter.apply(x, group)
+
+
+def exchange(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Forward: all-to-all over the first dim. Backward: all-to-all back."""
+    return x if group is None else _Exchange.apply(x, group)

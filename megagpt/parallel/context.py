@@ -6,10 +6,10 @@ another brings the result back (Jacobs et al., DeepSpeed Ulysses, arXiv 2309.145
 
 from dataclasses import dataclass
 
-import torch
-import torch.distributed.nn.functional as functional
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from megagpt.parallel.collectives import exchange
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class ContextParallel:
         if self.group is None:
             return x
         batch, part, heads, width = x.shape
-        by_rank = x.view(batch, part, self.size, heads // self.size, width).movedim(2, 0).contiguous()
-        got = functional.all_to_all_single(torch.empty_like(by_rank), by_rank, group=self.group)
+        by_rank = x.view(batch, part, self.size, heads // self.size, width).movedim(2, 0)
+        got = exchange(by_rank, self.group)
         return got.movedim(0, 1).reshape(batch, self.size * part, heads // self.size, width)
 
     def sequence_for_heads(self, x: Tensor) -> Tensor:
@@ -42,6 +42,6 @@ class ContextParallel:
         if self.group is None:
             return x
         batch, seq, heads, width = x.shape
-        by_rank = x.view(batch, self.size, seq // self.size, heads, width).movedim(1, 0).contiguous()
-        got = functional.all_to_all_single(torch.empty_like(by_rank), by_rank, group=self.group)
+        by_rank = x.view(batch, self.size, seq // self.size, heads, width).movedim(1, 0)
+        got = exchange(by_rank, self.group)
         return got.movedim(0, 2).reshape(batch, seq // self.size, self.size * heads, width)

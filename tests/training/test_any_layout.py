@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from support.pool import Pool
 from support.runs import Tree, tiny_config, train, whole_weights
 
+from megagpt.config.rules import INTERLEAVED
 from megagpt.config.schema import Schedule
 
 DRAWS = int(os.environ.get("MEGAGPT_LAYOUT_DRAWS", "30"))
@@ -49,6 +50,8 @@ def cases(draw: st.DrawFn) -> tuple[int, Tree, Tree]:
     parallel |= {"sequence_parallel": tensor > 1 and draw(st.booleans())}
     if pipeline > 1:
         parallel["schedule"] = draw(st.sampled_from(SCHEDULES))
+        if parallel["schedule"] in INTERLEAVED:
+            parallel["virtual_stages"] = draw(st.integers(2, run["model"]["n_layer"] // pipeline))
     layout: Tree = {
         "parallel": parallel,
         "zero": {"stage": draw(st.integers(0, 3 if pipeline == 1 else 2))},
