@@ -44,9 +44,7 @@ class Trainer:
 
     def train(self) -> None:
         """Step until the run's length, evaluating and saving on the way and at the end."""
-        batches = global_batches(self.datasets.train, self.config, self.topology, self.config.training.micro_batch_size)
-        ahead = islice(batches_from(self.samples, self.config.training), max(0, self.total_steps - self.step))
-        with Ahead((batches.at(first, size) for first, size in ahead), BATCHES_AHEAD) as ready:
+        with self.batches() as ready:
             for rows in ready:
                 self._window.seconds_waited += ready.seconds_waited
                 ready.seconds_waited = 0.0
@@ -56,17 +54,29 @@ class Trainer:
         if self.datasets.test is not None:
             self.logger.step({"step": self.step, **evaluate(self.engine, self.datasets.test, self.config, "test")})
 
+    def batches(self) -> Ahead[list[Rows]]:
+        """This data rank's rows of the global batches that are left of the run; a `with` block ends the reading."""
+        batches = global_batches(self.datasets.train, self.config, self.topology, self.config.training.micro_batch_size)
+        left = islice(batches_from(self.samples, self.config.training), max(0, self.total_steps - self.step))
+        return Ahead((batches.at(first, size) for first, size in left), BATCHES_AHEAD)
+
     def advance(self, rows: Sequence[Rows]) -> None:
         """One optimizer step on this data rank's rows of the global batch, and its report."""
+        config = self.config
+        rate = learning_rate(self.step, self.total_steps, config.optimizer.learning_rate, config.lr_schedule)
+        result, n_tokens = self.step_on(rows, rate)
+        self._report(result, n_tokens, rate)
+
+    def step_on(self, rows: Sequence[Rows], rate: float) -> tuple[StepResult, int]:
+        """One optimizer step at learning rate `rate`; its result, and the tokens with a label in the global batch."""
         config, topology = self.config, self.topology
         micro_batches = to_micro_batches(rows, config, topology, self.step, self.device)
         n_tokens = count_tokens(token_count(micro_batches), topology, self.device)
-        rate = learning_rate(self.step, self.total_steps, config.optimizer.learning_rate, config.lr_schedule)
         result = self.engine.train_step(micro_batches, n_tokens, rate)
         self.step += 1
         self._window.batch_size = batch_size(self.samples, config.training)
         self.samples += self._window.batch_size
-        self._report(result, n_tokens, rate)
+        return result, n_tokens
 
     def close(self) -> None:
         """Free what the run holds."""
