@@ -29,6 +29,7 @@ COMMANDS = (
     "train-tokenizer",
     "generate-text",
     "plot-losses",
+    "draw-schedule",
 )
 
 setup(
