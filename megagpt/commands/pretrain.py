@@ -13,7 +13,7 @@ from megagpt.config import Config, build_config, config_hash, data_parallel_size
 from megagpt.data.blend import build_datasets, check_vocabulary
 from megagpt.data.tokenizer import load_tokenizer
 from megagpt.errors import ConfigError, MegagptError
-from megagpt.pipeline.schedule import make_plan
+from megagpt.planner.schedule import resolve_schedule
 from megagpt.training.deepspeed_config import deepspeed_config
 from megagpt.training.place import Place, find_place
 
@@ -100,20 +100,20 @@ def _checked(args: argparse.Namespace, world_size: int) -> Config:
     config = _resolved(args)
     if config.model.vocab_size is None:
         raise ConfigError(f"{args.config}: model.vocab_size: give it, or data.tokenizer to take it from")
-    _check_schedule(config, data_parallel_size(config, world_size) // config.parallel.context)
+    config = _with_schedule(config, data_parallel_size(config, world_size))
     build_datasets(config.data, config.model.n_positions)
+    assert config.model.vocab_size is not None
     check_vocabulary(config.data, config.model.vocab_size)
     return config
 
 
-def _check_schedule(config: Config, readers: int) -> None:
-    """Raise ConfigError for a number of micro-batches that the schedule is not made for."""
-    parallel, training = config.parallel, config.training
-    micro_batches = training.global_batch_size // training.micro_batch_size // readers
-    try:
-        make_plan(parallel.schedule, parallel.pipeline, micro_batches, parallel.virtual_stages)
-    except ValueError as error:
-        raise ConfigError(f"parallel.schedule: {parallel.schedule}: {error}") from None
+def _with_schedule(config: Config, replicas: int) -> Config:
+    """The config with a name for "auto", and why on the standard error."""
+    micro_batches = config.training.global_batch_size // config.training.micro_batch_size
+    config, why = resolve_schedule(config, micro_batches * config.parallel.context // replicas)
+    if why:
+        print(f"parallel.schedule: {why}", file=sys.stderr, flush=True)
+    return config
 
 
 def _agree(config: Config | None, device: Any) -> Config:
@@ -133,6 +133,7 @@ def _agree(config: Config | None, device: Any) -> Config:
 def _print_config(config: Config, place: Place) -> None:
     ranks = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
     data = data_parallel_size(config, place.world_size if place.world_size > 1 else ranks)
+    config = _with_schedule(config, data)
     print(json.dumps({"config": json.loads(to_json(config)), "deepspeed": deepspeed_config(config, data)}, indent=2))
 
 

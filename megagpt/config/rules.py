@@ -131,7 +131,7 @@ def _zero(config: Config) -> Iterator[Problem]:
             "gathered per layer cannot stay whole while micro-batches are in flight); use zero.stage 1 or 2, "
             "or parallel.pipeline 1",
         )
-    elif zero.stage == 3 and config.parallel.schedule not in ("1f1b", "gpipe"):
+    elif zero.stage == 3 and config.parallel.schedule not in ("1f1b", "gpipe", "auto"):
         yield Problem(
             ("zero.stage", "parallel.schedule"),
             f"zero.stage: 3 with parallel.schedule {config.parallel.schedule}, which leaves weight gradients or whole chunks "

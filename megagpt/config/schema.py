@@ -74,6 +74,21 @@ class ModelConfig(Section):
         return -(-self.tokens_in_vocab // self.vocab_multiple) * self.vocab_multiple
 
 
+class ScheduleCosts(Section):
+    """Times of one micro-batch on all layers of one pipeline rank, in any unit, and what the rank may hold."""
+
+    forward: float = Field(default=1.0, gt=0)
+    """Time of the forward."""
+    input_backward: float = Field(default=1.0, gt=0)
+    """Time of the backward for the layers' inputs."""
+    weight_backward: float = Field(default=1.0, gt=0)
+    """Time of the backward for the weights."""
+    transfer: float = Field(default=0.0, ge=0)
+    """Time that a message between ranks is under way."""
+    most_micro_batches: float | None = Field(default=None, gt=0)
+    """Micro-batches whose activations, of all its layers, a rank has memory for; no limit if absent."""
+
+
 class ParallelConfig(Section):
     """Where the work runs. The data-parallel size is what is left of the world: world / (tensor x pipeline x context)."""
 
@@ -83,8 +98,11 @@ class ParallelConfig(Section):
     """Stages that share the layers."""
     context: int = Field(default=1, ge=1)
     """Ranks that share each sequence, for long ones: every one has a part of the positions."""
-    schedule: Schedule = "1f1b"
-    """Order of the forwards and backwards in a pipeline: docs/schedules.md shows and compares them."""
+    schedule: Schedule | Literal["auto"] = "1f1b"
+    """Order of the forwards and backwards in a pipeline: docs/schedules.md shows and compares them. "auto" takes the
+    fastest by simulation with the times in `schedule_costs`, and says why."""
+    schedule_costs: ScheduleCosts = ScheduleCosts()
+    """What "auto" reckons with."""
     virtual_stages: int = Field(default=1, ge=1)
     """Chunks of layers on each rank: 2 or more for the interleaved schedules; the V-shaped ones have two by themselves."""
     sequence_parallel: bool = False
@@ -199,6 +217,8 @@ class TrainingConfig(Section):
     """Seed of the initial weights and of dropout."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What the backward computes again instead of keeping: nothing, the attention core, or whole blocks."""
+    recompute_layers: int = Field(default=1, ge=1)
+    """Blocks that full recompute takes together: the input of each such group is all that is kept of it."""
     freeze: list[str] = []
     """Patterns of weights that stay as they are, such as "embedding.*", "layers.[0-3].*" or "layers.2.attention.*": they
     take no gradient and no optimizer state. A tied output layer is the token embedding, so freezes with it. A run may go

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megagpt.config.schema import Config
 from megagpt.model.attention import CausalSelfAttention, KVCache
@@ -19,21 +18,19 @@ class Block(nn.Module):
         super().__init__()
         model, name = config.model, f"layers.{index}"
         residual_std = model.init_std / (2 * model.n_layer) ** 0.5  # GPT-2: the residual's variance stays put with depth
-        recompute = config.training.recompute
-        self.index, self.tp, self.model, self.recompute = index, tp, model, recompute == "full"
+        self.index, self.tp, self.model = index, tp, model
         self.attention_norm = LayerNorm(f"{name}.attention_norm", model.n_embd, model.layer_norm_epsilon, tp)
-        self.attention = CausalSelfAttention(f"{name}.attention", model, tp, residual_std, recompute == "selective")
+        self.attention = CausalSelfAttention(
+            f"{name}.attention", model, tp, residual_std, config.training.recompute == "selective"
+        )
         self.mlp_norm = LayerNorm(f"{name}.mlp_norm", model.n_embd, model.layer_norm_epsilon, tp)
         self.mlp = MLP(f"{name}.mlp", model, tp, residual_std)
 
     def forward(self, x: Tensor, seed: int = 0, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """`seed`: of the micro-batch's dropout; `mask`: of its documents."""
-        if self.recompute and torch.is_grad_enabled():
-            # Dropout is seeded inside, so that the second forward finds its masks without a saved random state.
-            return checkpoint(self._forward, x, seed, mask, use_reentrant=False, preserve_rng_state=False)
-        return self._forward(x, seed, mask, cache)
+        """`seed`: of the micro-batch's dropout; `mask`: of its documents.
 
-    def _forward(self, x: Tensor, seed: int, mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
+        Dropout is seeded inside, so that a second forward finds its masks without a saved random state.
+        """
         if self.training and self.model.attn_pdrop > 0:  # every rank has other heads, and so other masks
             seed_dropout(seed, self.index, "attention", self.tp.rank, self.tp.context.rank)
         x = x + self._drop(self.attention(self.attention_norm(x), mask, cache), seed, "attention residual")

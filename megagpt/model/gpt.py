@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megagpt.config.schema import Config
 from megagpt.model.attention import KVCache, document_mask
@@ -65,8 +66,13 @@ class GPTChunk(nn.Module):
             x = self.positions(self.tokens(x), micro_batch.positions)
             x = residual_dropout(x, self.config.model.embd_pdrop, self.training, self.tp, seed, "embedding")
         mask = None if documents is None else document_mask(documents, x.dtype)
-        for block in self.layers.values():
-            x = block(x, seed, mask)
+        blocks, size = list(self.layers.values()), self.config.training.recompute_layers
+        if self.config.training.recompute != "full" or not torch.is_grad_enabled():
+            x = _through(blocks, x, seed, mask)
+        else:
+            for first in range(0, len(blocks), size):
+                group = blocks[first : first + size]
+                x = checkpoint(_through, group, x, seed, mask, use_reentrant=False, preserve_rng_state=False)
         return self.norm(x) if self.is_last else x
 
     def logits(self, tokens: Tensor, caches: dict[str, KVCache] | None = None) -> Tensor:
@@ -90,6 +96,12 @@ class GPTChunk(nn.Module):
         return VocabParallelEmbedding(
             name, model.tokens_in_vocab, model.padded_vocab_size, model.n_embd, self.tp, model.init_std
         )
+
+
+def _through(blocks: Sequence[nn.Module], x: Tensor, seed: int, mask: Tensor | None) -> Tensor:
+    for block in blocks:
+        x = block(x, seed, mask)
+    return x
 
 
 def build_chunk(config: Config, tp: TensorParallel, layers: range, device: torch.device | str = "cpu") -> GPTChunk:

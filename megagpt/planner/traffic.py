@@ -46,15 +46,15 @@ def step_traffic(config: Config, place: Place) -> Traffic:
 def tensor_traffic(config: Config, place: Place) -> Traffic:
     """Within the layers: two sums forward and two backward each, one for the embedding, one for the output layer.
 
-    The loss gathers three numbers a token of each rank. Full recompute makes one of the forward's sums again: it stops
-    at the last tensor that the backward needs, which is before the block's second one.
+    The loss gathers three numbers a token of each rank. Full recompute makes the forward's sums again but the last of
+    each group of blocks: it stops at the last tensor that the backward needs, which is before that one.
     """
     if place.tensor == 1:
         return {}
     model, batch, micro_batches = config.model, config.training.micro_batch_size, _micro_batches(config, place)
-    again = 1 if config.training.recompute == "full" else 0
+    again = sum(_sums_again(config, layers) for layers in _layers_of_stages(config, place))
     is_first, is_last = 0 in place.stages, place.n_stages - 1 in place.stages
-    sums = micro_batches * ((4 + again) * _layers(config, place) + is_first + is_last)
+    sums = micro_batches * (4 * _layers(config, place) + again + is_first + is_last)
     moved = Amount(sums, sums * batch * model.n_positions * model.n_embd * _activation_bytes(config))
     losses = micro_batches * is_last
     loss = Amount(losses, losses * batch * model.n_positions * 3 * 4 * place.tensor)
@@ -119,9 +119,20 @@ def _vocabulary(config: Config, place: Place) -> int:
     return config.model.padded_vocab_size // place.tensor * config.model.n_embd
 
 
+def _sums_again(config: Config, layers: int) -> int:
+    """By the recompute of a stage's layers."""
+    if config.training.recompute != "full":
+        return 0
+    return 2 * layers - -(-layers // config.training.recompute_layers)
+
+
 def _layers(config: Config, place: Place) -> int:
+    return sum(_layers_of_stages(config, place))
+
+
+def _layers_of_stages(config: Config, place: Place) -> list[int]:
     layers = stage_layers(config.model, place.n_stages)
-    return sum(len(layers[stage]) for stage in place.stages)
+    return [len(layers[stage]) for stage in place.stages]
 
 
 def _micro_batches(config: Config, place: Place) -> int:

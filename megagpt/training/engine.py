@@ -58,7 +58,10 @@ class Engine:
             ContextParallel(topology.context_group, topology.context_rank, topology.layout.context),
         )
         parallel = config.parallel
-        self._placement = placement(parallel.schedule, topology.layout.pipeline, parallel.virtual_stages)
+        if parallel.schedule == "auto":
+            raise ConfigError('parallel.schedule: "auto" must have been made a name (megagpt.planner.schedule)')
+        self._schedule: Schedule = parallel.schedule
+        self._placement = placement(self._schedule, topology.layout.pipeline, parallel.virtual_stages)
         layers = stage_layers(config.model, len(self._placement))
         mine = [stage for stage, rank in enumerate(self._placement) if rank == topology.at.pipeline]
         self.chunks: dict[int, GPTChunk] = {stage: build_chunk(config, tp, layers[stage], device) for stage in mine}
@@ -104,7 +107,7 @@ class Engine:
         gradient = torch.tensor(loss_scale * shards / max(1, n_tokens), dtype=torch.float32, device=self.device)
         self.model.train()
         self._reduction.begin()
-        executor = self._executor(config.parallel.schedule, micro_batches)
+        executor = self._executor(self._schedule, micro_batches)
         loss_sum = executor.step(micro_batches, gradient, self._reduce_stage)
         self._reduce_tied()
         self._reduction.finish()

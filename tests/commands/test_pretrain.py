@@ -102,7 +102,7 @@ def test_one_process_trains_without_a_launcher_or_a_compiler(tmp_path: Path) -> 
     assert result.returncode == 0, result.stderr
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2, 3]
-    keys = {"step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "step_seconds"}
+    keys = {"step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "data_wait"}
     assert all(record.keys() == keys for record in records)
     assert records[-1]["tokens"] == 3 * 8 * 16
 

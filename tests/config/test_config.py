@@ -67,13 +67,13 @@ def test_all_errors_are_listed_at_once_field_errors_and_broken_rules_alike() -> 
         (["parallel.sequence_parallel=true"], "parallel.tensor is 1"),
         (["parallel.sequence_parallel=true", "parallel.tensor=4", "model.n_positions=18"], "model.n_positions 18"),
         (["parallel.pipeline=5"], "5 stages for model.n_layer 4"),
-        (["parallel.pipeline=4", "parallel.schedule=zbv"], "8 stages for model.n_layer 4"),
-        (["parallel.pipeline=2", "parallel.schedule=interleaved_1f1b"], "expected 2 or more"),
+        (["parallel.pipeline=4", 'parallel.schedule="zbv"'], "8 stages for model.n_layer 4"),
+        (["parallel.pipeline=2", 'parallel.schedule="interleaved_1f1b"'], "expected 2 or more"),
         (
             ["parallel.pipeline=2", "parallel.virtual_stages=2"],
             "parallel.virtual_stages: 2 with parallel.schedule 1f1b; expected 1",
         ),
-        (["parallel.schedule=zbv", "zero.stage=3"], 'use parallel.schedule "1f1b"'),
+        (['parallel.schedule="zbv"', "zero.stage=3"], 'use parallel.schedule "1f1b"'),
         (["parallel.context=3"], "parallel.context: 3 x parallel.tensor 1 does not divide model.n_head 4"),
         (
             ["parallel.context=4", "model.n_positions=18"],

@@ -13,6 +13,7 @@ from support.pool import Pool
 from support.runs import tiny_config
 
 from megagpt.model.block import Block
+from megagpt.model.gpt import MicroBatch, build_chunk
 from megagpt.parallel.shard import TensorParallel
 from megagpt.parallel.topology import Topology
 from megagpt.parallel.weight_gradients import WeightGradients
@@ -64,8 +65,16 @@ def test_memory_efficient_attention_keeps_no_square_even_without_recompute() -> 
     assert bytes_kept("none", 0.0) < 34 + 5 * HEADS * SEQ / HIDDEN
 
 
-def test_full_recompute_keeps_the_input_alone() -> None:
-    assert bytes_kept("full", 0.1) == 2
+@pytest.mark.parametrize("together, inputs", [(1, 4), (2, 2), (3, 2), (4, 1)])
+def test_full_recompute_keeps_one_input_for_each_group_of_blocks(together: int, inputs: int) -> None:
+    config = tiny_config(training={"recompute": "full", "recompute_layers": together})
+    chunk = build_chunk(config, TensorParallel(WeightGradients()), range(1, 5)).train()
+    chunk.is_last = False
+    kept: dict[int, torch.Tensor] = {}
+    x = torch.randn(2, 16, 32, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.setdefault(saved.data_ptr(), saved), lambda saved: saved):
+        chunk(x, MicroBatch(x, x))
+    assert [tuple(saved.shape) for saved in kept.values()] == [(2, 16, 32)] * inputs
 
 
 @pytest.mark.parametrize("tensor", [2, 4])

@@ -1,13 +1,16 @@
 """The closed formulas against what the process groups of a real step are asked for, to the byte."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from support.pool import Pool
 from support.runs import Tree, micro_batches, tiny_config, token_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from megagpt.config import Config
+from megagpt.config.rules import INTERLEAVED, chunks_per_rank
+from megagpt.config.schema import Schedule
 from megagpt.parallel.topology import Topology
 from megagpt.parallel.traffic import counting
 from megagpt.planner.traffic import Amount, Place, rank_parameters, step_traffic
@@ -23,6 +26,11 @@ LAYOUTS: dict[str, tuple[int, Tree]] = {
     "data 2, ZeRO-0": (2, {"zero": {"stage": 0}}),
     "data 2, ZeRO-1": (2, {"zero": {"stage": 1}}),
     "data 2, ZeRO-2": (2, {"zero": {"stage": 2}}),
+    "tensor 2, full recompute of 3 layers together": (
+        2,
+        {"parallel": {"tensor": 2}, "training": {"recompute": "full", "recompute_layers": 3}},
+    ),
+    "pipeline 2, interleaved": (2, {"parallel": {"pipeline": 2, "schedule": "interleaved_1f1b", "virtual_stages": 2}}),
     "2 x 2 x 2": (8, {"parallel": {"tensor": 2, "pipeline": 2}}),
     "2 x 2 x 2, sequence parallel": (8, {"parallel": {"tensor": 2, "pipeline": 2, "sequence_parallel": True}}),
 }
@@ -40,7 +48,8 @@ def measured(config: Config) -> Any:
     stages, held = tuple(engine.chunks), sum(parameter.numel() for parameter in engine.parameters)
     engine.close()
     found = {tuple(kind): Amount(traffic.calls[kind], traffic.bytes[kind]) for kind in traffic.calls}
-    return found, Place(stages, parallel.pipeline, parallel.tensor, topology.layout.data), held
+    n_stages = parallel.pipeline * chunks_per_rank(config)
+    return found, Place(stages, n_stages, parallel.tensor, topology.layout.data), held
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -64,3 +73,29 @@ def test_a_step_says_what_the_formulas_say_and_nothing_else(name: str, ranks: Po
 def test_norms_and_overflow_checks_are_a_few_bytes(ranks: Pool) -> None:
     for found, *_ in ranks.run(8, measured, tiny_config(**LAYOUTS["2 x 2 x 2"][1])):
         assert found["model", "all-reduce"].bytes <= 64
+
+
+def tensor_traffic_and_products(config: Config) -> Any:
+    """Of one step of this rank: calls and bytes in the tensor group, and floating-point operations of its products."""
+    topology = Topology.create(config.parallel.tensor, config.parallel.pipeline)
+    engine = Engine(config, topology, torch.device("cpu"))
+    batches = micro_batches(config, 0, topology.at.data, topology.layout.data)
+    with counting(topology) as traffic, FlopCounterMode(display=False) as flops:
+        engine.train_step(batches, token_count(config, 0), 1e-3)
+    engine.close()
+    within = {kind.call: (traffic.calls[kind], traffic.bytes[kind]) for kind in traffic.calls if kind.group == "tensor"}
+    return within, flops.get_total_flops()
+
+
+def test_every_schedule_makes_the_same_calls_and_products(ranks: Pool) -> None:
+    """A backward split in two that ran anything twice would show. Biases' sums of chunks with other layers aside."""
+    totals = {}
+    for schedule in get_args(Schedule):
+        chunks = {"virtual_stages": 2} if schedule in INTERLEAVED else {}
+        parallel = {"tensor": 2, "pipeline": 2, "schedule": schedule, **chunks}
+        results = ranks.run(4, tensor_traffic_and_products, tiny_config(parallel=parallel))
+        calls = [(call, amount) for within, _ in results for call, amount in within.items()]
+        summed = {kind: tuple(map(sum, zip(*[a for call, a in calls if call == kind], strict=True))) for kind, _ in calls}
+        totals[schedule] = (summed, sum(flops for _, flops in results))
+    assert totals["1f1b"][1] > 0
+    assert all(total == totals["1f1b"] for total in totals.values()), totals

@@ -73,6 +73,16 @@ def test_layout_equals_one_process(name: str, ranks: Pool, alone: Any) -> None:
     compare(results, alone)
 
 
+def test_fifty_steps_stay_together_and_a_run_repeats_its_bits(ranks: Pool) -> None:
+    """Relative 1e-5 on every loss under another layout; the same bits under the same one."""
+    parallel = {"tensor": 2, "pipeline": 2, "schedule": "zbv", "sequence_parallel": True}
+    config = tiny_config(parallel=parallel, zero={"stage": 2})
+    first, again = ranks.run(8, train, config, 50), ranks.run(8, train, config, 50)
+    assert first[0]["losses"] == again[0]["losses"] and first[0]["norms"] == again[0]["norms"]
+    alone = ranks.run(1, train, tiny_config(), 50)
+    assert first[0]["losses"] == pytest.approx(alone[0]["losses"], rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["2 x 2 x 2, ZeRO-1", "data 2, ZeRO-0"])
 def test_plain_sgd_shows_the_gradients_own_scale(name: str, ranks: Pool) -> None:
     world, parallel, stage = LAYOUTS[name]
