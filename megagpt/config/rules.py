@@ -43,7 +43,7 @@ class Problem:
 def broken_rules(config: Config) -> list[Problem]:
     """Every rule that `config` breaks, whatever the number of ranks."""
     sizes = (_shape, _tensor_parallel, _context, _pipeline, _zero, _batch, _ramp)
-    rules = (*sizes, _length, _data, _lr_schedule, _optimizer, _deepspeed)
+    rules = (*sizes, _noise_scale, _length, _data, _lr_schedule, _optimizer, _deepspeed)
     return [problem for rule in rules for problem in rule(config)]
 
 
@@ -188,6 +188,23 @@ def _ramp(config: Config) -> Iterator[Problem]:
                 f"{key}.{name}: {size} is not a multiple of training.micro_batch_size {micro}; "
                 f"nearest: {max(1, round(size / micro)) * micro}",
             )
+
+
+def _noise_scale(config: Config) -> Iterator[Problem]:
+    if config.logging.noise_scale_interval is None:
+        return
+    training, key = config.training, "logging.noise_scale_interval"
+    if config.zero.stage == 3:
+        yield Problem(
+            (key, "zero.stage"), f"{key}: gradients of single micro-batches are not kept whole under zero.stage 3; use 0 to 2"
+        )
+    smallest = training.batch_ramp.start or training.global_batch_size
+    if smallest <= training.micro_batch_size:
+        yield Problem(
+            (key, "training.micro_batch_size", "training.global_batch_size", "training.batch_ramp.start"),
+            f"{key}: compares micro-batches with the whole batch, but both have {smallest} sequences; "
+            f"use a smaller training.micro_batch_size",
+        )
 
 
 def _length(config: Config) -> Iterator[Problem]:

@@ -274,6 +274,10 @@ class LoggingConfig(Section):
     """Steps between log lines."""
     metrics_file: str | None = None
     """File that gets one JSON line per logged step and evaluation."""
+    noise_scale_interval: int | None = Field(default=None, ge=1)
+    """Steps between measurements of the gradient noise scale (McCandlish et al., arXiv 1812.06162), logged as noise_scale,
+    tokens, with the suggested_batch_size, sequences, of that many; none if absent. A measurement takes the work of another
+    forward and backward, one micro-batch at a time through the pipeline. Its running mean begins anew with each start."""
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
 

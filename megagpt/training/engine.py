@@ -1,7 +1,7 @@
 """One rank's model under DeepSpeed ZeRO, stepped by our schedule."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +23,12 @@ from megagpt.pipeline.plan import forward_plan
 from megagpt.pipeline.schedule import make_plan, placement
 from megagpt.training.deepspeed_config import deepspeed_config
 from megagpt.training.freezing import fill_groups, freeze
-from megagpt.training.gradients import finish_gradients, sum_over_ends
+from megagpt.training.gradients import finish_gradients, sum_over_context, sum_over_ends
 from megagpt.training.optimizer import build_optimizer
 from megagpt.training.reduction import ByChunk, Reduction, WholeStep
 from megagpt.training.zero_groups import ZeroGroups
+
+Look = Callable[[Sequence[MicroBatch]], None]
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,13 @@ class Engine:
             parameter.grad_dtype = torch.float32
         return engine
 
-    def train_step(self, micro_batches: Sequence[MicroBatch], n_tokens: int, learning_rate: float) -> StepResult:
+    def train_step(
+        self, micro_batches: Sequence[MicroBatch], n_tokens: int, learning_rate: float, look: Look | None = None
+    ) -> StepResult:
         """One optimizer step on this data rank's micro-batches.
 
         `n_tokens`: tokens with a label in the global batch, by whose number the loss is normalised whatever the split.
+        `look`: called before the step's own work, where `backward_alone` may be used; it leaves no gradient behind.
         """
         config, loss_scale = self.config, self.loss_scale
         # ZeRO averages over its shards what is to be summed.
@@ -107,6 +112,8 @@ class Engine:
         gradient = torch.tensor(loss_scale * shards / max(1, n_tokens), dtype=torch.float32, device=self.device)
         self.model.train()
         self._reduction.begin()
+        if look is not None:
+            look(micro_batches)
         executor = self._executor(self._schedule, micro_batches)
         loss_sum = executor.step(micro_batches, gradient, self._reduce_stage)
         self._reduce_tied()
@@ -117,6 +124,18 @@ class Engine:
         norm = self.deepspeed.get_global_grad_norm()
         skipped = bool(getattr(self.deepspeed.optimizer, "overflow", False))
         return StepResult(loss_sum, float("nan") if norm is None else float(norm), loss_scale, skipped)
+
+    def backward_alone(self, micro_batch: MicroBatch, n_tokens: int) -> None:
+        """Leave the gradient of the mean loss of one micro-batch's `n_tokens`, times the loss scale, in each `.grad`.
+
+        The ranks of a whole copy of the model make it together; data ranks that read other samples have their own.
+        """
+        gradient = torch.tensor(self.loss_scale / max(1, n_tokens), dtype=torch.float32, device=self.device)
+        self._executor(self._schedule, [micro_batch]).step([micro_batch], gradient)
+        if self._placement[0] != self._placement[-1]:
+            sum_over_ends(self._tied, self.topology)
+        finish_gradients(self.parameters, self.topology, over_data=False)
+        sum_over_context(self.parameters, self.topology)
 
     def _reduce_stage(self, stage: int) -> None:
         """Sum a chunk's gradients as soon as they are whole, while others are at work; not those of a tied embedding."""

@@ -26,6 +26,11 @@ def finish_gradients(parameters: list[nn.Parameter], topology: Topology, over_da
         _sum(parameters, topology.data_group)
 
 
+def sum_over_context(parameters: list[nn.Parameter], topology: Topology) -> None:
+    """Sum what context ranks have made, each of its part of the same samples."""
+    _sum(parameters, topology.context_group)
+
+
 def sum_over_ends(tied: list[nn.Parameter], topology: Topology) -> None:
     """Sum the gradients of parameters that the first stage and the last both have."""
     _sum(tied, topology.ends_group)

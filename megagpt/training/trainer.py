@@ -22,6 +22,7 @@ from megagpt.training.evaluation import evaluate
 from megagpt.training.loggers import FanOut, Logger, build_loggers
 from megagpt.training.lr_schedule import learning_rate
 from megagpt.training.metrics import count_tokens, global_loss
+from megagpt.training.noise_scale import NoiseScale
 
 BATCHES_AHEAD = 2
 """Global batches that a rank has ready beside the one in work."""
@@ -41,6 +42,7 @@ class Trainer:
         if topology.rank == 0:
             self.logger = build_loggers(config.logging, self.total_steps, run_config, self.step)
         self._window = Window()
+        self._noise = NoiseScale(self.engine)
 
     def train(self) -> None:
         """Step until the run's length, evaluating and saving on the way and at the end."""
@@ -72,10 +74,15 @@ class Trainer:
         config, topology = self.config, self.topology
         micro_batches = to_micro_batches(rows, config, topology, self.step, self.device)
         n_tokens = count_tokens(token_count(micro_batches), topology, self.device)
-        result = self.engine.train_step(micro_batches, n_tokens, rate)
+        size = batch_size(self.samples, config.training)
+        interval = config.logging.noise_scale_interval
+        measures = interval is not None and (self.step + 1) % interval == 0
+        result = self.engine.train_step(micro_batches, n_tokens, rate, self._noise.look if measures else None)
+        if measures:
+            self._noise.update(result, n_tokens, size)
         self.step += 1
-        self._window.batch_size = batch_size(self.samples, config.training)
-        self.samples += self._window.batch_size
+        self.samples += size
+        self._window.batch_size = size
         return result, n_tokens
 
     def close(self) -> None:
@@ -112,6 +119,7 @@ class Trainer:
         }
         if self.config.training.batch_ramp.start is not None:
             record["batch_size"] = self._window.batch_size
+        record |= self._noise.news()
         if self.config.training.precision == "fp16":
             record |= {"loss_scale": result.loss_scale, "skipped": int(result.skipped)}
         self.logger.step(record)

@@ -33,6 +33,7 @@ LAYOUTS: dict[str, tuple[int, Tree, int]] = {
     "ZeRO-3": (2, {}, 3),
     "tensor 2 x pipeline 2": (4, {"tensor": 2, "pipeline": 2, "sequence_parallel": True}, 1),
     "pipeline 2 x data 2, ZeRO-2": (4, {"pipeline": 2}, 2),
+    "zbv": (2, {"pipeline": 2, "schedule": "zbv"}, 1),
 }
 
 
@@ -68,6 +69,8 @@ def alone(ranks: Pool) -> Any:
         ("tensor 2 x pipeline 2", FIRST_HALF),
         ("pipeline 2 x data 2, ZeRO-2", FIRST_HALF),
         ("pipeline 2 x data 2, ZeRO-2", MATRICES),
+        ("zbv", FIRST_HALF),
+        ("zbv", MATRICES),
     ],
 )
 def test_frozen_weights_keep_their_bits_and_the_others_train_alike(
