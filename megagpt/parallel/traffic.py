@@ -19,13 +19,16 @@ CALLS = {
     "allgather": ("all-gather", 0),
     "_allgather_base": ("all-gather", 0),
     "all_gather_single": ("all-gather", 0),
+    "all_gather_single_coalesced": ("all-gather", 0),
     "allgather_into_tensor_coalesced": ("all-gather", 0),
     "_reduce_scatter_base": ("reduce-scatter", 1),
     "reduce_scatter_single": ("reduce-scatter", 1),
+    "reduce_scatter_single_coalesced": ("reduce-scatter", 1),
     "reduce_scatter": ("reduce-scatter", 1),
     "reduce_scatter_tensor_coalesced": ("reduce-scatter", 1),
     "alltoall": ("all-to-all", 1),
     "alltoall_base": ("all-to-all", 1),
+    "all_to_all_single": ("all-to-all", 1),
     "send": ("send", 0),
     "recv": ("receive", 0),
 }
@@ -36,7 +39,7 @@ class Kind(NamedTuple):
     """What is counted apart."""
 
     group: str
-    """tensor, data, model, pipeline, ends, or other."""
+    """tensor, data, context, model, pipeline, ends, or other."""
     call: str
 
 
@@ -70,6 +73,7 @@ def _names(topology: Topology) -> dict[ProcessGroup | None, str]:
         topology.tensor_group: "tensor",
         topology.data_group: "data",
         topology.model_group: "model",
+        topology.context_group: "context",
         topology.ends_group: "ends",
         topology.towards_last: "pipeline",
         topology.towards_first: "pipeline",

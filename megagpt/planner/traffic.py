@@ -28,6 +28,8 @@ class Place(NamedTuple):
     n_stages: int
     tensor: int
     data: int
+    """Ranks with the same parameters, context ranks among them."""
+    context: int = 1
 
 
 Traffic = dict[tuple[str, str], Amount]
@@ -40,6 +42,7 @@ def step_traffic(config: Config, place: Place) -> Traffic:
     For stages whose neighbours are on other ranks. Not for ZeRO 3.
     """
     traffic = tensor_traffic(config, place) | pipeline_traffic(config, place) | data_traffic(config, place)
+    traffic |= context_traffic(config, place)
     return {kind: amount for kind, amount in traffic.items() if amount.calls}
 
 
@@ -55,15 +58,17 @@ def tensor_traffic(config: Config, place: Place) -> Traffic:
     again = sum(_sums_again(config, layers) for layers in _layers_of_stages(config, place))
     is_first, is_last = 0 in place.stages, place.n_stages - 1 in place.stages
     sums = micro_batches * (4 * _layers(config, place) + again + is_first + is_last)
-    moved = Amount(sums, sums * batch * model.n_positions * model.n_embd * _activation_bytes(config))
+    moved = Amount(sums, sums * batch * _positions(config, place) * model.n_embd * _activation_bytes(config))
     losses = micro_batches * is_last
-    loss = Amount(losses, losses * batch * model.n_positions * 3 * 4 * place.tensor)
+    loss = Amount(losses, losses * batch * _positions(config, place) * 3 * 4 * place.tensor)
     if not config.parallel.sequence_parallel:
         return {("tensor", "all-reduce"): moved, ("tensor", "all-gather"): loss}
     partial = GRADIENT_BYTES * _partial_parameters(config, place)
     # Of what enters a layer's two products a rank keeps its own part: the rest is gathered again for their gradients.
-    gathers = sums + micro_batches * 2 * _layers(config, place)
-    gathered = gathers * batch * model.n_positions * model.n_embd * _activation_bytes(config)
+    again = 2 * _layers(config, place) - sum(_sums_again(config, layers) for layers in _layers_of_stages(config, place))
+    unstopped = again if config.training.recompute == "full" else 0  # the last sum's gather comes before it
+    gathers = sums + micro_batches * (2 * _layers(config, place) + unstopped)
+    gathered = gathers * batch * _positions(config, place) * model.n_embd * _activation_bytes(config)
     return {
         ("tensor", "reduce-scatter"): moved,
         ("tensor", "all-gather"): Amount(gathers + loss.calls, gathered + loss.bytes),
@@ -76,7 +81,7 @@ def pipeline_traffic(config: Config, place: Place) -> Traffic:
     model, micro_batches = config.model, _micro_batches(config, place)
     boundaries = sum((stage > 0) + (stage < place.n_stages - 1) for stage in place.stages)
     part = place.tensor if config.parallel.sequence_parallel else 1
-    size = config.training.micro_batch_size * model.n_positions // part * model.n_embd * _activation_bytes(config)
+    size = config.training.micro_batch_size * _positions(config, place) // part * model.n_embd * _activation_bytes(config)
     messages = Amount(micro_batches * boundaries, micro_batches * boundaries * size)
     has_end = (0 in place.stages) != (place.n_stages - 1 in place.stages)
     tied = int(model.tie_embeddings and has_end)
@@ -93,6 +98,16 @@ def data_traffic(config: Config, place: Place) -> Traffic:
     if config.zero.stage == 0:
         return {("data", "all-reduce"): gradients}
     return {("data", "all-reduce"): gradients, ("data", "all-gather"): Amount(1, _activation_bytes(config) * psi)}
+
+
+def context_traffic(config: Config, place: Place) -> Traffic:
+    """Queries, keys and values for all positions of some heads and the result back, forward and backward."""
+    if place.context == 1:
+        return {}
+    passes = 3 if config.training.recompute == "full" else 2
+    exchanges = passes * _layers(config, place) * _micro_batches(config, place)
+    size = config.training.micro_batch_size * _positions(config, place) * config.model.n_embd // place.tensor
+    return {("context", "all-to-all"): Amount(2 * exchanges, exchanges * 4 * size * _activation_bytes(config))}
 
 
 def rank_parameters(config: Config, place: Place) -> int:
@@ -136,7 +151,12 @@ def _layers_of_stages(config: Config, place: Place) -> list[int]:
 
 
 def _micro_batches(config: Config, place: Place) -> int:
-    return config.training.global_batch_size // config.training.micro_batch_size // place.data
+    return config.training.global_batch_size // config.training.micro_batch_size * place.context // place.data
+
+
+def _positions(config: Config, place: Place) -> int:
+    """Of a sequence, those that the rank works on."""
+    return config.model.n_positions // place.context
 
 
 def _activation_bytes(config: Config) -> int:

@@ -1,5 +1,6 @@
 """The closed formulas against what the process groups of a real step are asked for, to the byte."""
 
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megagpt.config import Config
 from megagpt.config.rules import INTERLEAVED, chunks_per_rank
 from megagpt.config.schema import Schedule
+from megagpt.parallel.context import ContextParallel
 from megagpt.parallel.topology import Topology
 from megagpt.parallel.traffic import counting
 from megagpt.planner.traffic import Amount, Place, rank_parameters, step_traffic
@@ -31,6 +33,11 @@ LAYOUTS: dict[str, tuple[int, Tree]] = {
         {"parallel": {"tensor": 2}, "training": {"recompute": "full", "recompute_layers": 3}},
     ),
     "pipeline 2, interleaved": (2, {"parallel": {"pipeline": 2, "schedule": "interleaved_1f1b", "virtual_stages": 2}}),
+    "context 2": (2, {"parallel": {"context": 2}}),
+    "context 2 x tensor 2, sequence parallel, full recompute": (
+        4,
+        {"parallel": {"context": 2, "tensor": 2, "sequence_parallel": True}, "training": {"recompute": "full"}},
+    ),
     "2 x 2 x 2": (8, {"parallel": {"tensor": 2, "pipeline": 2}}),
     "2 x 2 x 2, sequence parallel": (8, {"parallel": {"tensor": 2, "pipeline": 2, "sequence_parallel": True}}),
 }
@@ -39,17 +46,19 @@ LAYOUTS: dict[str, tuple[int, Tree]] = {
 def measured(config: Config) -> Any:
     """This rank's second step: what it said, where it stands, and how many parameters it holds."""
     parallel = config.parallel
-    topology = Topology.create(parallel.tensor, parallel.pipeline)
+    topology = Topology.create(parallel.tensor, parallel.pipeline, context=parallel.context)
     engine = Engine(config, topology, torch.device("cpu"))
+    context = ContextParallel(rank=topology.context_rank, size=topology.layout.context)
     for step in range(2):
-        batches = micro_batches(config, step, topology.at.data, topology.layout.data)
+        batches = micro_batches(config, step, topology.reader, topology.layout.readers)
+        batches = [replace(batch, tokens=context.part(batch.tokens), labels=context.part(batch.labels)) for batch in batches]
         with counting(topology) as traffic:
             engine.train_step(batches, token_count(config, step), 1e-3)
     stages, held = tuple(engine.chunks), sum(parameter.numel() for parameter in engine.parameters)
     engine.close()
     found = {tuple(kind): Amount(traffic.calls[kind], traffic.bytes[kind]) for kind in traffic.calls}
     n_stages = parallel.pipeline * chunks_per_rank(config)
-    return found, Place(stages, n_stages, parallel.tensor, topology.layout.data), held
+    return found, Place(stages, n_stages, parallel.tensor, topology.layout.data, parallel.context), held
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

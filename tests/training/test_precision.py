@@ -36,6 +36,16 @@ def test_half_precision_follows_fp32(precision: str, stage: int, ranks: Pool) ->
     assert results[0]["norms"] == pytest.approx(exact[0]["norms"], rel=3e-2)
 
 
+def test_bf16_under_a_split_backward_and_two_chunks_is_that_of_1f1b(ranks: Pool) -> None:
+    """The same sums in fp32, in the same order of micro-batches: the same bits but for where chunks are cut."""
+    plain, split = (
+        ranks.run(4, train, tiny_config(training={"precision": "bf16"}, parallel={"pipeline": 2, "schedule": name}), 3)
+        for name in ("1f1b", "zbv")
+    )
+    assert split[0]["losses"] == pytest.approx(plain[0]["losses"], rel=1e-4)
+    assert split[0]["norms"] == pytest.approx(plain[0]["norms"], rel=1e-3)
+
+
 def sums_of_many(config: Config) -> Tree:
     """One weight's gradient over many micro-batches: as the engine sums it, in float64, and as sums in bf16 would have it."""
     engine = Engine(config, Topology.create(1, 1), torch.device("cpu"))
