@@ -150,7 +150,7 @@ def _draw(points: "list[Point]", found: "Suggestion", path: str) -> None:
         (found.tenth_of_best, "C2", "a tenth of the rate of the lowest loss"),
     ):
         axes.axvline(rate, color=colour, linestyle="--", linewidth=1, label=f"{name}: {rate:.1e}")
-    axes.set(xscale="log", xlabel="learning rate", ylabel="loss, nats per token", ylim=(None, 1.5 * smoothed[0]))
+    axes.set(xscale="log", xlabel="learning rate", ylabel="loss, nats per token", ylim=(None, 1.1 * smoothed[0]))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
