@@ -11,7 +11,7 @@ import pytest
 from megagpt.config import load_config
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/launching.md", "docs/data.md")
+PAGES = ("README.md", "docs/launching.md", "docs/data.md", "docs/schedules.md", "docs/communication.md")
 PATH = re.compile(r"(?<![\w./-])((?:\.ci|configs|docs|examples|megagpt|tests|tools)/[\w./-]*|\w[\w-]*\.(?:py|md|txt)|LICENSE)")
 LINK = re.compile(r"\]\(([^)#:]+)\)")
 
@@ -37,7 +37,7 @@ def after(command: list[str], flag: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES)
 def test_every_path_named_exists(page: str) -> None:
     named = PATH.findall(read(page))
-    assert len(named) >= 5
+    assert len(named) >= 3
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
@@ -85,7 +85,7 @@ def test_every_make_target_named_is_in_the_makefile() -> None:
 def test_every_console_script_named_is_installed_by_setup() -> None:
     setup = read("setup.py")
     named = re.findall(r"megagpt-([a-z-]+)", read("README.md"))
-    assert len(named) == 7
+    assert len(named) == 8
     assert [name for name in named if f'"{name}"' not in setup] == []
 
 
