@@ -30,6 +30,7 @@ COMMANDS = (
     "generate-text",
     "plot-losses",
     "draw-schedule",
+    "find-learning-rate",
 )
 
 setup(

@@ -85,7 +85,7 @@ def test_every_make_target_named_is_in_the_makefile() -> None:
 def test_every_console_script_named_is_installed_by_setup() -> None:
     setup = read("setup.py")
     named = re.findall(r"megagpt-([a-z-]+)", read("README.md"))
-    assert len(named) == 8
+    assert len(named) == 9
     assert [name for name in named if f'"{name}"' not in setup] == []
 
 

@@ -2,17 +2,14 @@
 
 import argparse
 import csv
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megagpt.commands.pretrain import CRASHED, _agree, _checked, _fail, _has_cuda, _unexpected
-from megagpt.commands.shell import INTERRUPTED, USER_ERROR
-from megagpt.data.blend import build_datasets
-from megagpt.errors import ConfigError, MegagptError
-from megagpt.training.place import Place, find_place
+from megagpt.commands import job
+from megagpt.errors import ConfigError
+from megagpt.training.place import Place
 
 if TYPE_CHECKING:
     from megagpt.training.rate_search import Point, Suggestion
@@ -35,22 +32,9 @@ NOTHING_ELSE = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code. A rank that fails ends its process at once, as in pretrain_gpt.py."""
+    """The command; returns its exit code."""
     args = _parser().parse_args(argv)
-    args.print_config = False
-    args.set = [*NOTHING_ELSE, f"training.steps={args.steps}", *args.set]
-    rank = 0
-    try:
-        place = find_place(os.environ)
-        rank = place.rank
-        _find(args, place)
-    except MegagptError as error:
-        return _fail(rank, f"error: {error}", args.debug, USER_ERROR)
-    except KeyboardInterrupt:
-        return _fail(rank, "interrupted", False, INTERRUPTED)
-    except Exception as error:
-        return _fail(rank, _unexpected(rank, error), args.debug, CRASHED)
-    return 0
+    return job.run(lambda place: _find(args, place), args.debug)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,28 +55,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def _find(args: argparse.Namespace, place: Place) -> None:
     rates = growing_rates(args.min_rate, args.max_rate, args.steps)
-    config = _checked(args, place.world_size) if place.rank == 0 else None
     if place.rank == 0:
         _make_table(args.output)
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if _has_cuda() else "cpu")
-    from megagpt.parallel.topology import Topology
-    from megagpt.training.processes import start, stop
-    from megagpt.training.rate_search import search, suggest
-    from megagpt.training.trainer import Trainer
+    points: list[Point] = []
+    overrides = [*NOTHING_ELSE, f"training.steps={args.steps}", *args.set]
+    with job.open_trainer(args.config, overrides, place) as trainer:
+        from megagpt.training.rate_search import search, suggest
 
-    device = start(place)
-    config = _agree(config, device)
-    parallel = config.parallel
-    topology = Topology.create(parallel.tensor, parallel.pipeline, parallel.timeout_seconds, parallel.context)
-    trainer = Trainer(config, topology, build_datasets(config.data, config.model.n_positions), device)
-    points = []
-    for point in search(trainer, rates):
-        points.append(point)
-        if place.rank == 0:
-            _add_row(args.output, len(points), point)
-            print(f"step {len(points)}/{args.steps} | lr {point.rate:.3e} | loss {point.loss:.4f}", flush=True)
-    trainer.close()
-    stop()
+        for point in search(trainer, rates):
+            points.append(point)
+            if place.rank == 0:
+                _add_row(args.output, len(points), point)
+                print(f"step {len(points)}/{args.steps} | lr {point.rate:.3e} | loss {point.loss:.4f}", flush=True)
     if place.rank == 0:
         _report(points, suggest(points), args.output)
 

@@ -51,7 +51,7 @@ class GPTChunk(nn.Module):
         self.layers = nn.ModuleDict({str(index): Block(index, config, tp) for index in layers})
         if self.is_last:
             self.norm = LayerNorm("final_norm", model.n_embd, model.layer_norm_epsilon, tp)
-            self.loss = VocabParallelLoss(self._output_weight(), tp)
+            self.loss = VocabParallelLoss(self._output_weight(), tp, config.training.label_smoothing)
 
     def forward(self, x: Tensor | None, micro_batch: MicroBatch) -> Tensor:
         """Hidden states of the layers before (None at the first chunk) to those after this chunk, or at the last

@@ -68,9 +68,6 @@ class Engine:
         mine = [stage for stage, rank in enumerate(self._placement) if rank == topology.at.pipeline]
         self.chunks: dict[int, GPTChunk] = {stage: build_chunk(config, tp, layers[stage], device) for stage in mine}
         share_tied_embedding(list(self.chunks.values()))
-        for chunk in self.chunks.values():
-            if chunk.is_last:
-                chunk.loss.label_smoothing = config.training.label_smoothing
         freeze(self.chunks.values(), config)
         self.model = nn.ModuleList(self.chunks.values())
         self.parameters = list(self.model.parameters())
