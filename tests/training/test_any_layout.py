@@ -1,6 +1,6 @@
 """Layouts, schedules, ZeRO stages, shapes and batch splits drawn at random equal one process.
 
-30 draws by default; more by hand: MEGAGPT_LAYOUT_DRAWS=300 python -m pytest tests/training/test_any_layout.py
+30 draws by default, the same each time; others by hand: MEGAGPT_LAYOUT_DRAWS=300 python -m pytest tests/training/test_any_layout.py
 """
 
 import os
@@ -60,7 +60,7 @@ def cases(draw: st.DrawFn) -> tuple[int, Tree, Tree]:
     return tensor * pipeline * context * data, run, layout
 
 
-@settings(max_examples=DRAWS, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=DRAWS, deadline=None, derandomize=DRAWS == 30, suppress_health_check=list(HealthCheck))
 @given(cases())
 def test_whatever_the_layout_the_run_is_that_of_one_process(ranks: Pool, case: tuple[int, Tree, Tree]) -> None:
     world, run, layout = case
