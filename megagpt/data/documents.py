@@ -33,8 +33,11 @@ def stop(error: DataError) -> None:
 
 
 def input_files(inputs: Sequence[str]) -> list[Path]:
-    """Files named by paths, globs and folders (all files below them), in sorted order each. Raises DataError for none."""
-    found: list[Path] = []
+    """Files named by paths, globs and folders (all files below them), in sorted order each; each file once.
+
+    Raises DataError where a name matches none.
+    """
+    found: dict[Path, Path] = {}
     for item in inputs:
         path = Path(item)
         if path.is_dir():
@@ -45,8 +48,9 @@ def input_files(inputs: Sequence[str]) -> list[Path]:
             files = sorted(Path(name) for name in glob.glob(item, recursive=True) if Path(name).is_file())  # noqa: PTH207
         if not files:
             raise DataError(f"--input {item}: no such file, folder or match{_nearest(path)}")
-        found += files
-    return found
+        for file in files:
+            found.setdefault(file.resolve(), file)
+    return list(found.values())
 
 
 class InputFile:

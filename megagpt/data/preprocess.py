@@ -128,6 +128,12 @@ def preprocess(job: Job, progress: Any = None, reject: Reject = stop) -> Counts:
             start = Position(*point.positions.get(key, Position()))
             writers[key] = IndexedWriter(f"{job.output_prefix}_{key}_document", dtype, start)
         _write(job, writers, journal, point, progress or Progress(), reject)
+        empty = [writer.prefix for writer in writers.values() if not writer.n_tokens]
+        if empty:
+            point.files_done = 0  # nothing here to go on with
+            raise DataError(
+                f"{empty[0]}: not written, nor the other keys, because the input has no document with a token for it"
+            )
         for writer in writers.values():
             writer.close()
     except BaseException:

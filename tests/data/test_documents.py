@@ -96,6 +96,13 @@ def test_a_folder_is_all_its_files_in_sorted_order(tmp_path: Path) -> None:
     assert [str(path.relative_to(tmp_path)) for path in input_files([str(tmp_path)])] == ["a.txt", "b/c.txt", "b/z.txt"]
 
 
+def test_a_file_that_is_named_twice_is_read_once_where_it_is_named_first(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt"):
+        (tmp_path / name).write_text("t")
+    found = input_files([str(tmp_path / "b.txt"), str(tmp_path / "*.txt"), str(tmp_path)])
+    assert [path.name for path in found] == ["b.txt", "a.txt"]
+
+
 BROKEN: dict[bytes, str] = {
     b'{"text": 3}': "no text under the key 'text'; found int",
     b"[1]": "expected a JSON object, found list",

@@ -253,7 +253,14 @@ def test_input_without_a_token_leaves_no_file(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(DataError, match="no document with a token"):
         preprocess.preprocess(job([tmp_path / "a.jsonl"], tmp_path / "out" / "o"))
-    assert not list((tmp_path / "out").glob("*.bin")) and not list((tmp_path / "out").glob("*.idx"))
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_key_without_a_token_leaves_no_file_of_the_others(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "some", "title": ""}\n')
+    with pytest.raises(DataError, match=r"o_title_document: not written, nor the other keys"):
+        preprocess.preprocess(job([tmp_path / "a.jsonl"], tmp_path / "out" / "o", keys=["text", "title"]))
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")

@@ -1,6 +1,7 @@
 """Layouts, schedules, ZeRO stages, shapes and batch splits drawn at random equal one process.
 
-30 draws by default, the same each time; others by hand: MEGAGPT_LAYOUT_DRAWS=300 python -m pytest tests/training/test_any_layout.py
+30 draws by default, the same each time; others by hand:
+MEGAGPT_LAYOUT_DRAWS=300 python -m pytest tests/training/test_any_layout.py
 """
 
 import os
