@@ -8,7 +8,7 @@ import numpy as np
 
 from megagpt.config.schema import DataConfig, Source
 from megagpt.data.gpt_dataset import PackedCorpus, Sample
-from megagpt.data.indexed import IndexedCorpus, check_corpus
+from megagpt.data.indexed import MOST_CHECKED, IndexedCorpus, check_corpus
 from megagpt.data.interleave import Interleave
 from megagpt.errors import DataError
 
@@ -71,10 +71,14 @@ def split_ranges(n_sequences: int, split: str) -> list[range]:
 
 
 def check_vocabulary(data: DataConfig, vocab_size: int) -> None:
-    """Raise DataError if a corpus has an id that the vocabulary has not (`indexed.check_corpus` says how far it looks)."""
-    for source in (data.train, data.valid, data.test, data.paths):
-        for prefix in _prefixes(source):
-            check_corpus(IndexedCorpus(prefix), vocab_size)
+    """Raise DataError if a corpus has an id that the vocabulary has not (`indexed.check_corpus` says how far it looks).
+
+    However many corpora there are, no more is read than of one: the other ranks wait meanwhile.
+    """
+    sources = (data.train, data.valid, data.test, data.paths)
+    prefixes = list(dict.fromkeys(prefix for source in sources for prefix in _prefixes(source)))
+    for prefix in prefixes:
+        check_corpus(IndexedCorpus(prefix), vocab_size, MOST_CHECKED // len(prefixes))
 
 
 def _split_part(data: DataConfig, source: Source, split: str, part: int, sequence_length: int) -> Dataset | None:

@@ -31,6 +31,8 @@ _HEADER = struct.Struct("<9sQBQQ")
 _DTYPE_OF_CODE = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
 _TOKEN_CODES = {np.dtype(kind): code for code, kind in _DTYPE_OF_CODE.items() if np.issubdtype(kind, np.integer)}
 _COPY_BYTES = 1 << 24
+MOST_CHECKED = 2**32
+"""Bytes of tokens that are looked at before a run: a matter of seconds."""
 _CHECK_TOKENS = 1 << 22
 """Tokens whose ids are compared at a time."""
 _CHECK_SEQUENCES = 1 << 20
@@ -291,7 +293,7 @@ def check_ids(tokens: Tokens, vocab_size: int, where: str) -> None:
             )
 
 
-def check_corpus(corpus: IndexedCorpus, vocab_size: int, most_bytes: int = 2**32) -> None:
+def check_corpus(corpus: IndexedCorpus, vocab_size: int, most_bytes: int = MOST_CHECKED) -> None:
     """Raise DataError if the corpus has an id outside 0 ... vocab_size - 1.
 
     Reads all of a corpus up to `most_bytes`, a matter of seconds; of a larger one so many, spread evenly over it (the
