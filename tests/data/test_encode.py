@@ -44,15 +44,32 @@ def sentencepiece_bpe(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def assigned(character: str) -> bool:
-    """Libraries follow different versions of Unicode: a character without a category yet is a letter in the newer ones."""
-    return unicodedata.category(character) not in ("Cn", "Cs")
+    """Libraries follow different versions of Unicode, whose newest letters are not yet letters in the older ones: what
+    every one of them knows was in version 3.2."""
+    return unicodedata.ucd_3_2_0.category(character) not in ("Cn", "Cs")
 
 
 PIECES = st.one_of(
     st.characters(exclude_categories=("Cs",)).filter(assigned),
     st.text(st.sampled_from(" \t\n\r\x0b\x0c\x85\u00a0\u2028\u3000\u200b"), min_size=1, max_size=12),
     st.text(st.characters(max_codepoint=0x1F), min_size=1, max_size=4),
-    st.sampled_from(["'s", "'re", "'LL", "don't", "<|endoftext|>", "<|endof", "</s>", "1234567", "½٣", "▁", "Ġ", "e\u0301"]),
+    st.sampled_from(
+        [
+            "'s",
+            "'re",
+            "'LL",
+            "don't",
+            "<|endoftext|>",
+            "<|endof",
+            "</s>",
+            "1234567",
+            "½٣",
+            "\U0001f600\u200d\U0001f469",
+            "▁",
+            "Ġ",
+            "e\u0301",
+        ]
+    ),
     st.integers(1, 700).map(lambda n: "a" * n),
     st.integers(1, 300).map(lambda n: "ab-" * n),
 )
