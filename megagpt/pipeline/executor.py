@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megagpt.parallel.topology import Topology
 from megagpt.parallel.weight_gradients import Job, WeightGradients
-from megagpt.pipeline.schedule import Kind, Plan, messages
+from megagpt.pipeline.plan import Kind, Plan, messages
 from megagpt.pipeline.transfers import Transfers
 
 

@@ -6,7 +6,7 @@ from megagpt.config.schema import Schedule
 from megagpt.pipeline.building_block import v_half, v_min
 from megagpt.pipeline.interleaved import interleaved_1f1b, interleaved_zero_bubble, loop
 from megagpt.pipeline.one_stage import gpipe, one_f_one_b, zb_h1
-from megagpt.pipeline.plan import Kind, Message, Plan, messages  # noqa: F401
+from megagpt.pipeline.plan import Plan
 from megagpt.pipeline.v_shape import CHUNKS_OF_A_V, v_placement, zbv
 
 ONE_STAGE: dict[Schedule, Callable[[int, int], Plan]] = {"1f1b": one_f_one_b, "gpipe": gpipe, "zb_h1": zb_h1}

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagpt.parallel.topology import Topology
-from megagpt.pipeline.schedule import Kind, Message
+from megagpt.pipeline.plan import Kind, Message
 
 
 class Transfers:
