@@ -65,8 +65,8 @@ def tensor_traffic(config: Config, place: Place) -> Traffic:
         return {("tensor", "all-reduce"): moved, ("tensor", "all-gather"): loss}
     partial = GRADIENT_BYTES * _partial_parameters(config, place)
     # Of what enters a layer's two products a rank keeps its own part: the rest is gathered again for their gradients.
-    again = 2 * _layers(config, place) - sum(_sums_again(config, layers) for layers in _layers_of_stages(config, place))
-    unstopped = again if config.training.recompute == "full" else 0  # the last sum's gather comes before it
+    # Full recompute stops before the last sums of its groups, but not before the gathers.
+    unstopped = 2 * _layers(config, place) - again if config.training.recompute == "full" else 0
     gathers = sums + micro_batches * (2 * _layers(config, place) + unstopped)
     gathered = gathers * batch * _positions(config, place) * model.n_embd * _activation_bytes(config)
     return {

@@ -129,8 +129,7 @@ class Engine:
         """
         gradient = torch.tensor(self.loss_scale / max(1, n_tokens), dtype=torch.float32, device=self.device)
         self._executor(self._schedule, [micro_batch]).step([micro_batch], gradient)
-        if self._placement[0] != self._placement[-1]:
-            sum_over_ends(self._tied, self.topology)
+        self._sum_tied()
         finish_gradients(self.parameters, self.topology, over_data=False)
         sum_over_context(self.parameters, self.topology)
 
@@ -141,10 +140,14 @@ class Engine:
         finish_gradients(done, self.topology, over_data=self.config.zero.stage == 0)
         self._reduction.reduce(done)
 
-    def _reduce_tied(self) -> None:
-        """The tied embedding, to which the first stage and the last have each added."""
+    def _sum_tied(self) -> None:
+        """The tied embedding has a part of its gradient on each of two ranks, unless one has both ends of the model."""
         if self._placement[0] != self._placement[-1]:
             sum_over_ends(self._tied, self.topology)
+
+    def _reduce_tied(self) -> None:
+        """The tied embedding, to which the first stage and the last have each added."""
+        self._sum_tied()
         finish_gradients(self._tied, self.topology, over_data=self.config.zero.stage == 0)
 
     @torch.no_grad()
