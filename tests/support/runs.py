@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -138,3 +139,14 @@ def run_trainer(config: Config) -> Tree:
     path = Path(config.logging.metrics_file or "/nowhere")
     records = [json.loads(line) for line in path.read_text().splitlines()] if topology.rank == 0 and path.exists() else []
     return {"weights": weights, "step": step, "losses": [r["loss"] for r in records if "loss" in r], "records": records}
+
+
+def compare(results: list[Tree], reference: list[Tree]) -> None:
+    """Losses and norms on every rank, and the logical weights."""
+    for result in results:
+        assert result["losses"] == pytest.approx(reference[0]["losses"], rel=1e-5)
+        assert result["norms"] == pytest.approx(reference[0]["norms"], rel=1e-5)
+    weights, expected = whole_weights(results), whole_weights(reference)
+    assert weights.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(weights[name], values, rtol=0, atol=5e-6, msg=lambda text, name=name: f"{name}: {text}")

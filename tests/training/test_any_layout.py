@@ -5,14 +5,12 @@ MEGAGPT_LAYOUT_DRAWS=300 python -m pytest tests/training/test_any_layout.py
 """
 
 import os
-from typing import Any, get_args
+from typing import get_args
 
-import pytest
-import torch
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from support.pool import Pool
-from support.runs import Tree, tiny_config, train, whole_weights
+from support.runs import Tree, compare, tiny_config, train
 
 from megagpt.config.rules import INTERLEAVED
 from megagpt.config.schema import Schedule
@@ -70,14 +68,3 @@ def test_whatever_the_layout_the_run_is_that_of_one_process(ranks: Pool, case: t
     config = tiny_config(**{**run, "training": training, "parallel": layout["parallel"], "zero": layout["zero"]})
     expected = ranks.run(1, train, tiny_config(**run), STEPS)
     compare(ranks.run(world, train, config, STEPS), expected)
-
-
-def compare(results: list[Any], expected: list[Any]) -> None:
-    """As in test_layouts.py: sums in another order differ by about 1e-7."""
-    for result in results:
-        assert result["losses"] == pytest.approx(expected[0]["losses"], rel=1e-5)
-        assert result["norms"] == pytest.approx(expected[0]["norms"], rel=1e-5)
-    weights, wanted = whole_weights(results), whole_weights(expected)
-    assert weights.keys() == wanted.keys()
-    for name, values in wanted.items():
-        torch.testing.assert_close(weights[name], values, rtol=0, atol=5e-6, msg=lambda text, name=name: f"{name}: {text}")

@@ -8,9 +8,8 @@ order differ by about 1e-7. The clip norm of 0.05 is exceeded at least fivefold 
 from typing import Any
 
 import pytest
-import torch
 from support.pool import Pool
-from support.runs import Tree, tiny_config, train, whole_weights
+from support.runs import Tree, compare, tiny_config, train, whole_weights
 
 STEPS = 10
 LAYOUTS: dict[str, tuple[int, Tree, int]] = {
@@ -125,14 +124,3 @@ def test_dropout_is_the_same_under_data_and_pipeline_parallel_and_with_recompute
     compare(ranks.run(4, train, tiny_config(parallel={"pipeline": 2}, **dropout), 3), reference)
     for recompute in ("selective", "full"):
         compare(ranks.run(1, train, tiny_config(training={"recompute": recompute}, **dropout), 3), reference)
-
-
-def compare(results: list[Tree], reference: list[Tree]) -> None:
-    """Losses and norms on every rank, and the logical weights."""
-    for result in results:
-        assert result["losses"] == pytest.approx(reference[0]["losses"], rel=1e-5)
-        assert result["norms"] == pytest.approx(reference[0]["norms"], rel=1e-5)
-    weights, expected = whole_weights(results), whole_weights(reference)
-    assert weights.keys() == expected.keys()
-    for name, values in expected.items():
-        torch.testing.assert_close(weights[name], values, rtol=0, atol=5e-6, msg=lambda text, name=name: f"{name}: {text}")
