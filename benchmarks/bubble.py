@@ -19,6 +19,7 @@ import torch.multiprocessing as mp
 from megagpt.config.schema import Schedule
 from megagpt.parallel.topology import Topology
 from megagpt.parallel.weight_gradients import WeightGradients
+from megagpt.parallel.whereabouts import Whereabouts
 from megagpt.pipeline.executor import Executor
 from megagpt.pipeline.schedule import INTERLEAVED, chunks_per_rank, make_plan
 from megagpt.pipeline.simulate import simulate
@@ -103,7 +104,7 @@ def _measure(topology: Topology, name: Schedule, micro_batches: int, seconds: fl
     plan, later, like = make_plan(name, stages, micro_batches, virtual), WeightGradients(), torch.empty(1, 1, 1)
     part = seconds / chunks_per_rank(name, virtual)
     chunks = {stage: SleepingChunk(part, later) for stage in plan.stages_of(topology.at.pipeline)}
-    executor = Executor(plan, chunks, topology, later, like)
+    executor = Executor(plan, chunks, topology, later, like, Whereabouts())
     executor.step(["any"] * micro_batches, torch.ones(1, 1, 1))  # opens the connections
     dist.barrier()
     start = time.time()

@@ -31,7 +31,7 @@ from megagpt.parallel.topology import Topology
 from megagpt.training.batches import global_batches
 from megagpt.training.place import Place
 from megagpt.training.processes import start
-from megagpt.training.trainer import Trainer
+from megagpt.training.trainer import Batch, Trainer
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of one process")
     parser.add_argument("--rounds", type=int, default=8, help="alternating steps counted of each, after two not counted")
     args = parser.parse_args()
-    device = start(Place())
+    device, _ = start(Place())
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         config = shape(folder)
@@ -82,7 +82,7 @@ def our_step(config: Config, device: torch.device) -> Callable[[], None]:
 
     def step() -> None:
         with redirect_stdout(StringIO()):
-            trainer.advance(batches.at(trainer.samples))
+            trainer.advance(Batch(trainer.samples, batches.size, batches.at(trainer.samples)))
 
     return step
 

@@ -15,3 +15,7 @@ class DataError(MegagptError):
 
 class CheckpointError(MegagptError):
     """A checkpoint that is missing, damaged or of another model."""
+
+
+class TrainingError(MegagptError):
+    """A run that must not go on: its loss, its weights or its ranks are not what they should be."""

@@ -1,48 +1,75 @@
-"""A checkpoint on disk: safetensors and one JSON manifest, no pickles, no layout.
+"""A checkpoint on disk: safetensors and JSON, no pickles, no layout.
 
-    DIR/latest                          the name of the newest whole checkpoint
-    DIR/step_00000100/manifest.json     step, config, files with size and SHA-256, boxes of every tensor
+    DIR/latest                          the name of the newest checkpoint
+    DIR/step_00000100/manifest.json     step, config, files with size, SHA-256 and node, boxes of every tensor
+    DIR/step_00000100/manifest.sha256   of the manifest, as `sha256sum --check` reads it
     DIR/step_00000100/rank_00003.safetensors
 
 A tensor is (kind, name): kind "master" is the fp32 weight, "exp_avg" and "exp_avg_sq" Adam's moments. Each file holds
-boxes of logical tensors under keys "kind/name@row,column". A checkpoint is written in `step_....writing`, renamed when
-it is whole, and named in `latest` last.
+boxes of logical tensors under keys "kind/name@row,column". A checkpoint is written in `step_....writing-TOKEN`, renamed
+when it is whole, and named in `latest` last.
 """
 
 import hashlib
-import json
-import os
+import re
+import socket
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megagpt.checkpoint.boxes import Box
+from megagpt.checkpoint.files import digest, write_durably
 from megagpt.errors import CheckpointError
 
-FORMAT = "megagpt-checkpoint"
-VERSION = 1
-MANIFEST = "manifest.json"
-LATEST = "latest"
+MANIFEST, MANIFEST_SUM, LATEST = "manifest.json", "manifest.sha256", "latest"
 MASTER = "master"
+WRITING = ".writing-"
+"""Between a checkpoint's name and the token of the start that writes it."""
 
 
-@dataclass
-class Manifest:
-    """What a checkpoint holds. `state`: small facts of the run (optimizer step, samples read, loss scale)."""
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    step: int
+
+class FileRecord(_Record):
+    """One rank's file, as it was written."""
+
+    name: str = Field(pattern=r"^rank_\d+\.safetensors$")  # never a path out of the folder
+    bytes: int = Field(ge=0)
+    sha256: str
+    node: str
+    """Host that wrote it."""
+
+
+class TensorRecord(_Record):
+    """A parameter: its weight and what else was kept of it, all cut into the same boxes."""
+
+    shape: list[int]
+    kinds: list[str]
+    """"master" and its moments."""
+    boxes: list[tuple[int, list[int], list[int]]]
+    """(number in `Manifest.files`, offset, size) of each."""
+
+
+class Manifest(_Record):
+    """What a checkpoint holds."""
+
+    format: Literal["megagpt-checkpoint"] = "megagpt-checkpoint"
+    version: Literal[2] = 2
+    step: int = Field(ge=0)
     config: dict[str, Any]
     state: dict[str, Any]
-    shapes: dict[str, list[int]] = field(default_factory=dict)
-    """Logical shape by parameter name."""
-    boxes: dict[str, list[tuple[str, list[int], list[int]]]] = field(default_factory=dict)
-    """By "kind/name": (file, offset, size) of every box."""
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By file name: bytes and sha256."""
+    """Small facts of the run; `training/snapshot.py` says which."""
+    tensors: dict[str, TensorRecord]
+    """By logical name."""
+    files: list[FileRecord]
 
-    def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, "version": VERSION, **self.__dict__}, indent=1)
+    @property
+    def total_bytes(self) -> int:
+        """Of all files of tensors."""
+        return sum(file.bytes for file in self.files)
 
 
 def box_key(kind: str, name: str, box: Box) -> str:
@@ -50,94 +77,104 @@ def box_key(kind: str, name: str, box: Box) -> str:
     return f"{kind}/{name}@{','.join(map(str, box.offset))}"
 
 
+def rank_file(rank: int) -> str:
+    """Name of the file that a rank writes."""
+    return f"rank_{rank:05d}.safetensors"
+
+
 def step_folder(directory: Path, step: int) -> Path:
     """Where the checkpoint of `step` is."""
     return directory / f"step_{step:08d}"
 
 
-def find_checkpoint(directory: Path) -> Path | None:
-    """The newest whole checkpoint in a run's folder, or None where there is none; raises CheckpointError if `latest` lies."""
-    pointer = directory / LATEST
-    if not pointer.exists():
-        return None
-    folder = directory / pointer.read_text(encoding="utf-8").strip()
-    if not (folder / MANIFEST).exists():
-        raise CheckpointError(
-            f"{pointer}: names {folder.name}, which is not a whole checkpoint; edit it to name one of: {_whole(directory)}"
-        )
-    return folder
+def step_of(folder: Path) -> int | None:
+    """The step in a checkpoint folder's name; None for any other folder."""
+    found = re.fullmatch(r"step_(\d{8,})", folder.name)
+    return int(found[1]) if found else None
 
 
-def resolve_checkpoint(path: str | Path) -> Path:
-    """A checkpoint's folder from a path to it or to the run's folder. Raises CheckpointError where there is none."""
-    folder = Path(path)
-    if (folder / MANIFEST).exists():
-        return folder
-    found = find_checkpoint(folder) if folder.is_dir() else None
-    if found is None:
-        raise CheckpointError(
-            f"{folder}: no checkpoint here; expected a folder with {MANIFEST}, or a run's folder with {LATEST}"
-        )
-    return found
+def node_name() -> str:
+    """The host that this process runs on."""
+    return socket.gethostname()
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """The manifest and its checksum, durably."""
+    write_durably(folder / MANIFEST, manifest.model_dump_json())
+    write_durably(folder / MANIFEST_SUM, f"{digest(folder / MANIFEST)}  {MANIFEST}\n")
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint; raises CheckpointError where it is missing, damaged or of another format."""
-    path = folder / MANIFEST
+    path, total = folder / MANIFEST, folder / MANIFEST_SUM
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        if (tree.pop("format"), tree.pop("version")) != (FORMAT, VERSION):
-            raise CheckpointError(f"{path}: not a {FORMAT} of version {VERSION}")
-        return Manifest(**tree)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: the manifest cannot be read: {error}") from None
-
-
-def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
-    """Raise CheckpointError for the first of these files that is missing or not as it was written."""
-    for name in names:
-        path, told = folder / name, manifest.files[name]
-        if not path.exists():
-            raise CheckpointError(f"{path}: missing; the checkpoint is not whole")
-        if path.stat().st_size != told["bytes"]:
-            raise CheckpointError(f"{path}: {path.stat().st_size} bytes, expected {told['bytes']}; the file is damaged")
-        if digest(path) != told["sha256"]:
-            raise CheckpointError(f"{path}: its SHA-256 is not the manifest's; the file is damaged")
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, hex."""
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            total.update(block)
-    return total.hexdigest()
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a small file whole or not at all: aside, flushed to disk, renamed."""
-    aside = path.with_name(path.name + ".writing")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    flush_folder(path.parent)
-
-
-def flush_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+        content = path.read_bytes()
+        told = total.read_bytes().split(b" ")[0].decode("ascii", "replace")
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: {error.strerror}; the checkpoint is not whole") from None
+    if hashlib.sha256(content).hexdigest() != told:
+        raise CheckpointError(f"{path}: its SHA-256 is not the one in {MANIFEST_SUM}; the file is damaged")
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return Manifest.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise CheckpointError(f"{path}: not a megagpt-checkpoint of version 2: {where}: {first['msg']}") from None
 
 
-def whole_checkpoints(directory: Path) -> list[Path]:
-    """Every whole checkpoint in a run's folder, oldest first."""
-    return sorted(path for path in directory.glob("step_*") if (path / MANIFEST).exists() and path.suffix == "")
+def pointed_at(directory: Path) -> str | None:
+    """The name that `latest` holds, whatever it is; None where there is no such file. Raises CheckpointError if unreadable."""
+    pointer = directory / LATEST
+    try:
+        with pointer.open("rb") as file:
+            return file.read(256).decode("utf-8", "replace").strip()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{pointer}: {error.strerror}") from None
 
 
-def _whole(directory: Path) -> str:
-    return ", ".join(path.name for path in whole_checkpoints(directory)) or "none is left"
+def folders_of(directory: Path) -> list[Path]:
+    """The folders named as checkpoints in a run's folder, whole or not: what `latest` names first, then from the newest."""
+    found = {path for path in _entries(directory) if step_of(path) is not None}
+    named = pointed_at(directory)
+    return sorted(found, key=lambda path: (path.name == named, step_of(path) or 0), reverse=True)
+
+
+def unfinished(directory: Path) -> list[Path]:
+    """Folders that a save or a deletion left which was cut short."""
+    return sorted(path for path in _entries(directory) if re.fullmatch(r"step_\d{8,}\.(writing-.*|deleting)", path.name))
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """A checkpoint's folder from a path to it or to the run's folder, of which the newest is taken.
+
+    Raises CheckpointError where there is none; whether it is whole is not looked at.
+    """
+    folder = Path(path)
+    if (folder / MANIFEST).exists() or step_of(folder) is not None:
+        return folder
+    found = folders_of(folder)
+    if not found:
+        raise CheckpointError(f"{folder}: no checkpoint here; expected a folder with {MANIFEST}, or a run's folder of such")
+    return found[0]
+
+
+def named_whole(directory: Path) -> str:
+    """The checkpoints that have a manifest, for messages."""
+    return names(path.name for path in folders_of(directory) if (path / MANIFEST).exists()) or "none"
+
+
+def names(items: Iterable[str], most: int = 8) -> str:
+    """A list for a message, cut where it is long."""
+    found = list(items)
+    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
+
+
+def _entries(directory: Path) -> list[Path]:
+    try:
+        return list(directory.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{directory}: {error.strerror}") from None

@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from megagpt.checkpoint.boxes import Box, pieces
-from megagpt.checkpoint.format import MASTER, Manifest, box_key, check_files, read_manifest
+from megagpt.checkpoint.format import MASTER, Manifest, box_key, read_manifest
 from megagpt.errors import CheckpointError
 from megagpt.parallel.shard import shard_of
 
@@ -16,20 +16,22 @@ from megagpt.parallel.shard import shard_of
 class Reader:
     """An open checkpoint."""
 
-    def __init__(self, folder: Path, rank: int = 0, world_size: int = 1) -> None:
-        """Checks this rank's share of the files against the manifest; raises CheckpointError."""
+    def __init__(self, folder: Path) -> None:
+        """Reads the manifest alone; raises CheckpointError. `check.py` looks at the files."""
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
+        self.bytes_read = 0
+        """Of tensors, so far."""
         self._files: dict[str, Any] = {}
-        check_files(folder, self.manifest, sorted(self.manifest.files)[rank::world_size])
 
     def has(self, kind: str, name: str) -> bool:
         """Whether the tensor was kept: "master", "exp_avg", ... of a parameter."""
-        return f"{kind}/{name}" in self.manifest.boxes
+        record = self.manifest.tensors.get(name)
+        return record is not None and kind in record.kinds
 
     def check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Raise CheckpointError that names every parameter which is missing or has another shape than the model's."""
-        saved = self.manifest.shapes
+        saved = {name: record.shape for name, record in self.manifest.tensors.items()}
         problems = [
             f"{name} is {saved.get(name, 'missing')}, the model has {list(shape)}"
             for name, shape in sorted(shapes.items())
@@ -40,20 +42,18 @@ class Reader:
             raise CheckpointError(f"{self.folder}: the checkpoint is of another model: {shown}")
 
     def read(self, kind: str, name: str, box: Box) -> Tensor:
-        """The values of a box, on the CPU, put together from the boxes that were saved. Shape: the box's size."""
-        out: Tensor | None = None
+        """The values of a box, fp32 on the CPU, put together from the boxes that were saved. Shape: the box's size."""
+        out = torch.empty(box.size)
         missing = box.numel
-        for file, offset, size in self.manifest.boxes.get(f"{kind}/{name}", []):
+        for file, offset, size in self.manifest.tensors[name].boxes if self.has(kind, name) else []:
             saved = Box(tuple(offset), tuple(size))
             shared = box.intersection(saved)
             if shared is None:
                 continue
-            values = self._slice(file, box_key(kind, name, saved), shared.within(saved))
-            if out is None:
-                out = torch.empty(box.size, dtype=values.dtype)
-            out[shared.within(box)] = values
+            out[shared.within(box)] = self._slice(file, box_key(kind, name, saved), shared.within(saved))
             missing -= shared.numel
-        if out is None or missing:
+            self.bytes_read += shared.numel * out.itemsize
+        if missing:
             raise CheckpointError(f"{self.folder}: {kind} of {name} has a gap at {box.offset}; the checkpoint is not whole")
         return out
 
@@ -66,10 +66,11 @@ class Reader:
             values = self.read(MASTER, shard.name, piece.box)
             parameter[tuple(slice(0, length) for length in piece.box.size)] = values.to(parameter)
 
-    def _slice(self, file: str, key: str, slices: tuple[slice, ...]) -> Tensor:
+    def _slice(self, number: int, key: str, slices: tuple[slice, ...]) -> Tensor:
+        name = self.manifest.files[number].name
         try:
-            if file not in self._files:
-                self._files[file] = safe_open(self.folder / file, framework="pt")
-            return self._files[file].get_slice(key)[slices]
+            if name not in self._files:
+                self._files[name] = safe_open(self.folder / name, framework="pt")
+            return self._files[name].get_slice(key)[slices]
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.folder / file}: cannot be read: {error}") from None
+            raise CheckpointError(f"{self.folder / name}: cannot be read: {error}") from None

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,20 +23,19 @@ if TYPE_CHECKING:
 CRASHED = 1
 
 
-def run(work: Callable[[Place], None], debug: bool) -> int:
+def run(work: Callable[[Place], int | None], debug: bool) -> int:
     """Do this rank's `work`; returns its exit code. A rank that fails ends at once, so that the launcher ends the job."""
     rank = 0
     try:
         place = find_place(os.environ)
         rank = place.rank
-        work(place)
+        return work(place) or 0
     except MegagptError as error:
         return _fail(rank, f"error: {error}", debug, USER_ERROR)
     except KeyboardInterrupt:
         return _fail(rank, "interrupted", False, INTERRUPTED)
     except Exception as error:
         return _fail(rank, _unexpected(rank, error), debug, CRASHED)
-    return 0
 
 
 @contextmanager
@@ -44,18 +44,19 @@ def open_trainer(path: str, overrides: Sequence[str], place: Place) -> Iterator[
 
     What can be wrong is found on rank 0 before the other ranks are met, and before torch is imported.
     """
+    begun = time.monotonic()
     config = checked(path, overrides, place.world_size) if place.rank == 0 else None
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if _has_cuda() else "cpu")
     from megagpt.parallel.topology import Topology
     from megagpt.training.processes import start, stop
     from megagpt.training.trainer import Trainer
 
-    device = start(place)
+    device, store = start(place)
     config = _agree(config, device)
     parallel = config.parallel
     datasets = build_datasets(config.data, config.model.n_positions)
     topology = Topology.create(parallel.tensor, parallel.pipeline, parallel.timeout_seconds, parallel.context)
-    trainer = Trainer(config, topology, datasets, device)
+    trainer = Trainer(config, topology, datasets, device, store, begun)
     yield trainer
     trainer.close()
     stop()

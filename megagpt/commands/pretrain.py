@@ -37,12 +37,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _pretrain(args: argparse.Namespace, place: Place) -> None:
+def _pretrain(args: argparse.Namespace, place: Place) -> int:
     if args.print_config:
         _print_config(args, place)
-        return
+        return 0
     with job.open_trainer(args.config, args.set, place) as trainer:
-        trainer.train()
+        return trainer.train()
 
 
 def _print_config(args: argparse.Namespace, place: Place) -> None:

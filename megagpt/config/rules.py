@@ -43,7 +43,7 @@ class Problem:
 def broken_rules(config: Config) -> list[Problem]:
     """Every rule that `config` breaks, whatever the number of ranks."""
     sizes = (_shape, _tensor_parallel, _context, _pipeline, _zero, _batch, _ramp)
-    rules = (*sizes, _noise_scale, _length, _data, _lr_schedule, _optimizer, _deepspeed)
+    rules = (*sizes, _noise_scale, _length, _checkpoint, _data, _lr_schedule, _optimizer, _deepspeed)
     return [problem for rule in rules for problem in rule(config)]
 
 
@@ -215,6 +215,26 @@ def _length(config: Config) -> Iterator[Problem]:
             ("training.steps", "training.tokens", "training.epochs"),
             f"training: give exactly one of steps, tokens and epochs, not {' and '.join(given) or 'none'}",
         )
+
+
+def _checkpoint(config: Config) -> Iterator[Problem]:
+    training, checkpoint, resilience = config.training, config.checkpoint, config.resilience
+    if training.max_hours is not None and checkpoint.dir is None:
+        yield Problem(
+            ("training.max_hours", "checkpoint.dir"),
+            "training.max_hours: saves when the time is over, but checkpoint.dir is not set; name a folder",
+        )
+    if checkpoint.keep_every is not None and not checkpoint.keep:
+        yield Problem(
+            ("checkpoint.keep_every", "checkpoint.keep"),
+            "checkpoint.keep_every: goes with checkpoint.keep, which is 0 and keeps all; give checkpoint.keep as well",
+        )
+    for key in ("on_nonfinite", "on_overflow", "on_spike"):
+        if getattr(resilience, key) == "rollback" and (checkpoint.dir is None or checkpoint.interval is None):
+            yield Problem(
+                (f"resilience.{key}", "checkpoint.dir", "checkpoint.interval"),
+                f'resilience.{key}: "rollback" needs checkpoints to go back to; set checkpoint.dir and checkpoint.interval',
+            )
 
 
 def _data(config: Config) -> Iterator[Problem]:

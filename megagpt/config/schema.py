@@ -108,7 +108,7 @@ class ParallelConfig(Section):
     sequence_parallel: bool = False
     """Split norms and dropout along the sequence over the tensor ranks: reduce-scatter in place of all-reduce."""
     timeout_seconds: float = Field(default=1800.0, gt=0)
-    """A collective or message that waits longer than this ends the job."""
+    """A rank that stays in one place of its step for longer than this ends the job, which names the rank and the place."""
 
 
 class ZeroConfig(Section):
@@ -205,6 +205,9 @@ class TrainingConfig(Section):
     """Tokens to train on; rounded up to whole steps."""
     epochs: float | None = Field(default=None, gt=0)
     """Passes over the training data; rounded down to whole steps, at least one."""
+    max_hours: float | None = Field(default=None, gt=0)
+    """Wall-clock hours after which this start of the run saves at the next step and ends with exit code 75, for a job
+    script to start it again; no limit if absent."""
     micro_batch_size: int = Field(ge=1)
     """Sequences in one forward of one data-parallel rank."""
     global_batch_size: int = Field(ge=1)
@@ -251,9 +254,37 @@ class CheckpointConfig(Section):
     interval: int | None = Field(default=None, ge=1)
     """Steps between checkpoints; only after the last step if absent."""
     keep: int = Field(default=0, ge=0)
-    """Newest checkpoints to keep; 0 keeps all."""
+    """Newest checkpoints to keep; 0 keeps all. The one that the run began with stays in any case."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Checkpoints whose step is a multiple of this stay as well."""
     resume: str = "auto"
-    """"auto" goes on from the newest checkpoint in dir if there is one, "never" starts anew, a path loads that one."""
+    """"auto" goes on from the newest whole checkpoint in dir if there is one, "never" starts anew in a dir without any, a
+    path loads that one."""
+
+
+class ResilienceConfig(Section):
+    """What happens when a step goes wrong. "stop" ends the run, "skip" drops the step's update and goes on with the next
+    data, "rollback" goes back to the last checkpoint and passes over the step's data. All ranks decide the same."""
+
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """The loss or the gradient is NaN or infinite. The update is dropped in any case."""
+    on_overflow: Literal["stop", "skip", "rollback"] = "skip"
+    """Under fp16 the loss is finite and the gradient is not: the loss scale, which "skip" lowers, was too high."""
+    on_spike: Literal["none", "stop", "skip", "rollback"] = "none"
+    """The loss is further above the mean of the last `spike_window` steps than `spike_deviations` standard deviations (of
+    at least a hundredth of the mean)."""
+    spike_window: int = Field(default=100, ge=2)
+    """Steps that a loss is compared with; until so many are made no loss is a spike."""
+    spike_deviations: float = Field(default=6.0, gt=0)
+    """Standard deviations."""
+    most_skipped: int = Field(default=16, ge=1)
+    """Steps in a row without an update, for whatever reason; one more ends the run."""
+    most_rollbacks: int = Field(default=3, ge=0)
+    """Rollbacks in one start of the run; one more ends it."""
+    replica_check_interval: int | None = Field(default=None, ge=1)
+    """Steps between checks that ranks which hold the same weights hold the same bits; none if absent."""
+    straggler_factor: float = Field(default=1.5, gt=1)
+    """A rank whose own work takes this many times that of the typical rank is named in the log."""
 
 
 class WandbConfig(Section):
@@ -303,6 +334,8 @@ class Config(Section):
     """Held-out loss."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving and resuming."""
+    resilience: ResilienceConfig = ResilienceConfig()
+    """What happens when a step goes wrong."""
     logging: LoggingConfig = LoggingConfig()
     """Reports."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)

@@ -8,8 +8,11 @@ from torch import Tensor
 
 from megagpt.parallel.topology import Topology
 from megagpt.parallel.weight_gradients import Job, WeightGradients
+from megagpt.parallel.whereabouts import Whereabouts
 from megagpt.pipeline.plan import Kind, Plan, messages
 from megagpt.pipeline.transfers import Transfers
+
+PHASES = {Kind.F: "forward", Kind.B: "backward", Kind.I: "backward for the input", Kind.W: "weight gradients"}
 
 
 class Chunk(Protocol):
@@ -23,10 +26,18 @@ class Executor:
     """Plays `plan` for this rank; made once, used for every step of that shape."""
 
     def __init__(
-        self, plan: Plan, chunks: Mapping[int, Chunk], topology: Topology, weight_gradients: WeightGradients, like: Tensor
+        self,
+        plan: Plan,
+        chunks: Mapping[int, Chunk],
+        topology: Topology,
+        weight_gradients: WeightGradients,
+        like: Tensor,
+        where: Whereabouts,
     ) -> None:
-        """`chunks`: this rank's, by stage; `like`: shape, dtype and device of what stages exchange, [batch, seq, hidden]."""
+        """`chunks`: this rank's, by stage; `like`: shape, dtype and device of what stages exchange, [batch, seq, hidden];
+        `where`: is told of every action."""
         self.plan, self.chunks, self.topology, self.weight_gradients, self.like = plan, chunks, topology, weight_gradients, like
+        self.where = where
         self.actions = plan.actions[topology.at.pipeline]
         self.expected = messages(plan, topology.at.pipeline)
         self.last_of_stage = {action.stage: number for number, action in enumerate(self.actions)}.values()
@@ -54,7 +65,7 @@ class _Step:
     def __init__(self, executor: Executor, micro_batches: Sequence[Any], loss_gradient: Tensor | None) -> None:
         self.executor, self.micro_batches, self.loss_gradient = executor, micro_batches, loss_gradient
         self.ranks, self.last_stage = executor.plan.rank_of_stage, executor.plan.n_stages - 1
-        self.transfers = Transfers(executor.topology, executor.expected, executor.like)
+        self.transfers = Transfers(executor.topology, executor.expected, executor.like, executor.where)
         self.saved: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
         self.parked: dict[tuple[int, int], list[Job]] = {}
         self.losses: list[Tensor] = []
@@ -62,6 +73,7 @@ class _Step:
     def run(self, stage_done: Callable[[int], None] | None) -> Tensor | None:
         for number, action in enumerate(self.executor.actions):
             stage, index = action.stage, action.micro_batch
+            self.executor.where.at(f"{PHASES[action.kind]} of stage {stage}, micro-batch {index}")
             if action.kind is Kind.F:
                 self.forward(stage, index)
             elif action.kind is Kind.B:

@@ -12,15 +12,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagpt.parallel.topology import Topology
+from megagpt.parallel.whereabouts import Whereabouts
 from megagpt.pipeline.plan import Kind, Message
 
 
 class Transfers:
     """One step's messages of one rank. All have one shape, [batch, seq, hidden]."""
 
-    def __init__(self, topology: Topology, expected: Sequence[Message], like: Tensor) -> None:
+    def __init__(self, topology: Topology, expected: Sequence[Message], like: Tensor, where: Whereabouts) -> None:
         """`expected`: what this rank receives, for each source in the order of its sending; `like`: shape, dtype, device."""
-        self._topology, self._like = topology, like
+        self._topology, self._like, self._where = topology, like, where
         self._peers = topology.layout.pipeline_ranks(topology.rank)
         self._coming: dict[int, deque[Message]] = {}
         for message in expected:
@@ -51,13 +52,15 @@ class Transfers:
         tensor, work = self._posted.pop(key)
         if self._coming[from_rank]:
             self._post(from_rank)
-        work.wait()
+        with self._where.waiting():
+            work.wait()
         return tensor
 
     def finish(self) -> None:
         """Wait until everything given has left."""
-        while self._sending:
-            self._sending.popleft()[0].wait()
+        with self._where.waiting():
+            while self._sending:
+                self._sending.popleft()[0].wait()
 
     def _post(self, source: int) -> None:
         message = self._coming[source].popleft()

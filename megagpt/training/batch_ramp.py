@@ -4,7 +4,7 @@ With a ramp (Megatron's rampup-batch-size) the size goes from `start` to `global
 size below the last holds for an equal part of `samples`. Needs no torch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from megagpt.config.schema import TrainingConfig
 
@@ -17,10 +17,19 @@ def batch_size(samples: int, training: TrainingConfig) -> int:
     return ramp.start + ramp.increment * (samples * _increments(training) // ramp.samples)
 
 
-def batches_from(samples: int, training: TrainingConfig) -> Iterator[tuple[int, int]]:
-    """First sample and size of the global batches from sample `samples` on, without end."""
+def batches_from(
+    samples: int, training: TrainingConfig, passed_over: Sequence[tuple[int, int]] = ()
+) -> Iterator[tuple[int, int]]:
+    """First sample and size of the global batches from sample `samples` on, without end.
+
+    A batch that would read of a range [first, end) in `passed_over` begins at its end instead.
+    """
     while True:
         size = batch_size(samples, training)
+        beyond = [end for first, end in passed_over if samples < end and first < samples + size]
+        if beyond:
+            samples = max(beyond)
+            continue
         yield samples, size
         samples += size
 

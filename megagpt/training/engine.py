@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from megagpt.parallel.context import ContextParallel
 from megagpt.parallel.shard import TensorParallel, shard_of
 from megagpt.parallel.topology import Topology
 from megagpt.parallel.weight_gradients import WeightGradients
+from megagpt.parallel.whereabouts import Whereabouts
 from megagpt.pipeline.executor import Executor
 from megagpt.pipeline.partition import stage_layers
 from megagpt.pipeline.plan import forward_plan
@@ -25,10 +27,11 @@ from megagpt.training.deepspeed_config import deepspeed_config
 from megagpt.training.freezing import fill_groups, freeze
 from megagpt.training.gradients import finish_gradients, sum_over_context, sum_over_ends
 from megagpt.training.optimizer import build_optimizer
-from megagpt.training.reduction import ByChunk, Reduction, WholeStep
+from megagpt.training.reduction import ByChunk, Reduction, WholeStep, refused
 from megagpt.training.zero_groups import ZeroGroups
 
 Look = Callable[[Sequence[MicroBatch]], None]
+Judge = Callable[[Tensor | None], bool]
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class StepResult:
     loss_scale: float
     """fp16's scale of the gradients; 1 under the other precisions."""
     skipped: bool
-    """Whether the gradients overflowed, so that no weight changed."""
+    """Whether the gradients overflowed, or the update was refused, so that no weight changed."""
 
 
 class Engine:
@@ -50,6 +53,7 @@ class Engine:
 
     def __init__(self, config: Config, topology: Topology, device: torch.device) -> None:
         self.config, self.topology, self.device = config, topology, device
+        self.where = Whereabouts(device)
         self.weight_gradients = WeightGradients()
         tp = TensorParallel(
             self.weight_gradients,
@@ -73,8 +77,8 @@ class Engine:
         self.parameters = list(self.model.parameters())
         fill_groups(self.model)
         self._executors: dict[tuple[Schedule | None, int, torch.Size], Executor] = {}
-        tied = [p for p in self.parameters if config.model.tie_embeddings and shard_of(p).name == TOKEN_EMBEDDING]
-        self._tied = [p for p in tied if p.requires_grad]
+        self.tied = [p for p in self.parameters if config.model.tie_embeddings and shard_of(p).name == TOKEN_EMBEDDING]
+        self._tied = [p for p in self.tied if p.requires_grad]
         self.deepspeed = self._initialize()
         self._reduction: Reduction = WholeStep(self.deepspeed) if config.zero.stage == 3 else ByChunk(self.deepspeed)
 
@@ -96,12 +100,18 @@ class Engine:
         return engine
 
     def train_step(
-        self, micro_batches: Sequence[MicroBatch], n_tokens: int, learning_rate: float, look: Look | None = None
+        self,
+        micro_batches: Sequence[MicroBatch],
+        n_tokens: int,
+        learning_rate: float,
+        look: Look | None = None,
+        judge: Judge | None = None,
     ) -> StepResult:
         """One optimizer step on this data rank's micro-batches.
 
         `n_tokens`: tokens with a label in the global batch, by whose number the loss is normalised whatever the split.
         `look`: called before the step's own work, where `backward_alone` may be used; it leaves no gradient behind.
+        `judge`: called with the step's `loss_sum` before the update, which is made if it says so, on all ranks the same.
         """
         config, loss_scale = self.config, self.loss_scale
         # ZeRO averages over its shards what is to be summed.
@@ -113,11 +123,16 @@ class Engine:
             look(micro_batches)
         executor = self._executor(self._schedule, micro_batches)
         loss_sum = executor.step(micro_batches, gradient, self._reduce_stage)
-        self._reduce_tied()
-        self._reduction.finish()
+        self.where.at("the last gradients over the data ranks")
+        with self.where.waiting():
+            self._reduce_tied()
+            self._reduction.finish()
+        made = judge is None or judge(loss_sum)
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.deepspeed.step()
+        self.where.at("the update")
+        with self.where.waiting(), nullcontext() if made else refused(self.deepspeed.optimizer):
+            self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm()
         skipped = bool(getattr(self.deepspeed.optimizer, "overflow", False))
         return StepResult(loss_sum, float("nan") if norm is None else float(norm), loss_scale, skipped)
@@ -137,8 +152,10 @@ class Engine:
         """Sum a chunk's gradients as soon as they are whole, while others are at work; not those of a tied embedding."""
         tied = set(self._tied)
         done = [p for p in self.chunks[stage].parameters() if p.requires_grad and p not in tied]
-        finish_gradients(done, self.topology, over_data=self.config.zero.stage == 0)
-        self._reduction.reduce(done)
+        self.where.at(f"gradients of stage {stage} over the data ranks")
+        with self.where.waiting():
+            finish_gradients(done, self.topology, over_data=self.config.zero.stage == 0)
+            self._reduction.reduce(done)
 
     def _sum_tied(self) -> None:
         """The tied embedding has a part of its gradient on each of two ranks, unless one has both ends of the model."""
@@ -182,4 +199,4 @@ class Engine:
             seq //= self.topology.layout.tensor
         dtype = DTYPES[self.config.training.precision]
         like = torch.empty(batch, seq, self.config.model.n_embd, dtype=dtype, device=self.device)
-        return Executor(plan, self.chunks, self.topology, self.weight_gradients, like)
+        return Executor(plan, self.chunks, self.topology, self.weight_gradients, like, self.where)

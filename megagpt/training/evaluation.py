@@ -19,6 +19,7 @@ def evaluate(engine: Engine, dataset: Dataset, config: Config, name: str = "eval
     total: torch.Tensor | None = None
     tokens = 0
     for step in range(config.evaluation.steps):
+        engine.where.at(f"batch {step} of the evaluation")
         micro_batches = to_micro_batches(batches.at(step * batches.size), config, engine.topology, step, engine.device)
         tokens += token_count(micro_batches)
         loss_sum = engine.evaluate(micro_batches)

@@ -31,6 +31,9 @@ class Logger(Protocol):
     def step(self, record: Record) -> None:
         """Report one training or evaluation record."""
 
+    def rewind(self, step: int) -> None:
+        """The run has gone back to `step`; the steps after it will come again."""
+
     def close(self) -> None:
         """Nothing more will come."""
 
@@ -63,6 +66,11 @@ class FanOut:
         for logger in self._loggers:
             logger.step(record)
 
+    def rewind(self, step: int) -> None:
+        """Rewind each."""
+        for logger in self._loggers:
+            logger.rewind(step)
+
     def close(self) -> None:
         """Close each."""
         for logger in self._loggers:
@@ -85,6 +93,10 @@ class MetricsFile:
         """Append `record`."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+
+    def rewind(self, step: int) -> None:
+        """As at a start after `step`."""
+        self.truncate_after(step)
 
     def truncate_after(self, step: int) -> None:
         """Drop the records of steps after `step`, and a last line that a killed run left torn.
@@ -128,6 +140,9 @@ class Console:
         head = f"step {record['step']:>{len(str(self._total))}}/{self._total}"
         print(" | ".join([head, *parts]), file=self._stream or sys.stdout, flush=True)
 
+    def rewind(self, step: int) -> None:
+        """Nothing to do: what was printed stays."""
+
     def close(self) -> None:
         """Nothing to do: the stream is not ours."""
 
@@ -166,6 +181,9 @@ class WandbLogger:
     def step(self, record: Record) -> None:
         """Log all of `record` but its step, which is the run's step."""
         self._run.log({key: value for key, value in record.items() if key != "step"}, step=record["step"])
+
+    def rewind(self, step: int) -> None:
+        """Nothing to do: wandb keeps the first record of a step and drops those that come again."""
 
     def close(self) -> None:
         """End the run; all of it is in its files on return."""

@@ -1,5 +1,7 @@
 """Numbers that ranks have in parts, put together: the same value on every rank."""
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,6 +16,27 @@ def count_tokens(mine: int, topology: Topology, device: torch.device) -> int:
     total = torch.tensor(mine, dtype=torch.int64, device=device)
     dist.all_reduce(total, group=topology.data_group)
     return int(total)
+
+
+class Agreed(NamedTuple):
+    """What all ranks know of a step before its update: one sum over the world."""
+
+    loss: float
+    """Mean over all tokens, in nats."""
+    asked_to_end: bool
+    """Whether any rank was."""
+
+
+def agree(loss_sum: Tensor | None, n_tokens: int, asked_to_end: bool, topology: Topology, device: torch.device) -> Agreed:
+    """The step's loss and whether any rank was asked to end, with the same bits on every rank (collective).
+
+    `loss_sum` is None off the last stage; tensor ranks hold the same one, of which the first counts.
+    """
+    loss = float(loss_sum) if loss_sum is not None and topology.at.tensor == 0 else 0.0
+    numbers = torch.tensor([loss, asked_to_end], dtype=torch.float64, device=device)
+    dist.all_reduce(numbers)
+    total, asked = numbers.tolist()
+    return Agreed(total / max(1, n_tokens), asked > 0)  # of documents of one token each there is no loss at their ends
 
 
 def global_loss(loss_sum: Tensor | None, n_tokens: int, topology: Topology, device: torch.device) -> float:

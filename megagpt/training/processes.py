@@ -8,12 +8,16 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from torch.distributed.rendezvous import rendezvous
 
 from megagpt.training.place import Place
 
 
-def start(place: Place) -> torch.device:
-    """Open the process group (nccl on CUDA, else gloo) and DeepSpeed's view of it; returns this rank's device."""
+def start(place: Place) -> tuple[torch.device, dist.Store | None]:
+    """Open the process group (nccl on CUDA, else gloo) and DeepSpeed's view of it.
+
+    Returns this rank's device, and the store where the ranks met (None for one process).
+    """
     cuda = get_accelerator().device_name() == "cuda"
     timeout = timedelta(minutes=30)  # to meet; the groups of the topology have the config's
     device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
@@ -26,10 +30,14 @@ def start(place: Place) -> torch.device:
     os.environ |= {"RANK": str(place.rank), "WORLD_SIZE": str(place.world_size), "LOCAL_RANK": str(place.local_rank)}
     if place.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store = None
     else:
-        dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, timeout=timeout)
+        store, rank, world_size = next(rendezvous("env://", place.rank, place.world_size, timeout=timeout))
+        store.set_timeout(timeout)
+        groups = dist.PrefixStore("groups", store)
+        dist.init_process_group(backend, store=groups, rank=rank, world_size=world_size, timeout=timeout)
     join_deepspeed(backend, timeout)
-    return device
+    return device, store
 
 
 def stop() -> None:

@@ -5,11 +5,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
-import torch.distributed as dist
 
 from megagpt.errors import ConfigError
-from megagpt.training.metrics import global_loss
 from megagpt.training.trainer import Trainer
 
 SMOOTHING = 0.9
@@ -43,9 +40,8 @@ def search(trainer: Trainer, rates: Sequence[float]) -> Iterator[Point]:
     """Train one step at each rate, until the smoothed loss is `DIVERGED` times its best (collective)."""
     mean, best = 0.0, math.inf
     with trainer.batches() as ready:
-        for number, (rate, rows) in enumerate(zip(rates, ready, strict=False), start=1):
-            result, n_tokens = trainer.step_on(rows, rate)
-            loss = _of_rank_0(global_loss(result.loss_sum, n_tokens, trainer.topology, trainer.device), trainer.device)
+        for number, (rate, batch) in enumerate(zip(rates, ready, strict=False), start=1):
+            loss = trainer.step_on(batch, rate).loss
             mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
             point = Point(rate, loss, mean / (1 - SMOOTHING**number))  # as Adam's, a mean that starts at no value
             best = min(best, point.smoothed)
@@ -63,10 +59,3 @@ def suggest(points: Sequence[Point]) -> Suggestion:
         raise ConfigError("the loss did not fall at any rate: begin lower (--min-rate), or take more steps (--steps)")
     slope = np.gradient(smoothed[first : lowest + 1], np.log([point.rate for point in points[first : lowest + 1]]))
     return Suggestion(points[first + int(np.argmin(slope))].rate, points[lowest].rate / 10)
-
-
-def _of_rank_0(value: float, device: torch.device) -> float:
-    """Rank 0's value: all ranks end the search at the same step, whatever the last bit of theirs."""
-    told = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.broadcast(told, src=0)
-    return float(told)

@@ -5,8 +5,10 @@ no public way, so this file drives the parts of its ZeRO optimizer (stages 1 and
 `deepspeed` is pinned to the versions whose parts these are (`_PARTS` is checked when the engine is made).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
+from unittest import mock
 
 from torch import nn
 
@@ -93,3 +95,17 @@ class ByChunk:
         self._engine.inside_no_sync_ctxt = False
         self._optimizer.overlapping_partition_gradients_reduce_epilogue()
         self._engine._is_gradient_accumulation_boundary = self._before
+
+
+@contextmanager
+def refused(optimizer: Any) -> Iterator[None]:
+    """Within the block the ZeRO optimizer takes a step as one whose gradients overflowed: it drops them, nothing changes.
+
+    Every stage asks for its loss scale to be updated when it knows of overflows, and then looks at `overflow`.
+    """
+
+    def overflow(_: bool = False) -> None:
+        optimizer.overflow = True
+
+    with mock.patch.object(optimizer, "_update_scale", overflow):
+        yield

@@ -1,115 +1,236 @@
-"""The loop: read a batch, step, report, evaluate, save."""
+"""The loop: read a batch, step, report, evaluate, save; go back or end where a step or a signal says so."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
-from megagpt.checkpoint.format import find_checkpoint, resolve_checkpoint
+from megagpt.checkpoint.check import newest_whole
+from megagpt.checkpoint.save import Saved, Saver
 from megagpt.config.schema import Config
 from megagpt.data.ahead import Ahead
 from megagpt.data.blend import Datasets
 from megagpt.data.sampler import Rows
-from megagpt.errors import ConfigError
+from megagpt.errors import CheckpointError, ConfigError, TrainingError
 from megagpt.parallel.topology import Topology
-from megagpt.training import snapshot
+from megagpt.training import resume, snapshot
 from megagpt.training.batch_ramp import batch_size, batches_from, steps_between
 from megagpt.training.batches import global_batches, to_micro_batches, token_count
 from megagpt.training.engine import Engine, StepResult
 from megagpt.training.evaluation import evaluate
-from megagpt.training.loggers import FanOut, Logger, build_loggers
+from megagpt.training.health import FINE, Health, Verdict
+from megagpt.training.interruption import REQUEUE, Interruption
+from megagpt.training.loggers import FanOut, Logger, Record, build_loggers
 from megagpt.training.lr_schedule import learning_rate
-from megagpt.training.metrics import count_tokens, global_loss
+from megagpt.training.metrics import agree, count_tokens
 from megagpt.training.noise_scale import NoiseScale
+from megagpt.training.replicas import check_replicas
+from megagpt.training.stragglers import Stragglers
+from megagpt.training.watchdog import Watchdog
 
 BATCHES_AHEAD = 2
 """Global batches that a rank has ready beside the one in work."""
 
 
+class Batch(NamedTuple):
+    """A global batch, and this data rank's rows of it."""
+
+    first: int
+    """Sample."""
+    size: int
+    rows: list[Rows]
+
+
+class Made(NamedTuple):
+    """A step that was made."""
+
+    result: StepResult
+    n_tokens: int
+    """With a label, in the global batch."""
+    loss: float
+    """Mean over them, in nats; the same bits on every rank."""
+    verdict: Verdict
+    """On its loss, before the update."""
+
+
 class Trainer:
     """One run: made from a config, a topology and open datasets; `train()` takes it to its last step."""
 
-    def __init__(self, config: Config, topology: Topology, datasets: Datasets, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: Config,
+        topology: Topology,
+        datasets: Datasets,
+        device: torch.device,
+        store: dist.Store | None = None,
+        begun: float | None = None,
+    ) -> None:
+        """`store`: where the ranks met, for the watchdog; `begun`: when training.max_hours began (`time.monotonic`)."""
         self.config, self.topology, self.datasets, self.device = config, topology, datasets, device
+        self._store, self._begun = store, time.monotonic() if begun is None else begun
         total_steps(config, datasets)  # a run of no step ends before the engine is made
         self.engine = Engine(config, topology, device)
-        self.step, self.samples = self._resume()
+        self.step = self.samples = 0
+        self.passed_over: list[tuple[int, int]] = []
+        self._health = Health(config.resilience)
+        loaded = resume.find(config.checkpoint)
+        if loaded is not None:
+            self._load(loaded)
+        self._saver: Saver | None = None
+        self._saved = self.step if loaded is not None else None
+        checkpoint = config.checkpoint
+        if checkpoint.dir is not None:
+            self._saver = Saver(Path(checkpoint.dir), checkpoint.keep, checkpoint.keep_every, loaded)
         self.total_steps = total_steps(config, datasets, self.step, self.samples)
         run_config = {**config.model_dump(mode="json"), "layout": vars(topology.layout)}
         self.logger: Logger = FanOut()
         if topology.rank == 0:
             self.logger = build_loggers(config.logging, self.total_steps, run_config, self.step)
-        self._window = Window()
         self._noise = NoiseScale(self.engine)
+        self._stragglers = Stragglers(self.engine, config.resilience.straggler_factor)
+        self._asked_to_end = False
+        self._interruption: Interruption | None = None
+        self._window = Window()
 
-    def train(self) -> None:
-        """Step until the run's length, evaluating and saving on the way and at the end."""
-        with self.batches() as ready:
-            for rows in ready:
-                self._window.seconds_waited += ready.seconds_waited
-                ready.seconds_waited = 0.0
-                self.advance(rows)
-                self._evaluate_if_due()
-                self._save_if_due()
-        if self.datasets.test is not None:
-            self.logger.step({"step": self.step, **evaluate(self.engine, self.datasets.test, self.config, "test")})
+    def train(self) -> int:
+        """Step until the run's length, evaluating and saving on the way and at the end; returns the exit code.
 
-    def batches(self) -> Ahead[list[Rows]]:
-        """This data rank's rows of the global batches that are left of the run; a `with` block ends the reading."""
-        batches = global_batches(self.datasets.train, self.config, self.topology, self.config.training.micro_batch_size)
-        left = islice(batches_from(self.samples, self.config.training), max(0, self.total_steps - self.step))
-        return Ahead((batches.at(first, size) for first, size in left), BATCHES_AHEAD)
+        It is 0 for a run that is complete, `REQUEUE` for one that was asked to end and has saved. Raises TrainingError for
+        one that must not go on, and CheckpointError where the last checkpoint could not be saved.
+        """
+        with Interruption(self.config.training.max_hours, self._begun) as self._interruption, self._watchdog():
+            complete = self._steps()
+            if not complete:
+                return self._end_early(self._interruption)
+            if self.datasets.test is not None:
+                self.logger.step({"step": self.step, **evaluate(self.engine, self.datasets.test, self.config, "test")})
+            self._finish_save(required=True)
+        return 0
 
-    def advance(self, rows: Sequence[Rows]) -> None:
-        """One optimizer step on this data rank's rows of the global batch, and its report."""
+    def batches(self) -> Ahead[Batch]:
+        """The global batches that are left of the run; a `with` block ends the reading."""
+        config, topology = self.config, self.topology
+        batches = global_batches(self.datasets.train, config, topology, config.training.micro_batch_size)
+        left = islice(batches_from(self.samples, config.training, self.passed_over), max(0, self.total_steps - self.step))
+        return Ahead((Batch(first, size, batches.at(first, size)) for first, size in left), BATCHES_AHEAD)
+
+    def advance(self, batch: Batch) -> Verdict:
+        """One optimizer step on a global batch, and its report; what is to be done after it."""
         config = self.config
         rate = learning_rate(self.step, self.total_steps, config.optimizer.learning_rate, config.lr_schedule)
-        result, n_tokens = self.step_on(rows, rate)
-        self._report(result, n_tokens, rate)
+        made = self.step_on(batch, rate, self._health.of_loss)
+        verdict = made.verdict
+        if verdict is FINE:
+            verdict = self._health.of_gradient(made.result.skipped, config.training.precision == "fp16")
+        verdict = self._health.settle(made.loss, verdict)
+        self._report(made, rate)
+        return verdict
 
-    def step_on(self, rows: Sequence[Rows], rate: float) -> tuple[StepResult, int]:
-        """One optimizer step at learning rate `rate`; its result, and the tokens with a label in the global batch."""
+    def step_on(self, batch: Batch, rate: float, judge: Callable[[float], Verdict] = lambda loss: FINE) -> Made:
+        """One optimizer step at learning rate `rate`, whose update is made if the loss is `FINE` to `judge`."""
         config, topology = self.config, self.topology
-        micro_batches = to_micro_batches(rows, config, topology, self.step, self.device)
+        self.engine.where.step = self.step + 1
+        self.engine.where.at("its tokens")
+        micro_batches = to_micro_batches(batch.rows, config, topology, self.step, self.device)
         n_tokens = count_tokens(token_count(micro_batches), topology, self.device)
-        size = batch_size(self.samples, config.training)
         interval = config.logging.noise_scale_interval
         measures = interval is not None and (self.step + 1) % interval == 0
-        result = self.engine.train_step(micro_batches, n_tokens, rate, self._noise.look if measures else None)
+        loss, verdict = 0.0, FINE
+
+        def judged(loss_sum: torch.Tensor | None) -> bool:
+            nonlocal loss, verdict
+            asked = self._interruption is not None and self._interruption.reason is not None
+            loss, self._asked_to_end = agree(loss_sum, n_tokens, asked, topology, self.device)
+            verdict = judge(loss)
+            return verdict is FINE
+
+        result = self.engine.train_step(micro_batches, n_tokens, rate, self._noise.look if measures else None, judged)
         if measures:
-            self._noise.update(result, n_tokens, size)
+            self._noise.update(result, n_tokens, batch.size)
         self.step += 1
-        self.samples += size
-        self._window.batch_size = size
-        return result, n_tokens
+        self.samples = batch.first + batch.size
+        self._window.batch_size = batch.size
+        return Made(result, n_tokens, loss, verdict)
 
     def close(self) -> None:
         """Free what the run holds."""
+        if self._saver is not None:
+            self._saver.close()
         self.logger.close()
         self.engine.close()
 
-    def _resume(self) -> tuple[int, int]:
-        """Load what the config names; returns the steps already made and the samples already read."""
-        checkpoint = self.config.checkpoint
-        if checkpoint.resume == "never":
-            return 0, 0
-        if checkpoint.resume != "auto":
-            return snapshot.restore(self.engine, resolve_checkpoint(checkpoint.resume))
-        found = find_checkpoint(Path(checkpoint.dir)) if checkpoint.dir else None
-        return snapshot.restore(self.engine, found) if found else (0, 0)
+    def _steps(self) -> bool:
+        """To the last step, or until any rank is asked to end: whether it is the former."""
+        while self.step < self.total_steps:
+            with self.batches() as ready:
+                self.engine.where.at("the first batch")
+                for batch in ready:
+                    self._window.seconds_waited += ready.seconds_waited
+                    ready.seconds_waited = 0.0
+                    verdict = self.advance(batch)
+                    self._warn_of(verdict)
+                    if verdict.action == "stop":
+                        self._finish_save()
+                        raise TrainingError(f"step {self.step}: {verdict.reason}")
+                    if verdict.action == "rollback":
+                        self._go_back(batch, verdict)
+                        break  # to the batches from there
+                    self._check_replicas_if_due()
+                    self._evaluate_if_due()
+                    self._save_if_due()
+                    if self._asked_to_end and self.step < self.total_steps:
+                        return False
+                    self.engine.where.at("the next batch")
+        return True
 
-    def _report(self, result: StepResult, n_tokens: int, rate: float) -> None:
-        self._window.tokens += n_tokens
+    def _end_early(self, interruption: Interruption) -> int:
+        """Save, unless that is done, and end; the exit code."""
+        why = interruption.reason or "another rank was asked to"
+        if self._saver is None:
+            resume.warn(f"step {self.step}: ends early ({why}); nothing is saved, since checkpoint.dir is not set")
+            return interruption.exit_code
+        if self._saved != self.step:
+            self._save()
+        self._finish_save(required=True)
+        resume.warn(f"step {self.step}: ends early ({why}) with exit code {REQUEUE}; started again it goes on from here")
+        interruption.leave()
+        return REQUEUE
+
+    def _load(self, folder: Path) -> None:
+        restored = resume.load(self.engine, folder)
+        state = restored.state
+        self.step, self.samples, self.passed_over = restored.step, state.samples, state.passed_over
+        self._health.load(state.recent_losses, state.skipped_in_a_row)
+
+    def _go_back(self, batch: Batch, verdict: Verdict) -> None:
+        """To the last checkpoint, to pass over this batch when the run comes to it again. Raises TrainingError without one."""
+        assert self.config.checkpoint.dir is not None
+        self._finish_save()
+        wrong, passed = self.step, [*self.passed_over, (batch.first, batch.first + batch.size)]
+        self.engine.where.at("going back to a checkpoint")
+        folder = newest_whole(Path(self.config.checkpoint.dir), resume.warn)
+        if folder is None:
+            raise TrainingError(f"step {wrong}: {verdict.reason}, and there is no checkpoint yet to go back to")
+        self._load(folder)
+        self.passed_over, self._saved = sorted(set(passed) | set(self.passed_over)), self.step
+        self.logger.rewind(self.step)
+        self._new_window()
+        resume.warn(f"gone back to step {self.step}; samples {batch.first} to {batch.first + batch.size - 1} are passed over")
+
+    def _report(self, made: Made, rate: float) -> None:
+        self._window.tokens += made.n_tokens
         self._window.steps += 1
         if self.step % self.config.logging.interval and self.step not in (1, self.total_steps):
             return
-        loss = global_loss(result.loss_sum, n_tokens, self.topology, self.device)
-        seconds = time.monotonic() - self._window.start
-        record = {
+        result, seconds = made.result, time.monotonic() - self._window.start
+        record: Record = {
             "step": self.step,
-            "loss": loss,
+            "loss": made.loss,
             "learning_rate": rate,
             "grad_norm": result.grad_norm,
             "tokens": self.samples * self.config.model.n_positions,
@@ -122,23 +243,86 @@ class Trainer:
         record |= self._noise.news()
         if self.config.training.precision == "fp16":
             record |= {"loss_scale": result.loss_scale, "skipped": int(result.skipped)}
+        record |= self._stragglers.look(seconds, self._window.steps)
         self.logger.step(record)
-        self._window = Window()
+        self._new_window()
+
+    def _warn_of(self, verdict: Verdict) -> None:
+        if verdict.action == "skip":
+            resume.warn(f"step {self.step}: {verdict.reason}; its update is dropped")
+        elif verdict.action != "none":
+            resume.warn(f"step {self.step}: {verdict.reason}")
+
+    def _check_replicas_if_due(self) -> None:
+        interval = self.config.resilience.replica_check_interval
+        if interval is None or self.step % interval:
+            return
+        self.engine.where.at("the comparison of replicas")
+        try:
+            check_replicas(self.engine)
+        except TrainingError:
+            self._finish_save()
+            raise
 
     def _evaluate_if_due(self) -> None:
         if self.datasets.valid is None or not self._due(self.config.evaluation.interval):
             return
         self.logger.step({"step": self.step, **evaluate(self.engine, self.datasets.valid, self.config)})
-        self._window = Window()
+        self._new_window()
 
     def _save_if_due(self) -> None:
-        checkpoint = self.config.checkpoint
-        if checkpoint.dir is None or not self._due(checkpoint.interval):
+        if self._saver is None:
             return
-        folder = snapshot.save(self.engine, Path(checkpoint.dir), self.step, self.samples)
+        self._tell(self._saver.news())
+        if self._due(self.config.checkpoint.interval):
+            self._save()
+
+    def _save(self) -> None:
+        """Begin a save: training waits for the one before, if that is still being written, and for a copy in memory."""
+        assert self._saver is not None
+        self._finish_save()
+        begun = time.monotonic()
+        self.engine.where.at("copying its state for a checkpoint")
+        position = snapshot.Position(self.samples, self.passed_over, *self._health.memory)
+        state, config = snapshot.run_state(self.engine, position), self.config.model_dump(mode="json")
+        self._saver.start(self.step, snapshot.entries(self.engine), state, config)
+        self._saved = self.step
         if self.topology.rank == 0:
-            print(f"saved {folder}", flush=True)
+            print(f"saving step {self.step}: training waited {time.monotonic() - begun:.3f} s", flush=True)
+        self._new_window()
+
+    def _finish_save(self, required: bool = False) -> None:
+        """Wait for the save in work. `required`: raise CheckpointError if it failed."""
+        if self._saver is None:
+            return
+        self.engine.where.at("waiting until a checkpoint is written")
+        saved = self._saver.finish()
+        self._tell(saved)
+        if required and saved is not None and saved.problem is not None:
+            raise CheckpointError(f"the checkpoint of step {saved.step} could not be saved: {saved.problem}")
+
+    def _tell(self, saved: Saved | None) -> None:
+        """How a save ended. One that failed does not end the training: the checkpoints before it are as they were."""
+        if saved is None:
+            return
+        if saved.problem is not None:
+            resume.warn(
+                f"NOT SAVED: the checkpoint of step {saved.step}: {saved.problem}; training goes on, and the checkpoints "
+                "before it stay"
+            )
+        elif self.topology.rank == 0:
+            print(f"saved {saved.folder} in {saved.seconds:.1f} s", flush=True)
+
+    def _watchdog(self) -> "Watchdog | nullcontext[None]":
+        """Beside the work, where the ranks have a place to tell each other of theirs."""
+        world = self.topology.layout.world_size
+        if world > 1 and self._store is None:
+            return nullcontext()
+        return Watchdog(self._store, self.topology.rank, world, self.engine.where, self.config.parallel.timeout_seconds)
+
+    def _new_window(self) -> None:
         self._window = Window()
+        self.engine.where.take_waited()
 
     def _due(self, interval: int | None) -> bool:
         return self.step == self.total_steps or (interval is not None and self.step % interval == 0)

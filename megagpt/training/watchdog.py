@@ -1,0 +1,160 @@
+"""The end of a hang: a thread beside each rank's work that names the rank which others wait for, and where it is.
+
+Every watchdog tells the store where the ranks met how far its own rank is. One whose rank stands still for most of the
+timeout looks at what the others tell, waits whether they still tell it, and ends its process at the timeout; the launcher
+then ends the others. The rank to blame tells nothing any more (it was stopped), or is the one that is not within a
+collective while others are.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from types import TracebackType
+
+import torch.distributed as dist
+
+from megagpt.checkpoint.format import names, node_name
+from megagpt.parallel.whereabouts import Whereabouts
+
+HUNG = 3
+"""Exit code."""
+TICKS = 12
+"""In a timeout: reports of each rank."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rank tells of itself."""
+
+    beat: int
+    """Of its watchdog: it goes on while the process runs, whatever the rank waits for."""
+    place: str
+    seconds: float
+    """In this place."""
+    call: str
+    """The innermost function of its work."""
+    communicates: bool
+    """Whether that is a collective or a message."""
+    node: str
+
+
+class Watchdog:
+    """Used as a context manager around the work. `store` is None on one process."""
+
+    def __init__(self, store: dist.Store | None, rank: int, world: int, where: Whereabouts, timeout_seconds: float) -> None:
+        self._rank, self._world, self._where, self._timeout = rank, world, where, timeout_seconds
+        self._tick = timeout_seconds / TICKS
+        self._beat = 0
+        self._worker = threading.get_ident()
+        self._stop = threading.Event()
+        self._tells = self._reads = None
+        if store is not None:  # connections of its own: a blocked reader must not block the work's use of the store
+            self._tells, self._reads = store.clone(), store.clone()  # type: ignore[attr-defined]
+            self._reads.set_timeout(timedelta(seconds=self._tick))
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        self._where.at("the start")
+        self._tell()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._tick):
+            self._tell()
+            if self._where.seconds_here > self._timeout - 4 * self._tick:
+                before = self._ask()
+                if not self._still(3 * self._tick):
+                    continue
+                self._end(before, self._ask())
+
+    def _still(self, seconds: float) -> bool:
+        """Go on telling for so long; whether the rank is where it was."""
+        here, end = self._where.since, time.monotonic() + seconds
+        while time.monotonic() < end:
+            if self._stop.wait(self._tick / 2) or self._where.since != here:
+                return False
+            self._tell()
+        return True
+
+    def _tell(self) -> None:
+        self._beat += 1
+        if self._tells is not None:
+            self._tells.set(self._key(self._rank), json.dumps(asdict(self._report())))
+
+    def _report(self) -> Report:
+        call, communicates = innermost(_frames(self._worker))
+        return Report(self._beat, self._where.place, self._where.seconds_here, call, communicates, node_name())
+
+    def _ask(self) -> dict[int, Report] | None:
+        """What all ranks tell, by rank; None where the store does not answer. Its own time-out cannot be relied on."""
+        if self._reads is None:
+            return {self._rank: self._report()}
+        answer: list[dict[int, Report]] = []
+
+        def read() -> None:
+            assert self._reads is not None
+            told = self._reads.multi_get([self._key(rank) for rank in range(self._world)])
+            answer.append({rank: Report(**json.loads(text)) for rank, text in enumerate(told)})
+
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        reader.join(self._tick)
+        return answer[0] if answer else None
+
+    def _end(self, before: dict[int, Report] | None, now: dict[int, Report] | None) -> None:
+        head = f"[rank {self._rank}] error: no progress for {self._timeout:g} s (parallel.timeout_seconds)"
+        if before is None or now is None:
+            mine = self._report()
+            print(f"{head}: rank 0, where all ranks meet, does not answer; this rank is at {mine.place}, in {mine.call}",
+                  file=sys.stderr, flush=True)  # fmt: skip
+        elif min(_not_stopped(before, now), default=self._rank) == self._rank:  # one of them says it for all
+            print(f"{head}: {verdict(before, now)}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(self._tick / 4)  # so that the launcher does not end the one that speaks
+        os._exit(HUNG)
+
+    @staticmethod
+    def _key(rank: int) -> str:
+        return f"watchdog/{rank}"
+
+
+def verdict(before: dict[int, Report], now: dict[int, Report]) -> str:
+    """Who is to blame, and where: from what all ranks told at two moments, some ticks apart."""
+    silent = sorted(now.keys() - _not_stopped(before, now))
+    elsewhere = sorted(rank for rank, report in now.items() if not report.communicates and report.place == before[rank].place)
+    blamed = silent or elsewhere or sorted(now)
+    why = "gives no sign of life: stopped or cut off" if silent else "is in no collective" if elsewhere else "waits"
+    said = [f"rank {r} on {now[r].node} {why}, at {now[r].place}, in {now[r].call}" for r in blamed[:8]]
+    waiting = [f"rank {r} at {now[r].place}" for r in sorted(now) if r not in blamed]
+    tail = f"; waiting for it: {names(waiting, 4)}" if waiting else ""
+    return "; ".join(said) + (f" and {len(blamed) - 8} more" if len(blamed) > 8 else "") + tail
+
+
+def _not_stopped(before: dict[int, Report], now: dict[int, Report]) -> set[int]:
+    return {rank for rank, report in now.items() if report.beat != before[rank].beat}
+
+
+def innermost(stack: Sequence[traceback.FrameSummary]) -> tuple[str, bool]:
+    """The innermost function of megagpt, or of all, with its line; and whether it is within a collective or a message."""
+    communicates = any("torch/distributed" in f.filename or f.filename.endswith("pipeline/transfers.py") for f in stack)
+    ours = [frame for frame in stack if "megagpt" in frame.filename] or list(stack)
+    if not ours:
+        return "nothing", False
+    frame = ours[-1]
+    return f"{frame.name} ({frame.filename.rpartition('megagpt/')[2]}:{frame.lineno})", communicates
+
+
+def _frames(thread: int) -> list[traceback.FrameSummary]:
+    frame = sys._current_frames().get(thread)
+    return list(traceback.extract_stack(frame)) if frame is not None else []
