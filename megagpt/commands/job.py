@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from megagpt.training.trainer import Trainer
 
 CRASHED = 1
+AFTER_WATCHDOG = 60.0
+"""Seconds by which a collective's own time-out, which names nobody, comes after the watchdog's."""
 
 
 def run(work: Callable[[Place], int | None], debug: bool) -> int:
@@ -55,7 +57,8 @@ def open_trainer(path: str, overrides: Sequence[str], place: Place) -> Iterator[
     config = _agree(config, device)
     parallel = config.parallel
     datasets = build_datasets(config.data, config.model.n_positions)
-    topology = Topology.create(parallel.tensor, parallel.pipeline, parallel.timeout_seconds, parallel.context)
+    patience = parallel.timeout_seconds + AFTER_WATCHDOG
+    topology = Topology.create(parallel.tensor, parallel.pipeline, patience, parallel.context)
     trainer = Trainer(config, topology, datasets, device, store, begun)
     yield trainer
     trainer.close()

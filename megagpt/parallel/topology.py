@@ -93,6 +93,8 @@ class Topology:
     """Messages from a stage to a later one. A communicator of its own, so that they never wait for opposite ones."""
     towards_first: ProcessGroup | None = None
     """Messages from a stage to an earlier one."""
+    world_group: ProcessGroup | None = None
+    """All ranks."""
     ends_group: ProcessGroup | None = None
     """First and last stage, which share a tied embedding; None on interior stages and where they are one rank."""
 
@@ -136,6 +138,7 @@ class Topology:
             data_group=group(layout.data_ranks(rank)),
             model_group=group(layout.model_ranks(rank)),
             context_group=group(layout.context_ranks(rank)),
+            world_group=group(list(range(world))),
             towards_last=group(stages),
             towards_first=group(stages),
             ends_group=group([stages[0], stages[-1]]) if pipeline > 1 and at.pipeline in (0, pipeline - 1) else None,

@@ -34,7 +34,8 @@ def agree(loss_sum: Tensor | None, n_tokens: int, asked_to_end: bool, topology: 
     """
     loss = float(loss_sum) if loss_sum is not None and topology.at.tensor == 0 else 0.0
     numbers = torch.tensor([loss, asked_to_end], dtype=torch.float64, device=device)
-    dist.all_reduce(numbers)
+    if topology.world_group is not None:
+        dist.all_reduce(numbers, group=topology.world_group)
     total, asked = numbers.tolist()
     return Agreed(total / max(1, n_tokens), asked > 0)  # of documents of one token each there is no loss at their ends
 

@@ -71,5 +71,5 @@ class Stragglers:
 def _of_all(own: float, engine: Engine) -> list[float]:
     mine = torch.tensor([own], dtype=torch.float64, device=engine.device)
     found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, mine)
+    dist.all_gather(found, mine, group=engine.topology.world_group)
     return torch.cat(found).tolist()

@@ -25,7 +25,9 @@ from megagpt.parallel.whereabouts import Whereabouts
 HUNG = 3
 """Exit code."""
 TICKS = 12
-"""In a timeout: reports of each rank."""
+"""Reports of each rank in a timeout, at least."""
+LONGEST_TICK = 5.0
+"""Seconds between reports, at most."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Watchdog:
 
     def __init__(self, store: dist.Store | None, rank: int, world: int, where: Whereabouts, timeout_seconds: float) -> None:
         self._rank, self._world, self._where, self._timeout = rank, world, where, timeout_seconds
-        self._tick = timeout_seconds / TICKS
+        self._tick = min(timeout_seconds / TICKS, LONGEST_TICK)
         self._beat = 0
         self._worker = threading.get_ident()
         self._stop = threading.Event()
@@ -74,9 +76,8 @@ class Watchdog:
             self._tell()
             if self._where.seconds_here > self._timeout - 4 * self._tick:
                 before = self._ask()
-                if not self._still(3 * self._tick):
-                    continue
-                self._end(before, self._ask())
+                if self._still(3 * self._tick):
+                    self._end(before, self._ask() if before is not None else None)
 
     def _still(self, seconds: float) -> bool:
         """Go on telling for so long; whether the rank is where it was."""
@@ -134,8 +135,14 @@ def verdict(before: dict[int, Report], now: dict[int, Report]) -> str:
     silent = sorted(now.keys() - _not_stopped(before, now))
     elsewhere = sorted(rank for rank, report in now.items() if not report.communicates and report.place == before[rank].place)
     blamed = silent or elsewhere or sorted(now)
-    why = "gives no sign of life: stopped or cut off" if silent else "is in no collective" if elsewhere else "waits"
-    said = [f"rank {r} on {now[r].node} {why}, at {now[r].place}, in {now[r].call}" for r in blamed[:8]]
+    why = (
+        "gives no sign of life (stopped or cut off), last heard of"
+        if silent
+        else "is in no collective,"
+        if elsewhere
+        else "waits"
+    )
+    said = [f"rank {r} on {now[r].node} {why} at {now[r].place}, in {now[r].call}" for r in blamed[:8]]
     waiting = [f"rank {r} at {now[r].place}" for r in sorted(now) if r not in blamed]
     tail = f"; waiting for it: {names(waiting, 4)}" if waiting else ""
     return "; ".join(said) + (f" and {len(blamed) - 8} more" if len(blamed) > 8 else "") + tail
