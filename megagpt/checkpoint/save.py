@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -233,9 +234,9 @@ def _put_in_place(aside: Path, final: Path) -> None:
 
 def _remove(aside: Path, rank: int) -> None:
     """What a save that failed has written, to give its space back."""
-    try:
+    with suppress(OSError):  # what cannot be removed stays until the next start
         (aside / rank_file(rank)).unlink(missing_ok=True)
         if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
-    except OSError:
-        return  # it stays until the next start
+        else:
+            aside.rmdir()  # of this node alone, where it is no shared folder

@@ -12,14 +12,14 @@ PATIENCE = 20.0
 """Seconds that a network file system may take to show one node what another wrote."""
 
 
-def require_shared(directory: Path, patience: float = PATIENCE) -> None:
+def require_shared(directory: Path) -> None:
     """Raise CheckpointError where rank 0 cannot write in `directory`, or names the nodes that do not see what it wrote.
 
     Makes the folder (collective).
     """
     name = of_rank_0(f".seen-{secrets.token_hex(4)}")
     together(lambda: _write(directory / name), only_rank=0)
-    seen = of_all((node_name(), _appears(directory / name, patience)))
+    seen = of_all((node_name(), _appears(directory / name)))
     together((directory / name).unlink, only_rank=0)
     blind = [node for node, sees in seen if not sees]
     if blind:
@@ -34,8 +34,8 @@ def _write(path: Path) -> None:
     path.write_text("rank 0 was here\n", encoding="utf-8")
 
 
-def _appears(path: Path, patience: float) -> bool:
-    end = time.monotonic() + patience
+def _appears(path: Path) -> bool:
+    end = time.monotonic() + PATIENCE
     while not path.exists():
         if time.monotonic() > end:
             return False

@@ -97,15 +97,7 @@ def restore(engine: Engine, folder: Path) -> Restored:
     saved, state = together(lambda: _check(engine, reader)) or (None, None)
     assert saved is not None and state is not None
     zero = _zero_state(engine)
-    with torch.no_grad():
-        for fragment in zero.fragments():
-            shard = shard_of(fragment.parameter)
-            zero.set_weights(fragment, _read(reader, MASTER, shard, fragment))
-            for kind, values in fragment.moments.items():
-                values.copy_(_read(reader, kind, shard, fragment) if reader.has(kind, shard.name) else torch.zeros(len(values)))
-    if engine.config.zero.stage != 3:  # below it every rank holds all of its shard for the forwards
-        for parameter in engine.parameters:
-            reader.fill(parameter)
+    together(lambda: _fill(engine, zero, reader))
     zero.step = state.optimizer_step
     if zero.loss_scaler and state.loss_scaler:
         zero.loss_scaler = state.loss_scaler
@@ -157,6 +149,19 @@ def _check(engine: Engine, reader: Reader) -> tuple[dict[str, Any], RunState]:
         raise CheckpointError(f"{reader.folder}: the checkpoint is of another model: {'; '.join(differences)}")
     reader.check_shapes({shard_of(p).name: shard_of(p).shape for p in engine.parameters})
     return manifest.config, state
+
+
+@torch.no_grad()
+def _fill(engine: Engine, zero: ZeroState, reader: Reader) -> None:
+    """This rank's weights and moments; those that were not kept become zeros."""
+    for fragment in zero.fragments():
+        shard = shard_of(fragment.parameter)
+        zero.set_weights(fragment, _read(reader, MASTER, shard, fragment))
+        for kind, values in fragment.moments.items():
+            values.copy_(_read(reader, kind, shard, fragment) if reader.has(kind, shard.name) else torch.zeros(len(values)))
+    if engine.config.zero.stage != 3:  # below it every rank holds all of its shard for the forwards
+        for parameter in engine.parameters:
+            reader.fill(parameter)
 
 
 def _zero_state(engine: Engine) -> ZeroState:

@@ -1,4 +1,8 @@
-"""Which rank the others wait for: each rank's own work, the time of its steps less what it waited for others."""
+"""Which rank the others wait for: each rank's own work, the time of its steps less what it waited for others.
+
+Waiting is what messages between stages and sums over data ranks take. Tensor ranks wait for each other within their
+products, and data ranks under ZeRO-3 for their weights, so that of these only the group can be told from others.
+"""
 
 import statistics
 from typing import NamedTuple
@@ -6,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from megagpt.checkpoint.format import node_name
+from megagpt.checkpoint.format import names, node_name
 from megagpt.checkpoint.together import of_all
 from megagpt.parallel.topology import Layout
 from megagpt.training.engine import Engine
@@ -45,7 +49,7 @@ class Stragglers:
         self._engine, self._factor = engine, factor
         self._alone = engine.topology.layout.world_size == 1
         self._nodes = [] if self._alone else of_all(node_name())
-        self._suspect: int | None = None
+        self._suspect: list[int] | None = None
 
     def look(self, seconds: float, steps: int) -> dict[str, float]:
         """For the log, from this rank's `seconds` in the last `steps` (collective); empty on one process."""
@@ -53,10 +57,12 @@ class Stragglers:
             return {}
         own = (seconds - self._engine.where.take_waited()) / steps
         found = summarise(_of_all(own, self._engine), self._engine.topology.layout)
-        suspect = found.rank if found.factor >= self._factor else None
+        group = self._engine.topology.layout.tensor_ranks(found.rank)
+        suspect = group if found.factor >= self._factor else None
         if suspect is not None and suspect == self._suspect:
+            among = f" (tensor ranks {names(map(str, group))} wait for each other: one of them)" if len(group) > 1 else ""
             warn(
-                f"straggler: rank {found.rank} on {self._nodes[found.rank]} works {found.slowest:.3f} s a step, "
+                f"straggler: rank {found.rank} on {self._nodes[found.rank]}{among} works {found.slowest:.3f} s a step, "
                 f"{found.factor:.1f} times as long as others of its stage, which wait for it"
             )
         self._suspect = suspect

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,17 @@ from support.pool import PRELOAD
 class Job:
     """`world` ranks of `pretrain_gpt.py ARGUMENTS`, each of which writes what it prints to `folder`/rank_N.log."""
 
-    def __init__(self, world: int, arguments: Sequence[str], folder: Path) -> None:
+    def __init__(self, world: int, arguments: Sequence[str], folder: Path, before: Callable[[int], None] | None = None) -> None:
+        """`before`: a function of a module, called with the rank before its work, to make something go wrong in it."""
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"rank_{rank}.log" for rank in range(world)]
         context = mp.get_context("forkserver")
         context.set_forkserver_preload([*PRELOAD, "megagpt.training.trainer", "megagpt.commands.pretrain"])
         port = str(_free_port())
         self.ranks = [
-            context.Process(target=_rank, args=(list(sys.path), rank, world, port, list(arguments), str(log)), daemon=True)
+            context.Process(
+                target=_rank, args=(list(sys.path), rank, world, port, list(arguments), str(log), before), daemon=True
+            )
             for rank, log in enumerate(self.logs)
         ]
         for process in self.ranks:
@@ -70,7 +73,15 @@ class Job:
             self.ranks[0].join(0.02)
 
 
-def _rank(path: list[str], rank: int, world: int, port: str, arguments: list[str], log: str) -> Any:
+def _rank(
+    path: list[str],
+    rank: int,
+    world: int,
+    port: str,
+    arguments: list[str],
+    log: str,
+    before: Callable[[int], None] | None,
+) -> Any:
     sys.path[:] = path
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
@@ -80,6 +91,8 @@ def _rank(path: list[str], rank: int, world: int, port: str, arguments: list[str
     os.environ |= {name: str(value) for name, value in place.items()} | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     from megagpt.commands.pretrain import main
 
+    if before is not None:
+        before(rank)
     code = main(arguments)
     sys.stdout.flush()
     os._exit(code)

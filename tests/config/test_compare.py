@@ -1,0 +1,51 @@
+"""A model that is another function of the same weights is another model, and every difference is named."""
+
+import pytest
+
+from megagpt.config.compare import FREE, model_differences
+from megagpt.config.schema import ModelConfig
+
+BASE = {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_positions": 16, "vocab_size": 61}
+OTHER = {
+    "n_layer": 3,
+    "n_embd": 64,
+    "n_head": 8,
+    "n_positions": 32,
+    "vocab_size": 62,
+    "vocab_multiple": 64,
+    "ffn_hidden": 96,
+    "activation": "relu",
+    "embd_pdrop": 0.1,
+    "attn_pdrop": 0.1,
+    "resid_pdrop": 0.1,
+    "tie_embeddings": False,
+    "init_std": 0.1,
+    "layer_norm_epsilon": 1e-6,
+}
+
+
+def model(**keys: object) -> ModelConfig:
+    return ModelConfig.model_validate({**BASE, **keys})
+
+
+def test_every_key_of_the_model_has_been_thought_of() -> None:
+    """A new key must be given another value here, and is compared unless it is declared free."""
+    assert OTHER.keys() == ModelConfig.model_fields.keys()
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_each_key_counts_or_is_free(key: str) -> None:
+    found = model_differences(model(), model(**{key: OTHER[key]}))
+    named = {text.split()[0] for text in found}
+    if key in FREE:
+        assert named == set()
+    else:
+        assert f"model.{key}" in named
+
+
+def test_all_differences_are_named_at_once() -> None:
+    assert len(model_differences(model(), model(**OTHER))) == len(OTHER.keys() - FREE)
+
+
+def test_an_absent_width_is_the_width_that_it_stands_for() -> None:
+    assert model_differences(model(), model(ffn_hidden=128)) == []
