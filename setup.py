@@ -26,6 +26,8 @@ COMMANDS = (
     "preprocess-data",
     "merge-datasets",
     "inspect-dataset",
+    "inspect-checkpoint",
+    "export-weights",
     "train-tokenizer",
     "generate-text",
     "plot-losses",

@@ -2,12 +2,13 @@
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch.distributed as dist
 
+from megagpt.checkpoint.coverage import box_problems
 from megagpt.checkpoint.files import digest
 from megagpt.checkpoint.format import (
     LATEST,
@@ -112,10 +113,16 @@ def newest_whole(directory: Path, warn: Warn) -> Path | None:
 
 def require_whole(folder: Path) -> Path:
     """The folder (collective); raises CheckpointError with all that is wrong with it."""
-    problems = whole_problems(folder)
-    if problems:
-        raise CheckpointError("; ".join(problems[:8]))
+    raise_all(folder, whole_problems(folder))
     return folder
+
+
+def raise_all(folder: Path, problems: Sequence[str]) -> None:
+    """Raise CheckpointError with all of them, one a line; nothing where there are none."""
+    if len(problems) == 1:
+        raise CheckpointError(problems[0])
+    if problems:
+        raise CheckpointError("\n".join([f"{folder}: {len(problems)} problems", *(f"  {problem}" for problem in problems)]))
 
 
 def whole_problems(folder: Path) -> list[str]:
@@ -128,10 +135,10 @@ def whole_problems(folder: Path) -> list[str]:
     unreadable = [text for text in of_all(problem) if text]
     if manifest is None or unreadable:
         return unreadable[:1]
-    listing = of_rank_0(together(lambda: Listing.of(folder, manifest), only_rank=0))
+    listing, uncovered = of_rank_0(together(lambda: _look(folder, manifest), only_rank=0))
     _require_all_nodes(folder, manifest, listing.missing)
     share = sorted(manifest.files, key=lambda file: file.name)[dist.get_rank() :: dist.get_world_size()]
-    return listing.problems(folder) + [text for texts in of_all(damaged(folder, share)) for text in texts]
+    return listing.problems(folder) + uncovered + [text for texts in of_all(damaged(folder, share)) for text in texts]
 
 
 def remove_unfinished(directory: Path, warn: Warn) -> None:
@@ -139,6 +146,10 @@ def remove_unfinished(directory: Path, warn: Warn) -> None:
     for folder in unfinished(directory):
         warn(f"{folder}: a save or deletion that was cut short; removed")
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _look(folder: Path, manifest: Manifest) -> tuple[Listing, list[str]]:
+    return Listing.of(folder, manifest), [f"{folder / MANIFEST}: {problem}" for problem in box_problems(manifest)]
 
 
 def _candidates(directory: Path) -> tuple[list[Path], str | None]:

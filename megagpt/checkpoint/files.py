@@ -50,9 +50,12 @@ def write_safetensors(
     with path.open("wb", buffering=0) as file:
         for part in (len(text).to_bytes(8, "little"), text):
             _write(file.fileno(), memoryview(part), total)
-        for spec, tensor in zip(specs, tensors, strict=True):
+        coming = iter(tensors)
+        for spec in specs:
+            tensor = next(coming)
             assert tensor.dtype == spec.dtype and tuple(tensor.shape) == spec.shape, f"{spec.key}: {tensor.shape}"
             _write(file.fileno(), _bytes(tensor), total)
+            del tensor  # before the next is made
         os.fsync(file.fileno())
         size = os.fstat(file.fileno()).st_size
     flush_folder(path.parent)

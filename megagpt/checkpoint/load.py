@@ -50,7 +50,7 @@ class Reader:
             shared = box.intersection(saved)
             if shared is None:
                 continue
-            out[shared.within(box)] = self._slice(file, box_key(kind, name, saved), shared.within(saved))
+            out[shared.within(box)] = self._slice(file, box_key(kind, name, saved), saved, shared)
             missing -= shared.numel
             self.bytes_read += shared.numel * out.itemsize
         if missing:
@@ -66,11 +66,16 @@ class Reader:
             values = self.read(MASTER, shard.name, piece.box)
             parameter[tuple(slice(0, length) for length in piece.box.size)] = values.to(parameter)
 
-    def _slice(self, number: int, key: str, slices: tuple[slice, ...]) -> Tensor:
+    def _slice(self, number: int, key: str, saved: Box, wanted: Box) -> Tensor:
         name = self.manifest.files[number].name
         try:
             if name not in self._files:
                 self._files[name] = safe_open(self.folder / name, framework="pt")
-            return self._files[name].get_slice(key)[slices]
+            values = self._files[name].get_slice(key)
+            if tuple(values.get_shape()) != saved.size:
+                raise CheckpointError(
+                    f"{self.folder / name}: {key} is {values.get_shape()}, the manifest has {list(saved.size)}"
+                )
+            return values[wanted.within(saved)]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.folder / name}: cannot be read: {error}") from None

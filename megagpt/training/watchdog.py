@@ -153,13 +153,13 @@ def _not_stopped(before: dict[int, Report], now: dict[int, Report]) -> set[int]:
 
 
 def innermost(stack: Sequence[traceback.FrameSummary]) -> tuple[str, bool]:
-    """The innermost function of megagpt, or of all, with its line; and whether it is within a collective or a message."""
-    communicates = any("torch/distributed" in f.filename or f.filename.endswith("pipeline/transfers.py") for f in stack)
-    ours = [frame for frame in stack if "megagpt" in frame.filename] or list(stack)
-    if not ours:
+    """The innermost function of megagpt and of all, with their lines; and whether it is within a collective or a message."""
+    if not stack:
         return "nothing", False
-    frame = ours[-1]
-    return f"{frame.name} ({frame.filename.rpartition('megagpt/')[2]}:{frame.lineno})", communicates
+    communicates = any("torch/distributed" in f.filename or f.filename.endswith("pipeline/transfers.py") for f in stack)
+    ours = next((frame for frame in reversed(stack) if "megagpt/" in frame.filename), stack[-1])
+    told = [ours] if ours is stack[-1] or communicates else [ours, stack[-1]]
+    return " > ".join(f"{f.name} ({f.filename.rpartition('megagpt/')[2]}:{f.lineno})" for f in told), communicates
 
 
 def _frames(thread: int) -> list[traceback.FrameSummary]:

@@ -77,14 +77,16 @@ def open_trainer(config: Config) -> Trainer:
 
 def held(trainer: Trainer) -> list[tuple[str, Any, Tree]]:
     """(name, shard, {kind: values}) of each parameter on this rank, as DeepSpeed tells."""
-    zero = trainer.engine.deepspeed.optimizer
-    if trainer.config.zero.stage < 3:  # DeepSpeed does this at the first of its own steps that it calls a boundary
+    zero, kinds = trainer.engine.deepspeed.optimizer, KINDS[1:] if trainer.step else ()
+    if (
+        trainer.step and trainer.config.zero.stage < 3
+    ):  # DeepSpeed does this at the first of its own steps that it calls a boundary
         for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
             lazy_init_hp_params_optimizer_state(group, flat, zero.optimizer.state)
     found = []
     for parameter in trainer.engine.parameters:
         values = {"master": safe_get_full_fp32_param(parameter)}
-        values |= {kind: safe_get_full_optimizer_state(parameter, kind) for kind in KINDS[1:]}
+        values |= {kind: safe_get_full_optimizer_state(parameter, kind) for kind in kinds}
         if not is_second_copy(parameter):
             shape = getattr(parameter, "ds_shape", parameter.shape)
             arrays = {kind: tensor.float().reshape(shape).numpy().copy() for kind, tensor in values.items()}

@@ -1,0 +1,155 @@
+"""Exporting by the command: the file is the trained weights, bit for bit, whole or absent."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from support.pool import Pool
+from support.runs import whole_weights
+from support.saved import flip_bit, rewrite_file, rewrite_manifest, save_small
+
+from megagpt.commands.export_weights import main
+
+Weights = dict[str, torch.Tensor]
+NAME = "embedding.position.weight"
+
+
+@pytest.fixture(scope="module")
+def trained(ranks: Pool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Weights]:
+    """A run's folder of checkpoints, with one of four ranks, and the weights that the ranks ended with."""
+    folder = tmp_path_factory.mktemp("exported")
+    results = save_small(ranks, folder)
+    return folder / "checkpoints", whole_weights(results)
+
+
+@pytest.fixture
+def checkpoint(trained: tuple[Path, Weights], tmp_path: Path) -> Path:
+    """A copy of the checkpoint, to be altered."""
+    return Path(shutil.copytree(trained[0] / "step_00000002", tmp_path / "run" / "step_00000002"))
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """A name in a folder that does not exist yet."""
+    return tmp_path / "out" / "gpt.safetensors"
+
+
+def export(checkpoint: Path, output: Path, *arguments: str) -> int:
+    return main(["--checkpoint", str(checkpoint), "--output", str(output), *arguments])
+
+
+def error(checkpoint: Path, output: Path, capsys: pytest.CaptureFixture, *arguments: str) -> str:
+    """The one line of a command that prints nothing else."""
+    assert export(checkpoint, output, *arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1
+    return printed.err
+
+
+def set_first(checkpoint: Path, value: float) -> None:
+    """The first number of a weight, in a checkpoint that is whole."""
+    rewrite_file(checkpoint, 0, lambda tensors: tensors[f"master/{NAME}@0,0"][0].__setitem__(0, value))
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_the_file_is_the_trained_weights(dtype: str, trained: tuple[Path, Weights], output: Path) -> None:
+    run, weights = trained
+    assert export(run, output, *(["--dtype", dtype] if dtype != "fp32" else [])) == 0
+    exported = load_file(output)
+    assert exported.keys() == weights.keys()
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    for name, values in exported.items():
+        assert values.dtype == kind and torch.equal(bits(values), bits(weights[name].to(kind))), name
+    assert list(output.parent.iterdir()) == [output]
+
+
+def test_the_metadata_says_which_model_of_which_step(trained: tuple[Path, Weights], output: Path) -> None:
+    assert export(trained[0], output) == 0
+    with safe_open(output, framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata.keys() == {"megagpt_config", "step"} and metadata["step"] == "2"
+    model = json.loads(metadata["megagpt_config"])
+    assert (model["n_layer"], model["n_embd"], model["n_head"], model["vocab_size"]) == (4, 32, 4, 61)
+
+
+def test_the_command_says_what_it_wrote(trained: tuple[Path, Weights], output: Path, capsys: pytest.CaptureFixture) -> None:
+    assert export(trained[0] / "step_00000002", output, "--dtype", "bf16") == 0
+    size = output.stat().st_size
+    assert capsys.readouterr().out == f"{output}: 53,344 parameters in 52 tensors, bf16, {size:,} bytes, of step 2\n"
+
+
+def test_a_file_is_replaced_by_force_alone(trained: tuple[Path, Weights], output: Path, capsys: pytest.CaptureFixture) -> None:
+    output.parent.mkdir()
+    output.write_text("mine")
+    assert f"--output {output}: exists already" in error(trained[0], output, capsys)
+    assert output.read_text() == "mine"
+    assert export(trained[0], output, "--force") == 0
+    assert len(load_file(output)) == 52 and list(output.parent.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("value", [65520.0, -1e30])
+def test_a_weight_that_fp16_cannot_hold_is_named(
+    value: float, checkpoint: Path, output: Path, capsys: pytest.CaptureFixture
+) -> None:
+    set_first(checkpoint, value)
+    assert f"{NAME}: 1 of 512 values are too large for torch.float16" in error(checkpoint, output, capsys, "--dtype", "fp16")
+    assert list(output.parent.iterdir()) == []
+    assert export(checkpoint, output, "--dtype", "bf16") == 0
+    before, _ = output.read_bytes(), capsys.readouterr()
+    error(checkpoint, output, capsys, "--dtype", "fp16", "--force")
+    assert output.read_bytes() == before and list(output.parent.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("value", [65519.0, float("inf")])
+def test_what_fp16_holds_is_exported(value: float, checkpoint: Path, output: Path) -> None:
+    set_first(checkpoint, value)
+    assert export(checkpoint, output, "--dtype", "fp16") == 0
+    assert load_file(output)[NAME][0, 0] == (65504.0 if value < 1e9 else value)
+
+
+def test_a_damaged_checkpoint_is_not_exported(checkpoint: Path, output: Path, capsys: pytest.CaptureFixture) -> None:
+    flip_bit(checkpoint / "rank_00002.safetensors")
+    assert "rank_00002.safetensors: its SHA-256 is not the manifest's" in error(checkpoint, output, capsys)
+    assert not output.exists()
+    assert export(checkpoint, output, "--skip-checksums") == 0
+
+
+def test_a_truncated_file_is_found_without_checksums(checkpoint: Path, output: Path, capsys: pytest.CaptureFixture) -> None:
+    path = checkpoint / "rank_00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "rank_00001.safetensors: cannot be read" in error(checkpoint, output, capsys, "--skip-checksums")
+    assert list(output.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [[], ["--skip-checksums"]])
+def test_a_missing_file_and_a_gap_are_found(
+    arguments: list[str], checkpoint: Path, output: Path, capsys: pytest.CaptureFixture
+) -> None:
+    rewrite_manifest(checkpoint, lambda manifest: manifest["tensors"][NAME]["boxes"].pop())
+    assert f"{NAME}: " in (line := error(checkpoint, output, capsys, *arguments)) and "of 512 values are in no box" in line
+    (checkpoint / "rank_00003.safetensors").unlink()
+    assert export(checkpoint, output, *arguments) == 2
+    assert "rank_00003.safetensors: missing; node" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_a_wrong_path_ends_in_one_line(
+    trained: tuple[Path, Weights], checkpoint: Path, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert "gone: no checkpoint here" in error(tmp_path / "gone", output, capsys)
+    assert "is a folder" in error(trained[0], tmp_path, capsys)
+    (tmp_path / "file").touch()
+    assert "cannot be written: " in error(trained[0], tmp_path / "file" / "gpt.safetensors", capsys)
+    inside = checkpoint / "gpt.safetensors"
+    assert "is in the checkpoint's folder" in error(checkpoint, inside, capsys) and not inside.exists()
+    first = checkpoint / "rank_00000.safetensors"
+    before = first.read_bytes()
+    assert "is in the checkpoint's folder" in error(checkpoint, first, capsys, "--force") and first.read_bytes() == before

@@ -1,0 +1,11 @@
+"""Run in a clone: see megagpt/commands/inspect_checkpoint.py."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from megagpt.commands.inspect_checkpoint import main
+
+if __name__ == "__main__":
+    sys.exit(main())
