@@ -11,7 +11,7 @@ import pytest
 from megagpt.config import load_config
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/launching.md", "docs/data.md", "docs/schedules.md", "docs/communication.md")
+PAGES = ("README.md", "docs/launching.md", "docs/data.md", "docs/schedules.md", "docs/communication.md", "docs/checkpoints.md")
 PATH = re.compile(r"(?<![\w./-])((?:\.ci|configs|docs|examples|megagpt|tests|tools)/[\w./-]*|\w[\w-]*\.(?:py|md|txt)|LICENSE)")
 LINK = re.compile(r"\]\(([^)#:]+)\)")
 
@@ -85,7 +85,7 @@ def test_every_make_target_named_is_in_the_makefile() -> None:
 def test_every_console_script_named_is_installed_by_setup() -> None:
     setup = read("setup.py")
     named = re.findall(r"megagpt-([a-z-]+)", read("README.md"))
-    assert len(named) == 9
+    assert len(named) == 11
     assert [name for name in named if f'"{name}"' not in setup] == []
 
 

@@ -38,6 +38,7 @@ while pids:
 sys.exit(worst)
 """
 SCONTROL = """#!/bin/sh
+if test "$1" = requeue; then echo "$2" >> "$SLURM_SUBMIT_DIR/requeued"; exit; fi
 test "$*" = "show hostnames here,elsewhere" || exit 1
 echo 127.0.0.1
 echo elsewhere.invalid
@@ -130,3 +131,47 @@ def test_a_failed_task_ends_the_job_with_an_error(slurm: dict[str, str], tmp_pat
     )
     job = submit(slurm, tmp_path)
     assert job.returncode != 0
+
+
+def test_a_job_whose_time_is_over_saves_and_is_requeued_once(slurm: dict[str, str], tmp_path: Path) -> None:
+    """The ranks end one after the other, and srun ends those that are left by a signal: the code must be 75 all the same."""
+    write_corpus(tmp_path / "corpus", 64)
+    config = {
+        "model": {"n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 16, "vocab_size": 64},
+        "data": {"train": str(tmp_path / "corpus")},
+        "training": {"steps": 1_000_000, "max_hours": 1e-6, "micro_batch_size": 2, "global_batch_size": 4},
+        "checkpoint": {"dir": str(tmp_path / "checkpoints")},
+    }
+    (tmp_path / "run.json").write_text(json.dumps(config))
+    (tmp_path / "pretrain_gpt.py").symlink_to(ROOT / "pretrain_gpt.py")
+    (tmp_path / "megagpt").symlink_to(ROOT / "megagpt")
+    job = submit(slurm, tmp_path, "run.json")
+    assert job.returncode == 75, job.stdout + job.stderr
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000001\n"
+    assert (tmp_path / "requeued").read_text().split() == [slurm["SLURM_JOB_ID"]]
+
+
+def test_a_job_that_fails_is_not_requeued(slurm: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "pretrain_gpt.py").write_text("raise SystemExit(2)\n")
+    assert submit(slurm, tmp_path).returncode != 0
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_a_job_that_is_cancelled_lets_its_tasks_save_and_is_not_requeued(slurm: dict[str, str], tmp_path: Path) -> None:
+    """Slurm signals the tasks and the script; here the first task signals the script, which must wait for it."""
+    (tmp_path / "pretrain_gpt.py").write_text(
+        "import os, pathlib, signal, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"  # as one that has saved
+        "if os.environ['SLURM_PROCID'] == '0':\n"
+        "    os.kill(int(os.environ['SCRIPT']), signal.SIGTERM)\n"
+        "    time.sleep(0.5)\n"
+        "    pathlib.Path('saved').touch()\n"
+        "raise SystemExit(75)\n"
+    )
+    wrapper = tmp_path / "wrapper.sh"
+    wrapper.write_text(f'export SCRIPT=$$\nexec bash "{SCRIPT}"\n')
+    environment = slurm | {"SLURM_SUBMIT_DIR": str(tmp_path)}
+    job = subprocess.run(["bash", str(wrapper)], env=environment, capture_output=True, timeout=60, check=False)
+    assert job.returncode == 75, job.stderr
+    assert (tmp_path / "saved").exists()
+    assert not (tmp_path / "requeued").exists()
