@@ -1,9 +1,6 @@
 """What a run starts from, or goes back to: the checkpoint that is whole, and what is said of it."""
 
-import sys
 from pathlib import Path
-
-import torch.distributed as dist
 
 from megagpt.checkpoint.check import newest_whole, remove_unfinished, require_whole
 from megagpt.checkpoint.format import folders_of, resolve_checkpoint
@@ -13,6 +10,7 @@ from megagpt.config.schema import CheckpointConfig
 from megagpt.errors import CheckpointError
 from megagpt.training import snapshot
 from megagpt.training.engine import Engine
+from megagpt.training.say import say, warn
 from megagpt.training.snapshot import Restored
 
 
@@ -39,22 +37,14 @@ def find(config: CheckpointConfig) -> Path | None:
 def load(engine: Engine, folder: Path) -> Restored:
     """Put a checkpoint into the engine, and say so on rank 0 (collective)."""
     restored = snapshot.restore(engine, folder)
-    if dist.get_rank() == 0:
-        most, least = max(restored.bytes_read), min(restored.bytes_read)
-        print(
-            f"loaded {folder}: step {restored.step}, sample {restored.state.samples}; {size(restored.total_bytes)} checked, "
-            f"{size(least)} to {size(most)} read by a rank",
-            flush=True,
-        )
-        for note in restored.notes:
-            print(f"loaded {folder}: {note}", flush=True)
+    least, most = min(restored.bytes_read), max(restored.bytes_read)
+    say(
+        f"loaded {folder}: step {restored.step}, sample {restored.state.samples}; {size(restored.total_bytes)} checked, "
+        f"{size(least)} to {size(most)} read by a rank"
+    )
+    for note in restored.notes:
+        say(f"loaded {folder}: {note}")
     return restored
-
-
-def warn(text: str) -> None:
-    """Once, on rank 0."""
-    if dist.get_rank() == 0:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def size(n_bytes: float) -> str:

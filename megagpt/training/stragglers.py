@@ -14,7 +14,7 @@ from megagpt.checkpoint.format import names, node_name
 from megagpt.checkpoint.together import of_all
 from megagpt.parallel.topology import Layout
 from megagpt.training.engine import Engine
-from megagpt.training.resume import warn
+from megagpt.training.say import warn
 
 
 class Summary(NamedTuple):

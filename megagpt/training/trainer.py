@@ -11,12 +11,11 @@ import torch
 import torch.distributed as dist
 
 from megagpt.checkpoint.check import newest_whole
-from megagpt.checkpoint.save import Saved, Saver
 from megagpt.config.schema import Config
 from megagpt.data.ahead import Ahead
 from megagpt.data.blend import Datasets
 from megagpt.data.sampler import Rows
-from megagpt.errors import CheckpointError, ConfigError, TrainingError
+from megagpt.errors import ConfigError, TrainingError
 from megagpt.parallel.topology import Topology
 from megagpt.training import resume, snapshot
 from megagpt.training.batch_ramp import batch_size, batches_from, steps_between
@@ -30,6 +29,8 @@ from megagpt.training.lr_schedule import learning_rate
 from megagpt.training.metrics import agree, count_tokens
 from megagpt.training.noise_scale import NoiseScale
 from megagpt.training.replicas import check_replicas
+from megagpt.training.saves import Saves
+from megagpt.training.say import warn
 from megagpt.training.stragglers import Stragglers
 from megagpt.training.watchdog import Watchdog
 
@@ -81,11 +82,7 @@ class Trainer:
         loaded = resume.find(config.checkpoint)
         if loaded is not None:
             self._load(loaded)
-        self._saver: Saver | None = None
-        self._saved = self.step if loaded is not None else None
-        checkpoint = config.checkpoint
-        if checkpoint.dir is not None:
-            self._saver = Saver(Path(checkpoint.dir), checkpoint.keep, checkpoint.keep_every, loaded)
+        self._saves = Saves(self.engine, loaded, self.step)
         self.total_steps = total_steps(config, datasets, self.step, self.samples)
         run_config = {**config.model_dump(mode="json"), "layout": vars(topology.layout)}
         self.logger: Logger = FanOut()
@@ -109,7 +106,7 @@ class Trainer:
                 return self._end_early(self._interruption)
             if self.datasets.test is not None:
                 self.logger.step({"step": self.step, **evaluate(self.engine, self.datasets.test, self.config, "test")})
-            self._finish_save(required=True)
+            self._saves.finish(required=True)
         return 0
 
     def batches(self) -> Ahead[Batch]:
@@ -159,8 +156,7 @@ class Trainer:
 
     def close(self) -> None:
         """Free what the run holds."""
-        if self._saver is not None:
-            self._saver.close()
+        self._saves.close()
         self.logger.close()
         self.engine.close()
 
@@ -175,7 +171,7 @@ class Trainer:
                     verdict = self.advance(batch)
                     self._warn_of(verdict)
                     if verdict.action == "stop":
-                        self._finish_save()
+                        self._saves.finish()
                         raise TrainingError(f"step {self.step}: {verdict.reason}")
                     if verdict.action == "rollback":
                         self._go_back(batch, verdict)
@@ -191,13 +187,13 @@ class Trainer:
     def _end_early(self, interruption: Interruption) -> int:
         """Save, unless that is done, and end; the exit code."""
         why = interruption.reason or "another rank was asked to"
-        if self._saver is None:
-            resume.warn(f"step {self.step}: ends early ({why}); nothing is saved, since checkpoint.dir is not set")
+        if not self._saves.are_made:
+            warn(f"step {self.step}: ends early ({why}); nothing is saved, since checkpoint.dir is not set")
             return interruption.exit_code
-        if self._saved != self.step:
+        if self._saves.last != self.step:
             self._save()
-        self._finish_save(required=True)
-        resume.warn(f"step {self.step}: ends early ({why}) with exit code {REQUEUE}; started again it goes on from here")
+        self._saves.finish(required=True)
+        warn(f"step {self.step}: ends early ({why}) with exit code {REQUEUE}; started again it goes on from here")
         interruption.leave()
         return REQUEUE
 
@@ -210,17 +206,17 @@ class Trainer:
     def _go_back(self, batch: Batch, verdict: Verdict) -> None:
         """To the last checkpoint, to pass over this batch when the run comes to it again. Raises TrainingError without one."""
         assert self.config.checkpoint.dir is not None
-        self._finish_save()
+        self._saves.finish()
         wrong, passed = self.step, [*self.passed_over, (batch.first, batch.first + batch.size)]
         self.engine.where.at("going back to a checkpoint")
-        folder = newest_whole(Path(self.config.checkpoint.dir), resume.warn)
+        folder = newest_whole(Path(self.config.checkpoint.dir), warn)
         if folder is None:
             raise TrainingError(f"step {wrong}: {verdict.reason}, and there is no checkpoint yet to go back to")
         self._load(folder)
-        self.passed_over, self._saved = sorted(set(passed) | set(self.passed_over)), self.step
+        self.passed_over, self._saves.last = sorted(set(passed) | set(self.passed_over)), self.step
         self.logger.rewind(self.step)
         self._new_window()
-        resume.warn(f"gone back to step {self.step}; samples {batch.first} to {batch.first + batch.size - 1} are passed over")
+        warn(f"gone back to step {self.step}; samples {batch.first} to {batch.first + batch.size - 1} are passed over")
 
     def _report(self, made: Made, rate: float) -> None:
         self._window.tokens += made.n_tokens
@@ -249,9 +245,9 @@ class Trainer:
 
     def _warn_of(self, verdict: Verdict) -> None:
         if verdict.action == "skip":
-            resume.warn(f"step {self.step}: {verdict.reason}; its update is dropped")
+            warn(f"step {self.step}: {verdict.reason}; its update is dropped")
         elif verdict.action != "none":
-            resume.warn(f"step {self.step}: {verdict.reason}")
+            warn(f"step {self.step}: {verdict.reason}")
 
     def _check_replicas_if_due(self) -> None:
         interval = self.config.resilience.replica_check_interval
@@ -261,7 +257,7 @@ class Trainer:
         try:
             check_replicas(self.engine)
         except TrainingError:
-            self._finish_save()
+            self._saves.finish()
             raise
 
     def _evaluate_if_due(self) -> None:
@@ -271,47 +267,13 @@ class Trainer:
         self._new_window()
 
     def _save_if_due(self) -> None:
-        if self._saver is None:
-            return
-        self._tell(self._saver.news())
-        if self._due(self.config.checkpoint.interval):
+        self._saves.look()
+        if self._saves.are_made and self._due(self.config.checkpoint.interval):
             self._save()
 
     def _save(self) -> None:
-        """Begin a save: training waits for the one before, if that is still being written, and for a copy in memory."""
-        assert self._saver is not None
-        self._finish_save()
-        begun = time.monotonic()
-        self.engine.where.at("copying its state for a checkpoint")
-        position = snapshot.Position(self.samples, self.passed_over, *self._health.memory)
-        state, config = snapshot.run_state(self.engine, position), self.config.model_dump(mode="json")
-        self._saver.start(self.step, snapshot.entries(self.engine), state, config)
-        self._saved = self.step
-        if self.topology.rank == 0:
-            print(f"saving step {self.step}: training waited {time.monotonic() - begun:.3f} s", flush=True)
+        self._saves.save(self.step, snapshot.Position(self.samples, self.passed_over, *self._health.memory))
         self._new_window()
-
-    def _finish_save(self, required: bool = False) -> None:
-        """Wait for the save in work. `required`: raise CheckpointError if it failed."""
-        if self._saver is None:
-            return
-        self.engine.where.at("waiting until a checkpoint is written")
-        saved = self._saver.finish()
-        self._tell(saved)
-        if required and saved is not None and saved.problem is not None:
-            raise CheckpointError(f"the checkpoint of step {saved.step} could not be saved: {saved.problem}")
-
-    def _tell(self, saved: Saved | None) -> None:
-        """How a save ended. One that failed does not end the training: the checkpoints before it are as they were."""
-        if saved is None:
-            return
-        if saved.problem is not None:
-            resume.warn(
-                f"NOT SAVED: the checkpoint of step {saved.step}: {saved.problem}; training goes on, and the checkpoints "
-                "before it stay"
-            )
-        elif self.topology.rank == 0:
-            print(f"saved {saved.folder} in {saved.seconds:.1f} s", flush=True)
 
     def _watchdog(self) -> "Watchdog | nullcontext[None]":
         """Beside the work, where the ranks have a place to tell each other of theirs."""

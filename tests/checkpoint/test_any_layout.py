@@ -186,7 +186,7 @@ def bytes_said_and_read(config: Config) -> tuple[int, int, int]:
     trainer = open_trainer(config)
     with counting(trainer.topology) as traffic:
         trainer._save()
-        trainer._finish_save(required=True)
+        trainer._saves.finish(required=True)
         restored = snapshot.restore(trainer.engine, Path(config.checkpoint.dir or "") / "step_00000000")
     trainer.close()
     largest = max((traffic.bytes[kind] // traffic.calls[kind] for kind in traffic.calls), default=0)

@@ -118,7 +118,7 @@ def fill_and_empty(config: Config, disk: Path) -> tuple[int, str]:
         if trainer.step == 5:
             (disk / "other").unlink()
             return
-        trainer._finish_save()
+        trainer._saves.finish()
         with contextlib.suppress(OSError), (disk / "other").open("wb") as file:
             while True:
                 file.write(b"x" * 4096)
@@ -182,7 +182,7 @@ def moved_to_other_disks(config: Config, folders: list[str]) -> str:
             os.chdir(folders[rank])
             trainer._save()
             with pytest.raises(CheckpointError):
-                trainer._finish_save(required=True)
+                trainer._saves.finish(required=True)
         trainer.close()
     finally:
         os.chdir(here)
