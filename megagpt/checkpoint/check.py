@@ -17,14 +17,13 @@ from megagpt.checkpoint.format import (
     FileRecord,
     Manifest,
     folders_of,
-    names,
-    node_name,
     pointed_at,
     read_manifest,
     unfinished,
 )
 from megagpt.checkpoint.together import attempt, of_all, of_rank_0, together
-from megagpt.errors import CheckpointError
+from megagpt.errors import CheckpointError, listed
+from megagpt.parallel.whereabouts import node_name
 
 Warn = Callable[[str], None]
 
@@ -166,7 +165,7 @@ def _require_one_view(folder: Path) -> None:
     others = [node for node, mark in seen if mark != seen[0][1]]
     if others:
         raise CheckpointError(
-            f"{folder}: node {seen[0][0]} and {names(dict.fromkeys(others))} do not see the same {MANIFEST}; "
+            f"{folder}: node {seen[0][0]} and {listed(dict.fromkeys(others))} do not see the same {MANIFEST}; "
             "checkpoints must be on a file system that all nodes share"
         )
 
@@ -178,6 +177,6 @@ def _require_all_nodes(folder: Path, manifest: Manifest, missing: list[FileRecor
     absent = list(dict.fromkeys(file.node for file in missing if file.node not in present))
     if absent and present:
         raise CheckpointError(
-            f"{folder}: all files of {names(absent)} are missing: these nodes wrote to their own disks; copy their "
+            f"{folder}: all files of {listed(absent)} are missing: these nodes wrote to their own disks; copy their "
             f"{folder.name} into one folder that all nodes share"
         )

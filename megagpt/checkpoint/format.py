@@ -12,8 +12,6 @@ when it is whole, and named in `latest` last.
 
 import hashlib
 import re
-import socket
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megagpt.checkpoint.boxes import Box
 from megagpt.checkpoint.files import digest, write_durably
-from megagpt.errors import CheckpointError
+from megagpt.errors import CheckpointError, listed
 
 MANIFEST, MANIFEST_SUM, LATEST = "manifest.json", "manifest.sha256", "latest"
 MASTER = "master"
@@ -93,11 +91,6 @@ def step_of(folder: Path) -> int | None:
     return int(found[1]) if found else None
 
 
-def node_name() -> str:
-    """The host that this process runs on."""
-    return socket.gethostname()
-
-
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """The manifest and its checksum, durably."""
     write_durably(folder / MANIFEST, manifest.model_dump_json())
@@ -162,13 +155,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 def named_whole(directory: Path) -> str:
     """The checkpoints that have a manifest, for messages."""
-    return names(path.name for path in folders_of(directory) if (path / MANIFEST).exists()) or "none"
-
-
-def names(items: Iterable[str], most: int = 8) -> str:
-    """A list for a message, cut where it is long."""
-    found = list(items)
-    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
+    return listed(path.name for path in folders_of(directory) if (path / MANIFEST).exists()) or "none"
 
 
 def _entries(directory: Path) -> list[Path]:

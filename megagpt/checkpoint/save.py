@@ -29,15 +29,14 @@ from megagpt.checkpoint.format import (
     Manifest,
     TensorRecord,
     box_key,
-    names,
-    node_name,
     rank_file,
     step_folder,
     write_manifest,
 )
 from megagpt.checkpoint.retention import remove_old
 from megagpt.checkpoint.together import attempt, of_rank_0
-from megagpt.errors import CheckpointError
+from megagpt.errors import CheckpointError, listed
+from megagpt.parallel.whereabouts import node_name
 
 _PATIENCE = timedelta(days=1)
 """For ranks that write longer than others; a disk that hangs is noticed where the next save waits for this one."""
@@ -200,7 +199,7 @@ def _check_seen(folder: Path, files: list[FileRecord]) -> None:
     unseen = [file.node for file in files if not _has_size(folder / file.name, file.bytes)]
     if unseen:
         raise CheckpointError(
-            f"{folder}: node {node_name()} does not see what was written on {names(dict.fromkeys(unseen))}; "
+            f"{folder}: node {node_name()} does not see what was written on {listed(dict.fromkeys(unseen))}; "
             "checkpoint.dir must be one folder, on a file system that all nodes share"
         )
 

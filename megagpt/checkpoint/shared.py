@@ -4,9 +4,9 @@ import secrets
 import time
 from pathlib import Path
 
-from megagpt.checkpoint.format import names, node_name
 from megagpt.checkpoint.together import of_all, of_rank_0, together
-from megagpt.errors import CheckpointError
+from megagpt.errors import CheckpointError, listed
+from megagpt.parallel.whereabouts import node_name
 
 PATIENCE = 20.0
 """Seconds that a network file system may take to show one node what another wrote."""
@@ -24,7 +24,7 @@ def require_shared(directory: Path) -> None:
     blind = [node for node, sees in seen if not sees]
     if blind:
         raise CheckpointError(
-            f"checkpoint.dir: {directory} on node {seen[0][0]} is not the same folder on {names(dict.fromkeys(blind))}; "
+            f"checkpoint.dir: {directory} on node {seen[0][0]} is not the same folder on {listed(dict.fromkeys(blind))}; "
             "name one on a file system that all nodes share"
         )
 

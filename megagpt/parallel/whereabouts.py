@@ -1,10 +1,16 @@
 """Where a rank is in its step, and how long it has waited for others: what a watchdog and a search for stragglers read."""
 
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+
+def node_name() -> str:
+    """The host that this process runs on."""
+    return socket.gethostname()
 
 
 class Whereabouts:

@@ -17,22 +17,22 @@ from megagpt.data.blend import Datasets
 from megagpt.data.sampler import Rows
 from megagpt.errors import ConfigError, TrainingError
 from megagpt.parallel.topology import Topology
+from megagpt.resilience.health import FINE, Health, Verdict
+from megagpt.resilience.interruption import REQUEUE, Interruption
+from megagpt.resilience.replicas import check_replicas
+from megagpt.resilience.stragglers import Stragglers
+from megagpt.resilience.watchdog import Watchdog
 from megagpt.training import resume, snapshot
 from megagpt.training.batch_ramp import batch_size, batches_from, steps_between
 from megagpt.training.batches import global_batches, to_micro_batches, token_count
 from megagpt.training.engine import Engine, StepResult
 from megagpt.training.evaluation import evaluate
-from megagpt.training.health import FINE, Health, Verdict
-from megagpt.training.interruption import REQUEUE, Interruption
 from megagpt.training.loggers import FanOut, Logger, Record, build_loggers
 from megagpt.training.lr_schedule import learning_rate
 from megagpt.training.metrics import agree, count_tokens
 from megagpt.training.noise_scale import NoiseScale
-from megagpt.training.replicas import check_replicas
 from megagpt.training.saves import Saves
 from megagpt.training.say import warn
-from megagpt.training.stragglers import Stragglers
-from megagpt.training.watchdog import Watchdog
 
 BATCHES_AHEAD = 2
 """Global batches that a rank has ready beside the one in work."""
@@ -89,7 +89,7 @@ class Trainer:
         if topology.rank == 0:
             self.logger = build_loggers(config.logging, self.total_steps, run_config, self.step)
         self._noise = NoiseScale(self.engine)
-        self._stragglers = Stragglers(self.engine, config.resilience.straggler_factor)
+        self._stragglers = Stragglers(self.engine.where, topology, device, config.resilience.straggler_factor, warn)
         self._asked_to_end = False
         self._interruption: Interruption | None = None
         self._window = Window()
@@ -255,7 +255,7 @@ class Trainer:
             return
         self.engine.where.at("the comparison of replicas")
         try:
-            check_replicas(self.engine)
+            check_replicas(self.engine.parameters, self.engine.tied, self.topology, self.config.zero.stage == 3)
         except TrainingError:
             self._saves.finish()
             raise

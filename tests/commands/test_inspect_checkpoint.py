@@ -17,8 +17,8 @@ from support.saved import flip_bit, rewrite_file, rewrite_manifest, save_small
 
 from megagpt.checkpoint.boxes import Box
 from megagpt.checkpoint.coverage import overlap
-from megagpt.checkpoint.format import node_name
 from megagpt.commands.inspect_checkpoint import main
+from megagpt.parallel.whereabouts import node_name
 
 ADAM = ["master", "exp_avg", "exp_avg_sq"]
 TOKEN = "embedding.token.weight"

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from megagpt.checkpoint.format import names, node_name
+from megagpt.checkpoint.check import Warn
 from megagpt.checkpoint.together import of_all
-from megagpt.parallel.topology import Layout
-from megagpt.training.engine import Engine
-from megagpt.training.say import warn
+from megagpt.errors import listed
+from megagpt.parallel.topology import Layout, Topology
+from megagpt.parallel.whereabouts import Whereabouts, node_name
 
 
 class Summary(NamedTuple):
@@ -44,10 +44,10 @@ def summarise(seconds: list[float], layout: Layout) -> Summary:
 class Stragglers:
     """The summary at each report, and a warning when the same rank is far behind at two in a row."""
 
-    def __init__(self, engine: Engine, factor: float) -> None:
+    def __init__(self, where: Whereabouts, topology: Topology, device: torch.device, factor: float, warn: Warn) -> None:
         """Collective."""
-        self._engine, self._factor = engine, factor
-        self._alone = engine.topology.layout.world_size == 1
+        self._where, self._topology, self._device, self._factor, self._warn = where, topology, device, factor, warn
+        self._alone = topology.layout.world_size == 1
         self._nodes = [] if self._alone else of_all(node_name())
         self._suspect: list[int] | None = None
 
@@ -55,13 +55,13 @@ class Stragglers:
         """For the log, from this rank's `seconds` in the last `steps` (collective); empty on one process."""
         if self._alone:
             return {}
-        own = (seconds - self._engine.where.take_waited()) / steps
-        found = summarise(_of_all(own, self._engine), self._engine.topology.layout)
-        group = self._engine.topology.layout.tensor_ranks(found.rank)
+        own = (seconds - self._where.take_waited()) / steps
+        found = summarise(self._of_all(own), self._topology.layout)
+        group = self._topology.layout.tensor_ranks(found.rank)
         suspect = group if found.factor >= self._factor else None
         if suspect is not None and suspect == self._suspect:
-            among = f" (tensor ranks {names(map(str, group))} wait for each other: one of them)" if len(group) > 1 else ""
-            warn(
+            among = f" (tensor ranks {listed(map(str, group))} wait for each other: one of them)" if len(group) > 1 else ""
+            self._warn(
                 f"straggler: rank {found.rank} on {self._nodes[found.rank]}{among} works {found.slowest:.3f} s a step, "
                 f"{found.factor:.1f} times as long as others of its stage, which wait for it"
             )
@@ -73,9 +73,8 @@ class Stragglers:
             "slowest_rank": found.rank,
         }
 
-
-def _of_all(own: float, engine: Engine) -> list[float]:
-    mine = torch.tensor([own], dtype=torch.float64, device=engine.device)
-    found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, mine, group=engine.topology.world_group)
-    return torch.cat(found).tolist()
+    def _of_all(self, own: float) -> list[float]:
+        mine = torch.tensor([own], dtype=torch.float64, device=self._device)
+        found = [torch.empty_like(mine) for _ in range(self._topology.layout.world_size)]
+        dist.all_gather(found, mine, group=self._topology.world_group)
+        return torch.cat(found).tolist()

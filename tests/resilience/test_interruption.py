@@ -12,14 +12,14 @@ from support.job import Job
 
 from megagpt.checkpoint.boxes import Box
 from megagpt.checkpoint.load import Reader
-from megagpt.training.interruption import REQUEUE
+from megagpt.resilience.interruption import REQUEUE
 
 LONG = 1_000_000
 
 
 def slow_steps(rank: int) -> None:
     """A tenth of a second in each step, so that there is time to interrupt a run of few."""
-    from megagpt.training.health import Verdict
+    from megagpt.resilience.health import Verdict
     from megagpt.training.trainer import Batch, Trainer
 
     advance = Trainer.advance

@@ -12,16 +12,19 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from types import TracebackType
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megagpt.checkpoint.format import names, node_name
-from megagpt.parallel.whereabouts import Whereabouts
+from megagpt.errors import listed
+from megagpt.parallel.whereabouts import Whereabouts, node_name
 
+T = TypeVar("T")
 HUNG = 3
 """Exit code."""
 TICKS = 12
@@ -77,7 +80,7 @@ class Watchdog:
             if self._where.seconds_here > self._timeout - 4 * self._tick:
                 before = self._ask()
                 if self._still(3 * self._tick):
-                    self._end(before, self._ask() if before is not None else None)
+                    self._end(before, self._ask())
 
     def _still(self, seconds: float) -> bool:
         """Go on telling for so long; whether the rank is where it was."""
@@ -91,35 +94,49 @@ class Watchdog:
     def _tell(self) -> None:
         self._beat += 1
         if self._tells is not None:
-            self._tells.set(self._key(self._rank), json.dumps(asdict(self._report())))
+            with suppress(RuntimeError):  # of torch, where the rank that keeps the store has ended
+                self._tells.set(self._key(self._rank), json.dumps(asdict(self._report())))
 
     def _report(self) -> Report:
         call, communicates = innermost(_frames(self._worker))
         return Report(self._beat, self._where.place, self._where.seconds_here, call, communicates, node_name())
 
-    def _ask(self) -> dict[int, Report] | None:
-        """What all ranks tell, by rank; None where the store does not answer. Its own time-out cannot be relied on."""
+    def _ask(self) -> dict[int, Report]:
+        """What all ranks tell, by rank; empty where the store does not answer."""
         if self._reads is None:
             return {self._rank: self._report()}
-        answer: list[dict[int, Report]] = []
+        told = self._of_store(lambda store: store.multi_get([self._key(rank) for rank in range(self._world)]))
+        return {rank: Report(**json.loads(text)) for rank, text in enumerate(told or [])}
 
-        def read() -> None:
-            assert self._reads is not None
-            told = self._reads.multi_get([self._key(rank) for rank in range(self._world)])
-            answer.append({rank: Report(**json.loads(text)) for rank, text in enumerate(told)})
+    def _of_store(self, question: Callable[[Any], T]) -> T | None:
+        """The store's answer, within a tick: its own time-out cannot be relied on. None where it does not answer.
 
-        reader = threading.Thread(target=read, daemon=True)
-        reader.start()
-        reader.join(self._tick)
+        Where it has ended, so has the rank that keeps it, and this process ends too: that rank has said why.
+        """
+        answer: list[T] = []
+        gone: list[RuntimeError] = []
+
+        def ask() -> None:
+            try:
+                answer.append(question(self._reads))
+            except RuntimeError as error:
+                gone.append(error)
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(self._tick)
+        if gone and "timeout" not in str(gone[0]).lower():
+            os._exit(HUNG)
         return answer[0] if answer else None
 
-    def _end(self, before: dict[int, Report] | None, now: dict[int, Report] | None) -> None:
+    def _end(self, before: dict[int, Report], now: dict[int, Report]) -> None:
+        """Say who is to blame, unless another rank has, and end."""
         head = f"[rank {self._rank}] error: no progress for {self._timeout:g} s (parallel.timeout_seconds)"
-        if before is None or now is None:
+        if not before or not now:
             mine = self._report()
-            print(f"{head}: rank 0, where all ranks meet, does not answer; this rank is at {mine.place}, in {mine.call}",
-                  file=sys.stderr, flush=True)  # fmt: skip
-        elif min(_not_stopped(before, now), default=self._rank) == self._rank:  # one of them says it for all
+            said = f"rank 0, where all ranks meet, does not answer; this rank is at {mine.place}, in {mine.call}"
+            print(f"{head}: {said}", file=sys.stderr, flush=True)
+        elif self._reads is None or self._of_store(lambda store: store.add("watchdog/said", 1)) == 1:
             print(f"{head}: {verdict(before, now)}", file=sys.stderr, flush=True)
         else:
             time.sleep(self._tick / 4)  # so that the launcher does not end the one that speaks
@@ -144,7 +161,7 @@ def verdict(before: dict[int, Report], now: dict[int, Report]) -> str:
     )
     said = [f"rank {r} on {now[r].node} {why} at {now[r].place}, in {now[r].call}" for r in blamed[:8]]
     waiting = [f"rank {r} at {now[r].place}" for r in sorted(now) if r not in blamed]
-    tail = f"; waiting for it: {names(waiting, 4)}" if waiting else ""
+    tail = f"; waiting for it: {listed(waiting, 4)}" if waiting else ""
     return "; ".join(said) + (f" and {len(blamed) - 8} more" if len(blamed) > 8 else "") + tail
 
 

@@ -11,8 +11,8 @@ from megagpt.config import Config
 from megagpt.errors import TrainingError
 from megagpt.parallel.shard import shard_of
 from megagpt.parallel.topology import Topology
+from megagpt.resilience.replicas import check_replicas, fingerprint
 from megagpt.training.engine import Engine
-from megagpt.training.replicas import check_replicas, fingerprint
 
 LAYOUTS: dict[str, tuple[int, Tree, int, str]] = {
     "2 x 2 x 2": (8, {"tensor": 2, "pipeline": 2}, 1, "bf16"),
@@ -42,7 +42,7 @@ def checked(config: Config, rank: int, name: str) -> list[str]:
 
 def outcome(engine: Engine) -> str:
     try:
-        check_replicas(engine)
+        check_replicas(engine.parameters, engine.tied, engine.topology, engine.config.zero.stage == 3)
     except TrainingError as error:
         return str(error)
     return ""

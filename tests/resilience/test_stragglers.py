@@ -14,7 +14,7 @@ from support.runs import Tree, corpus
 
 from megagpt.config import Config
 from megagpt.parallel.topology import Layout
-from megagpt.training.stragglers import summarise
+from megagpt.resilience.stragglers import summarise
 
 
 def test_a_rank_is_measured_beside_those_of_its_own_stage() -> None:

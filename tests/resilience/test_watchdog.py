@@ -9,7 +9,7 @@ import pytest
 from commands.test_pretrain import config_file
 from support.job import Job
 
-from megagpt.training.watchdog import HUNG, Report, innermost, verdict
+from megagpt.resilience.watchdog import HUNG, Report, innermost, verdict
 
 TIMEOUT = 6.0
 

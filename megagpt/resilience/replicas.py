@@ -11,29 +11,27 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megagpt.checkpoint.format import names
-from megagpt.errors import TrainingError
+from megagpt.errors import TrainingError, listed
 from megagpt.parallel.shard import shard_of
-from megagpt.training.engine import Engine
+from megagpt.parallel.topology import Topology
 
 _INTEGERS = {2: torch.int16, 4: torch.int32}
 _PART = 2**22
 """Elements at a time, for little memory beside the weights."""
 
 
-def check_replicas(engine: Engine) -> None:
-    """Compare over data ranks (under ZeRO-3 they hold parts), over tensor ranks what these hold whole, and over the first
-    and last stage a tied embedding (collective).
+def check_replicas(parameters: Sequence[nn.Parameter], tied: Sequence[nn.Parameter], topology: Topology, sharded: bool) -> None:
+    """Compare over data ranks (not where ZeRO-3 gives each a part: `sharded`), over tensor ranks what these hold whole, and
+    over the first and last stage the `tied` embedding (collective).
 
     Raises TrainingError on every rank, naming the weights and the ranks that differ.
     """
-    topology, sharded = engine.topology, engine.config.zero.stage == 3
-    marks = {p: fingerprint(p.ds_tensor if sharded else p) for p in engine.parameters}  # type: ignore[attr-defined]
+    marks = {p: fingerprint(p.ds_tensor if sharded else p) for p in parameters}  # type: ignore[attr-defined]
     found: list[str] = []
     if not sharded:
-        found += _differences(marks, engine.parameters, topology.data_group, "data")
-    found += _differences(marks, [p for p in engine.parameters if shard_of(p).dim is None], topology.tensor_group, "tensor")
-    found += _differences(marks, engine.tied, topology.ends_group, "pipeline")
+        found += _differences(marks, parameters, topology.data_group, "data")
+    found += _differences(marks, [p for p in parameters if shard_of(p).dim is None], topology.tensor_group, "tensor")
+    found += _differences(marks, tied, topology.ends_group, "pipeline")
     everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everywhere, found)
     differing = list(dict.fromkeys(text for texts in everywhere for text in texts))
@@ -73,7 +71,7 @@ def _differences(
         column = table[:, number].tolist()
         usual = max(column, key=column.count)
         odd = [rank for rank, mark in zip(ranks, column, strict=True) if mark != usual]
-        of = f"the {axis} ranks {names(map(str, ranks))}"
-        who = f"{of} all differ" if column.count(usual) == 1 else f"of {of}, {names(map(str, odd))} differs"
+        of = f"the {axis} ranks {listed(map(str, ranks))}"
+        who = f"{of} all differ" if column.count(usual) == 1 else f"of {of}, {listed(map(str, odd))} differs"
         found.append(f"{shard_of(parameters[number]).name}: {who}")
     return found

@@ -20,7 +20,7 @@ from training.test_precision import allow_fp16
 from megagpt.config import Config
 from megagpt.config.schema import ResilienceConfig
 from megagpt.errors import TrainingError
-from megagpt.training.health import FINE, Health, Verdict
+from megagpt.resilience.health import FINE, Health, Verdict
 from megagpt.training.trainer import Batch, Trainer
 
 BAD = 24
