@@ -109,16 +109,17 @@ class Saver:
         final = step_folder(self._directory, manifest.step)
         aside = final.with_name(final.name + WRITING + self._token)
         mine, problem = attempt(lambda: _write_file(aside, copied))
+        word: list[str | None] = [None]
         try:
             told: list[Any] = [None] * dist.get_world_size(self._group) if dist.get_rank() == 0 else []
             dist.gather_object((mine, problem), told or None, group=self._group)
-            word = [None]
             if dist.get_rank() == 0:
-                _, problem = attempt(lambda: self._finish(aside, final, manifest, told))
-                word = [problem]  # type: ignore[list-item]
+                _, word[0] = attempt(lambda: self._finish(aside, final, manifest, told))
             dist.broadcast_object_list(word, src=0, group=self._group)
         except RuntimeError as error:  # of torch: another rank is gone
-            word = [f"rank {dist.get_rank()}: {str(error).splitlines()[0]}"]  # type: ignore[list-item]
+            # Rank 0 may be putting the files of this rank in place at this moment: nothing is removed.
+            gone = f"rank {dist.get_rank()}: {str(error).splitlines()[0]}"
+            return Saved(manifest.step, final, time.monotonic() - begun, gone)
         if word[0] is not None:
             _remove(aside, dist.get_rank())
         return Saved(manifest.step, final, time.monotonic() - begun, word[0])

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megagpt.checkpoint.check import problems_of, raise_all
 from megagpt.checkpoint.load import Reader
 from megagpt.config import Config, build_config
 from megagpt.errors import ConfigError
@@ -16,7 +17,8 @@ from megagpt.parallel.weight_gradients import WeightGradients
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[GPTChunk, Config]:
-    """The whole model of a checkpoint, in fp32, as one chunk. Raises CheckpointError."""
+    """The whole model of a checkpoint, in fp32, as one chunk. Raises CheckpointError, for any damage in it."""
+    raise_all(folder, problems_of(folder))
     reader = Reader(folder)
     saved = build_config(reader.manifest.config, f"{folder}: config")
     training = saved.training.model_copy(update={"precision": "fp32", "recompute": "none"})

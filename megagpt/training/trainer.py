@@ -75,11 +75,11 @@ class Trainer:
         self.config, self.topology, self.datasets, self.device = config, topology, datasets, device
         self._store, self._begun = store, time.monotonic() if begun is None else begun
         total_steps(config, datasets)  # a run of no step ends before the engine is made
+        loaded = resume.find(config.checkpoint)  # so does one that has nothing whole to go on from
         self.engine = Engine(config, topology, device)
         self.step = self.samples = 0
         self.passed_over: list[tuple[int, int]] = []
         self._health = Health(config.resilience)
-        loaded = resume.find(config.checkpoint)
         if loaded is not None:
             self._load(loaded)
         self._saves = Saves(self.engine, loaded, self.step)

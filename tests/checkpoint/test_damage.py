@@ -18,7 +18,7 @@ import pytest
 import torch
 from checkpoint.test_resume import config_of
 from support.pool import Pool
-from support.runs import Tree, corpus, run_trainer
+from support.runs import Tree, corpus, open_trainer, run_trainer
 
 from megagpt.checkpoint import shared
 from megagpt.config.schema import CheckpointConfig
@@ -204,8 +204,6 @@ def test_a_malicious_pickle_is_refused_and_not_run(file: str, protocol: str, run
 
 def outcome(config: Any) -> str:
     """Where a trainer begins, or its error."""
-    from checkpoint.test_any_layout import open_trainer
-
     with contextlib.redirect_stderr(io.StringIO()):
         try:
             trainer = open_trainer(config)

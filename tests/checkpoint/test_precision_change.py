@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoint.test_any_layout import config_of, held, open_trainer, whole
+from checkpoint.test_resharding import config_of, held, whole
 from support.pool import Pool
-from support.runs import Tree, corpus
+from support.runs import Tree, corpus, open_trainer
 
 from megagpt.config import Config
 from megagpt.parallel.shard import shard_of

@@ -15,10 +15,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from checkpoint.test_any_layout import open_trainer
 from checkpoint.test_resume import config_of
 from support.pool import Pool
-from support.runs import corpus
+from support.runs import corpus, open_trainer
 
 from megagpt.checkpoint import save
 from megagpt.checkpoint.boxes import Box
@@ -224,3 +223,34 @@ def on_a_disk_that_lies(config: Config) -> str:
         finally:
             trainer.close()
     return ""
+
+
+def with_ranks_that_lose_touch(folder: Path) -> list[str]:
+    """All but rank 0 hear no more of a save that rank 0 then completes; what is wrong with it."""
+    rank, heard = dist.get_rank(), folder / "heard"
+
+    def lost(*_: Any, **__: Any) -> None:
+        if rank:
+            raise RuntimeError("Connection closed by peer")
+
+    def wait_first(*args: Any) -> Any:
+        while not heard.exists():
+            threading.Event().wait(0.01)
+        return real(*args)
+
+    real = save.write_manifest
+    values = {"master": torch.full((1, 4), float(rank))}
+    saver = Saver(folder / "c", 1, None, None)
+    with mock.patch.object(save, "write_manifest", wait_first), mock.patch.object(dist, "broadcast_object_list", lost):
+        saver.start(1, [Entry("w", (2, 4), Box((rank, 0), (1, 4)), values)], {}, {})
+        ended = saver.finish() if rank else None
+        if ended is not None:
+            assert ended.problem is not None
+            heard.touch()
+        saver.close()
+    dist.barrier()
+    return problems_of(folder / "c" / "step_00000001")
+
+
+def test_a_rank_that_loses_touch_takes_nothing_from_a_checkpoint_that_becomes_whole(ranks: Pool, tmp_path: Path) -> None:
+    assert ranks.run(2, with_ranks_that_lose_touch, tmp_path) == [[], []]

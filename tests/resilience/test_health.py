@@ -11,10 +11,9 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from checkpoint.test_any_layout import Losses, open_trainer
 from checkpoint.test_resume import config_of
 from support.pool import Pool
-from support.runs import Tree, corpus, local_weights
+from support.runs import Losses, Tree, corpus, local_weights, open_trainer
 from training.test_precision import allow_fp16
 
 from megagpt.config import Config
@@ -93,7 +92,7 @@ def run_with(config: Config, fault: Fault, bad: set[int], passed_over: list[tupl
 
 def held(trainer: Trainer) -> list[np.ndarray]:
     """This rank's weights; under ZeRO-3 its parts of them."""
-    return [getattr(p, "ds_tensor", p).detach().numpy().copy() for p in trainer.engine.parameters]
+    return [getattr(p, "ds_tensor", p).detach().float().numpy().copy() for p in trainer.engine.parameters]
 
 
 def same(one: list[np.ndarray], other: list[np.ndarray]) -> bool:
@@ -125,9 +124,12 @@ def test_a_run_stops_and_leaves_its_last_checkpoint(fault: Fault, ranks: Pool, t
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000002\n"
 
 
-@pytest.mark.parametrize("fault", [loss_is_nan, gradient_is_infinite])
-def test_a_skipped_step_changes_no_weight_on_any_rank(fault: Fault, ranks: Pool, tmp_path: Path) -> None:
-    config = config_with(tmp_path, resilience={"on_nonfinite": "skip"})
+@pytest.mark.parametrize(
+    ("fault", "precision"), [(loss_is_nan, "fp32"), (gradient_is_infinite, "fp32"), (gradient_is_infinite, "bf16")]
+)
+def test_a_skipped_step_changes_no_weight_on_any_rank(fault: Fault, precision: str, ranks: Pool, tmp_path: Path) -> None:
+    training = {"steps": STEPS, "micro_batch_size": 2, "global_batch_size": 8, "precision": precision}
+    config = config_with(tmp_path, training=training, resilience={"on_nonfinite": "skip"})
     results = ranks.run(4, run_with, config, fault, {BAD})
     assert alike(results)["step"] == STEPS
     for result in results:

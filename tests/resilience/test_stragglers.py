@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint.test_any_layout import open_trainer
 from checkpoint.test_resume import config_of
 from support.pool import Pool
-from support.runs import Tree, corpus
+from support.runs import Tree, corpus, open_trainer
 
 from megagpt.config import Config
 from megagpt.parallel.topology import Layout

@@ -141,6 +141,29 @@ def run_trainer(config: Config) -> Tree:
     return {"weights": weights, "step": step, "losses": [r["loss"] for r in records if "loss" in r], "records": records}
 
 
+def open_trainer(config: Config) -> Trainer:
+    """The real trainer of a config, on the ranks of the pool."""
+    parallel = config.parallel
+    topology = Topology.create(parallel.tensor, parallel.pipeline, context=parallel.context)
+    return Trainer(config, topology, build_datasets(config.data, config.model.n_positions), torch.device("cpu"))
+
+
+class Losses:
+    """A logger that keeps the losses."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def step(self, record: Tree) -> None:
+        self.values += [record["loss"]] if "loss" in record else []
+
+    def rewind(self, step: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def compare(results: list[Tree], reference: list[Tree]) -> None:
     """Losses and norms on every rank, and the logical weights."""
     for result in results:
