@@ -63,6 +63,8 @@ class Saved(NamedTuple):
     """From the copy's end to the rename."""
     problem: str | None
     """Why there is no checkpoint; None where there is."""
+    left_over: str | None = None
+    """On rank 0, why an older checkpoint that the rule does not keep is still there."""
 
 
 class Saver:
@@ -110,11 +112,14 @@ class Saver:
         aside = final.with_name(final.name + WRITING + self._token)
         mine, problem = attempt(lambda: _write_file(aside, copied))
         word: list[str | None] = [None]
+        left_over: str | None = None
         try:
             told: list[Any] = [None] * dist.get_world_size(self._group) if dist.get_rank() == 0 else []
             dist.gather_object((mine, problem), told or None, group=self._group)
             if dist.get_rank() == 0:
                 _, word[0] = attempt(lambda: self._finish(aside, final, manifest, told))
+                if word[0] is None:
+                    _, left_over = attempt(lambda: remove_old(final, self._keep, self._keep_every, self._loaded))
             dist.broadcast_object_list(word, src=0, group=self._group)
         except RuntimeError as error:  # of torch: another rank is gone
             # Rank 0 may be putting the files of this rank in place at this moment: nothing is removed.
@@ -122,7 +127,7 @@ class Saver:
             return Saved(manifest.step, final, time.monotonic() - begun, gone)
         if word[0] is not None:
             _remove(aside, dist.get_rank())
-        return Saved(manifest.step, final, time.monotonic() - begun, word[0])
+        return Saved(manifest.step, final, time.monotonic() - begun, word[0], left_over)
 
     def _finish(self, aside: Path, final: Path, manifest: Manifest, told: "list[tuple[Part | None, str | None]]") -> None:
         """On rank 0, when all have written."""
@@ -134,7 +139,6 @@ class Saver:
         write_manifest(aside, _join(manifest, parts))
         _put_in_place(aside, final)
         write_durably(final.parent / LATEST, final.name + "\n")
-        remove_old(final, self._keep, self._keep_every, self._loaded)
 
 
 class Copied(NamedTuple):

@@ -50,6 +50,8 @@ def open_trainer(path: str, overrides: Sequence[str], place: Place) -> Iterator[
     config = checked(path, overrides, place.world_size) if place.rank == 0 else None
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if _has_cuda() else "cpu")
     from megagpt.parallel.topology import Topology
+    from megagpt.parallel.whereabouts import Whereabouts
+    from megagpt.resilience.watchdog import Watchdog
     from megagpt.training.processes import start, stop
     from megagpt.training.trainer import Trainer
 
@@ -59,9 +61,11 @@ def open_trainer(path: str, overrides: Sequence[str], place: Place) -> Iterator[
     datasets = build_datasets(config.data, config.model.n_positions)
     patience = parallel.timeout_seconds + AFTER_WATCHDOG
     topology = Topology.create(parallel.tensor, parallel.pipeline, patience, parallel.context)
-    trainer = Trainer(config, topology, datasets, device, store, begun)
-    yield trainer
-    trainer.close()
+    where = Whereabouts(device)
+    with Watchdog(store, topology.rank, topology.layout.world_size, where, parallel.timeout_seconds):
+        trainer = Trainer(config, topology, datasets, device, where, begun)
+        yield trainer
+        trainer.close()
     stop()
 
 

@@ -51,9 +51,10 @@ class StepResult:
 class Engine:
     """Chunks of the model, their ZeRO optimizer, and the executors of the plans they run."""
 
-    def __init__(self, config: Config, topology: Topology, device: torch.device) -> None:
+    def __init__(self, config: Config, topology: Topology, device: torch.device, where: Whereabouts | None = None) -> None:
+        """`where`: is told of everything that the engine does."""
         self.config, self.topology, self.device = config, topology, device
-        self.where = Whereabouts(device)
+        self.where = where or Whereabouts(device)
         self.weight_gradients = WeightGradients()
         tp = TensorParallel(
             self.weight_gradients,

@@ -18,7 +18,9 @@ class Saves:
         """`loaded`: what the run began with, at `step` (collective)."""
         self._engine, self._config = engine, engine.config.checkpoint
         self.last = step if loaded is not None else None
-        """The step that was saved last, or that was loaded: what there is of the run on disk, unless its save fails."""
+        """The step whose save was begun last, or that was loaded; None after one that failed."""
+        self.newest = loaded
+        """The last checkpoint that this start of the run has written, or that it began with."""
         self._saver: Saver | None = None
         if self._config.dir is not None:
             self._saver = Saver(Path(self._config.dir), self._config.keep, self._config.keep_every, loaded)
@@ -43,7 +45,7 @@ class Saves:
     def look(self) -> None:
         """Tell of a save that has ended since."""
         if self._saver is not None:
-            _tell(self._saver.news())
+            self._tell(self._saver.news())
 
     def finish(self, required: bool = False) -> None:
         """Wait for the save in work. `required`: raise CheckpointError if it failed."""
@@ -51,7 +53,7 @@ class Saves:
             return
         self._engine.where.at("waiting until a checkpoint is written")
         saved = self._saver.finish()
-        _tell(saved)
+        self._tell(saved)
         if required and saved is not None and saved.problem is not None:
             raise CheckpointError(f"the checkpoint of step {saved.step} could not be saved: {saved.problem}")
 
@@ -60,14 +62,18 @@ class Saves:
         if self._saver is not None:
             self._saver.close()
 
-
-def _tell(saved: Saved | None) -> None:
-    """How a save ended. One that failed does not end the training: the checkpoints before it are as they were."""
-    if saved is None:
-        return
-    if saved.problem is None:
-        say(f"saved {saved.folder} in {saved.seconds:.1f} s")
-        return
-    warn(
-        f"NOT SAVED: the checkpoint of step {saved.step}: {saved.problem}; training goes on, and the checkpoints before it stay"
-    )
+    def _tell(self, saved: Saved | None) -> None:
+        """How a save ended. One that failed does not end the training: the checkpoints before it are as they were."""
+        if saved is None:
+            return
+        if saved.problem is None:
+            self.newest = saved.folder
+            say(f"saved {saved.folder} in {saved.seconds:.1f} s")
+            if saved.left_over is not None:
+                warn(f"an older checkpoint could not be deleted: {saved.left_over}")
+            return
+        self.last = None
+        warn(
+            f"NOT SAVED: the checkpoint of step {saved.step}: {saved.problem}; training goes on, and the checkpoints before "
+            "it stay"
+        )

@@ -2,26 +2,24 @@
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
-from megagpt.checkpoint.check import newest_whole
+from megagpt.checkpoint.check import require_whole
 from megagpt.config.schema import Config
 from megagpt.data.ahead import Ahead
 from megagpt.data.blend import Datasets
 from megagpt.data.sampler import Rows
 from megagpt.errors import ConfigError, TrainingError
 from megagpt.parallel.topology import Topology
+from megagpt.parallel.whereabouts import Whereabouts
 from megagpt.resilience.health import FINE, Health, Verdict
 from megagpt.resilience.interruption import REQUEUE, Interruption
 from megagpt.resilience.replicas import check_replicas
 from megagpt.resilience.stragglers import Stragglers
-from megagpt.resilience.watchdog import Watchdog
 from megagpt.training import resume, snapshot
 from megagpt.training.batch_ramp import batch_size, batches_from, steps_between
 from megagpt.training.batches import global_batches, to_micro_batches, token_count
@@ -68,19 +66,22 @@ class Trainer:
         topology: Topology,
         datasets: Datasets,
         device: torch.device,
-        store: dist.Store | None = None,
+        where: Whereabouts | None = None,
         begun: float | None = None,
     ) -> None:
-        """`store`: where the ranks met, for the watchdog; `begun`: when training.max_hours began (`time.monotonic`)."""
+        """`where`: what a watchdog looks at; `begun`: when training.max_hours began (`time.monotonic`)."""
         self.config, self.topology, self.datasets, self.device = config, topology, datasets, device
-        self._store, self._begun = store, time.monotonic() if begun is None else begun
+        self._begun, where = time.monotonic() if begun is None else begun, where or Whereabouts(device)
         total_steps(config, datasets)  # a run of no step ends before the engine is made
+        where.at("the check of the checkpoints")
         loaded = resume.find(config.checkpoint)  # so does one that has nothing whole to go on from
-        self.engine = Engine(config, topology, device)
+        where.at("the making of the engine")
+        self.engine = Engine(config, topology, device, where)
         self.step = self.samples = 0
         self.passed_over: list[tuple[int, int]] = []
         self._health = Health(config.resilience)
         if loaded is not None:
+            where.at("the loading of a checkpoint")
             self._load(loaded)
         self._saves = Saves(self.engine, loaded, self.step)
         self.total_steps = total_steps(config, datasets, self.step, self.samples)
@@ -100,7 +101,7 @@ class Trainer:
         It is 0 for a run that is complete, `REQUEUE` for one that was asked to end and has saved. Raises TrainingError for
         one that must not go on, and CheckpointError where the last checkpoint could not be saved.
         """
-        with Interruption(self.config.training.max_hours, self._begun) as self._interruption, self._watchdog():
+        with Interruption(self.config.training.max_hours, self._begun) as self._interruption:
             complete = self._steps()
             if not complete:
                 return self._end_early(self._interruption)
@@ -205,14 +206,12 @@ class Trainer:
 
     def _go_back(self, batch: Batch, verdict: Verdict) -> None:
         """To the last checkpoint, to pass over this batch when the run comes to it again. Raises TrainingError without one."""
-        assert self.config.checkpoint.dir is not None
         self._saves.finish()
         wrong, passed = self.step, [*self.passed_over, (batch.first, batch.first + batch.size)]
         self.engine.where.at("going back to a checkpoint")
-        folder = newest_whole(Path(self.config.checkpoint.dir), warn)
-        if folder is None:
+        if self._saves.newest is None:
             raise TrainingError(f"step {wrong}: {verdict.reason}, and there is no checkpoint yet to go back to")
-        self._load(folder)
+        self._load(require_whole(self._saves.newest))
         self.passed_over, self._saves.last = sorted(set(passed) | set(self.passed_over)), self.step
         self.logger.rewind(self.step)
         self._new_window()
@@ -274,13 +273,6 @@ class Trainer:
     def _save(self) -> None:
         self._saves.save(self.step, snapshot.Position(self.samples, self.passed_over, *self._health.memory))
         self._new_window()
-
-    def _watchdog(self) -> "Watchdog | nullcontext[None]":
-        """Beside the work, where the ranks have a place to tell each other of theirs."""
-        world = self.topology.layout.world_size
-        if world > 1 and self._store is None:
-            return nullcontext()
-        return Watchdog(self._store, self.topology.rank, world, self.engine.where, self.config.parallel.timeout_seconds)
 
     def _new_window(self) -> None:
         self._window = Window()

@@ -225,6 +225,26 @@ def on_a_disk_that_lies(config: Config) -> str:
     return ""
 
 
+def saving_beside_what_cannot_be_deleted(folder: Path) -> list[Any]:
+    def refuse(*_: Any) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), "step_00000001")
+
+    saver = Saver(folder, 1, None, None)
+    with mock.patch.object(save, "remove_old", refuse):
+        saver.start(2, [Entry("w", (4,), Box((0,), (4,)), {"master": torch.ones(4)})], {}, {})
+        ended = saver.finish()
+    saver.close()
+    assert ended is not None
+    return [ended.problem, ended.left_over, problems_of(folder / "step_00000002")]
+
+
+def test_an_older_one_that_cannot_be_deleted_takes_nothing_from_the_new_one(ranks: Pool, tmp_path: Path) -> None:
+    ((problem, left_over, wrong),) = ranks.run(1, saving_beside_what_cannot_be_deleted, tmp_path)
+    assert problem is None and wrong == []
+    assert "Operation not permitted: 'step_00000001'" in left_over
+    assert (tmp_path / "latest").read_text() == "step_00000002\n"
+
+
 def with_ranks_that_lose_touch(folder: Path) -> list[str]:
     """All but rank 0 hear no more of a save that rank 0 then completes; what is wrong with it."""
     rank, heard = dist.get_rank(), folder / "heard"

@@ -184,6 +184,16 @@ def test_what_is_passed_over_stays_so_after_a_restart(ranks: Pool, tmp_path: Pat
     assert "gone back" not in result["said"]
 
 
+def test_a_rollback_keeps_to_the_runs_own_checkpoints(ranks: Pool, tmp_path: Path) -> None:
+    """Not to those of an earlier run in the same folder, of which it went on from the middle."""
+    ranks.run(2, run_with, config_with(tmp_path), loss_is_nan, set())  # steps 2 to 8
+    middle = {"dir": str(tmp_path / "checkpoints"), "interval": 100, "resume": str(tmp_path / "checkpoints" / "step_00000002")}
+    config = config_with(tmp_path, checkpoint=middle, resilience={"on_nonfinite": "rollback"})
+    result = alike(ranks.run(2, run_with, config, loss_is_nan, {BAD}))
+    assert "gone back to step 2; samples 24 to 31" in result["said"]
+    assert (result["step"], result["error"]) == (STEPS, "")
+
+
 def note_passed_over(config: Config) -> None:
     trainer = open_trainer(config)
     trainer.passed_over = [(BAD, BAD + 8)]

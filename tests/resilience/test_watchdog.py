@@ -115,5 +115,5 @@ def test_where_a_stack_is(files: list[str], said: str, communicates: bool) -> No
 
 def test_a_run_without_a_hang_is_left_alone(tmp_path: Path) -> None:
     """Longer than the timeout, with steps that are shorter."""
-    config = config_file(tmp_path, parallel={"timeout_seconds": 1.0}, training={"steps": 60})
+    config = config_file(tmp_path, parallel={"timeout_seconds": 3.0}, training={"steps": 150})
     assert Job(2, ["--config", str(config)], tmp_path / "logs").finish(60) == [0, 0]
