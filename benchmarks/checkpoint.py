@@ -129,6 +129,7 @@ def megagpt(state: State, folder: Path) -> list[Save]:
         for name, weight in state["master"].items()
     ]
     saver = Saver(folder / "run", 0, None, None)
+    saver.prepare(entries).result()  # as a run does on the thread, beside the steps before its first save
     labels = ("megagpt, first", "megagpt, second", "megagpt, beside products")
     saves = [_megagpt(saver, step, entries, label, folder / "run") for step, label in enumerate(labels)]
     saver.close()

@@ -80,10 +80,18 @@ class Saver:
         self._copy = HostCopy()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future[Saved] | None = None
+        self._preparing: Future[None] | None = None
+
+    def prepare(self, entries: Iterable[Entry]) -> Future[None]:
+        """Make the memory for the copies, on the thread: fresh pages, and pinned ones, take long. `start` waits for it."""
+        self._preparing = self._thread.submit(self._copy.make, *HostCopy.needs(list(entries)))
+        return self._preparing
 
     def start(self, step: int, entries: Iterable[Entry], state: dict[str, Any], config: dict[str, Any]) -> Saved | None:
         """Begin to write the checkpoint of `step` (collective); returns how the save before it ended, if that is news."""
         before = self.finish()
+        if self._preparing is not None:
+            self._preparing.result()
         copied = self._copy.take(entries)
         manifest = Manifest(step=step, config=config, state=state, tensors={}, files=[])
         self._running = self._thread.submit(self._write, manifest, copied)
@@ -155,13 +163,22 @@ class HostCopy:
     def __init__(self) -> None:
         self._buffer = torch.empty(0)
 
+    @staticmethod
+    def needs(entries: list[Entry]) -> tuple[int, bool]:
+        """Values of all entries, and whether any of them come from a GPU."""
+        values = sum(entry.box.numel * len(entry.values) for entry in entries)
+        return values, any(tensor.is_cuda for entry in entries for tensor in entry.values.values())
+
+    def make(self, values: int, pinned: bool) -> None:
+        """A buffer of so many values, every page of it touched; nothing where there is one."""
+        if len(self._buffer) != values:
+            self._buffer = torch.empty(0)  # before there are two
+            self._buffer = torch.empty(values, dtype=torch.float32, pin_memory=pinned).zero_()
+
     def take(self, entries: Iterable[Entry]) -> list[Copied]:
         """The entries with values of their own. Those of the last copy are lost."""
         found = list(entries)
-        needed = sum(entry.box.numel * len(entry.values) for entry in found)
-        if len(self._buffer) != needed:
-            on_cuda = any(tensor.is_cuda for entry in found for tensor in entry.values.values())
-            self._buffer = torch.empty(needed, dtype=torch.float32, pin_memory=on_cuda)
+        self.make(*self.needs(found))
         copied, at = [], 0
         for entry in found:
             values = {}

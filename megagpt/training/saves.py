@@ -21,6 +21,7 @@ class Saves:
         """The step whose save was begun last, or that was loaded; None after one that failed."""
         self.newest = loaded
         """The last checkpoint that this start of the run has written, or that it began with."""
+        self._prepared = False
         self._saver: Saver | None = None
         if self._config.dir is not None:
             self._saver = Saver(Path(self._config.dir), self._config.keep, self._config.keep_every, loaded)
@@ -43,9 +44,13 @@ class Saves:
         say(f"saving step {step}: training waited {time.monotonic() - begun:.3f} s")
 
     def look(self) -> None:
-        """Tell of a save that has ended since."""
-        if self._saver is not None:
-            self._tell(self._saver.news())
+        """After each step: tell of a save that has ended since; after the first, when there are moments, prepare for one."""
+        if self._saver is None:
+            return
+        if not self._prepared:
+            self._saver.prepare(snapshot.entries(self._engine))
+            self._prepared = True
+        self._tell(self._saver.news())
 
     def finish(self, required: bool = False) -> None:
         """Wait for the save in work. `required`: raise CheckpointError if it failed."""

@@ -225,6 +225,24 @@ def on_a_disk_that_lies(config: Config) -> str:
     return ""
 
 
+def prepared(folder: Path) -> tuple[bool, torch.Tensor]:
+    """Whether a save uses the memory that was prepared for it, and what it wrote."""
+    box = Box((0, 0), (4, 4))
+    entries = [Entry("w", (4, 4), box, {"master": torch.ones(4, 4), "exp_avg": torch.zeros(4, 4)})]
+    saver = Saver(folder, 0, None, None)
+    saver.prepare(entries).result()
+    place = saver._copy._buffer.data_ptr()
+    saver.start(1, entries, {}, {})
+    same = saver._copy._buffer.data_ptr() == place
+    saver.close()
+    return same, Reader(folder / "step_00000001").read("master", "w", box)
+
+
+def test_memory_that_was_made_ahead_is_what_a_save_uses(ranks: Pool, tmp_path: Path) -> None:
+    ((same, on_disk),) = ranks.run(1, prepared, tmp_path)
+    assert same and torch.equal(on_disk, torch.ones(4, 4))
+
+
 def saving_beside_what_cannot_be_deleted(folder: Path) -> list[Any]:
     def refuse(*_: Any) -> None:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), "step_00000001")

@@ -153,6 +153,8 @@ def test_a_spike_is_refused_before_it_reaches_the_weights(parallel: Tree, stage:
         assert same(result["by_step"][4], result["by_step"][3])
         assert not same(result["by_step"][5], result["by_step"][4])
     assert "is a spike: above" in results[0]["said"]
+    if stage == 3:  # slow; the other stages show what would have been
+        return
     ignored = config_with(tmp_path / "other", parallel=parallel, zero={"stage": stage})
     without = ranks.run(4, run_with, ignored, loss_is_a_spike, {BAD})
     assert not same(without[0]["by_step"][4], without[0]["by_step"][3])  # it would have

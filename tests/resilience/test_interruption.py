@@ -70,8 +70,8 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on_bit_for_bit(
 
 
 def test_the_end_of_the_hours_does_the_same(tmp_path: Path) -> None:
-    job = start(tmp_path, LONG, training={"max_hours": 6 / 3600})
     begun = time.monotonic()
+    job = start(tmp_path, LONG, training={"max_hours": 6 / 3600})
     assert job.finish(60) == [REQUEUE, REQUEUE]
     assert time.monotonic() - begun > 6
     assert "ends early (training.max_hours 0.00166667) with exit code 75" in job.output()
