@@ -101,7 +101,8 @@ class Trainer:
         It is 0 for a run that is complete, `REQUEUE` for one that was asked to end and has saved. Raises TrainingError for
         one that must not go on, and CheckpointError where the last checkpoint could not be saved.
         """
-        with Interruption(self.config.training.max_hours, self._begun) as self._interruption:
+        max_hours = self.config.training.max_hours if self.topology.rank == 0 else None  # one clock for all
+        with Interruption(max_hours, self._begun) as self._interruption:
             complete = self._steps()
             if not complete:
                 return self._end_early(self._interruption)

@@ -166,6 +166,8 @@ def test_a_job_that_is_cancelled_lets_its_tasks_save_and_is_not_requeued(slurm: 
         "    os.kill(int(os.environ['SCRIPT']), signal.SIGTERM)\n"
         "    time.sleep(0.5)\n"
         "    pathlib.Path('saved').touch()\n"
+        "while not pathlib.Path('saved').exists():\n"  # ranks end together
+        "    time.sleep(0.01)\n"
         "raise SystemExit(75)\n"
     )
     wrapper = tmp_path / "wrapper.sh"
