@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megagpt.checkpoint.boxes import Box
 from megagpt.checkpoint.files import digest, write_durably
-from megagpt.errors import CheckpointError, listed
+from megagpt.errors import CheckpointError
 
 MANIFEST, MANIFEST_SUM, LATEST = "manifest.json", "manifest.sha256", "latest"
 MASTER = "master"
@@ -151,11 +151,6 @@ def resolve_checkpoint(path: str | Path) -> Path:
     if not found:
         raise CheckpointError(f"{folder}: no checkpoint here; expected a folder with {MANIFEST}, or a run's folder of such")
     return found[0]
-
-
-def named_whole(directory: Path) -> str:
-    """The checkpoints that have a manifest, for messages."""
-    return listed(path.name for path in folders_of(directory) if (path / MANIFEST).exists()) or "none"
 
 
 def _entries(directory: Path) -> list[Path]:
