@@ -47,7 +47,7 @@ setup(
     packages=find_packages(include=["megagpt", "megagpt.*"]),
     install_requires=[
         "torch>=2.10",  # the first with Tensor.grad_dtype
-        "deepspeed>=0.19",
+        "deepspeed>=0.19,<0.20",  # megagpt uses private parts: engine/deepspeed_internals.py
         "numpy>=1.26",
         "pydantic>=2.7",  # the first with use_attribute_docstrings
         "json5>=0.9.20",

@@ -17,12 +17,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from megagpt.config.schema import Schedule
+from megagpt.distributed.phase import PhaseTracker
+from megagpt.parallel.deferred_gradients import DeferredGradients
 from megagpt.parallel.topology import Topology
-from megagpt.parallel.weight_gradients import WeightGradients
-from megagpt.parallel.whereabouts import Whereabouts
 from megagpt.pipeline.executor import Executor
-from megagpt.pipeline.schedule import INTERLEAVED, chunks_per_rank, make_plan
-from megagpt.pipeline.simulate import simulate
+from megagpt.schedules.registry import INTERLEAVED, chunks_per_rank, make_plan
+from megagpt.schedules.simulate import simulate
 
 SCHEDULES: list[Schedule] = [name for name in get_args(Schedule) if name != "auto"]
 
@@ -61,7 +61,7 @@ def theory(name: Schedule, stages: int) -> str:
 class SleepingChunk:
     """A stage whose forward, backward and weight gradient take `seconds` each."""
 
-    def __init__(self, seconds: float, later: WeightGradients) -> None:
+    def __init__(self, seconds: float, later: DeferredGradients) -> None:
         self.seconds, self.later = seconds, later
 
     def __call__(self, x: torch.Tensor | None, micro_batch: Any) -> torch.Tensor:
@@ -101,10 +101,10 @@ def _rank(rank: int, stages: int, sizes: list[int], seconds: float, queue: Any) 
 def _measure(topology: Topology, name: Schedule, micro_batches: int, seconds: float) -> float:
     """The mean idle share of one run of the plan."""
     stages, virtual = topology.layout.pipeline, 2 if name in INTERLEAVED else 1
-    plan, later, like = make_plan(name, stages, micro_batches, virtual), WeightGradients(), torch.empty(1, 1, 1)
+    plan, later, like = make_plan(name, stages, micro_batches, virtual), DeferredGradients(), torch.empty(1, 1, 1)
     part = seconds / chunks_per_rank(name, virtual)
-    chunks = {stage: SleepingChunk(part, later) for stage in plan.stages_of(topology.at.pipeline)}
-    executor = Executor(plan, chunks, topology, later, like, Whereabouts())
+    chunks = {stage: SleepingChunk(part, later) for stage in plan.stages_of(topology.pp_rank)}
+    executor = Executor(plan, chunks, topology, later, like, PhaseTracker())
     executor.step(["any"] * micro_batches, torch.ones(1, 1, 1))  # opens the connections
     dist.barrier()
     start = time.time()

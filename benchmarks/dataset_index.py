@@ -19,7 +19,7 @@ import numpy as np
 
 from megagpt.data.gpt_dataset import PackedCorpus
 from megagpt.data.indexed import IndexedCorpus, IndexedWriter
-from megagpt.data.order import epoch_order
+from megagpt.data.shuffle import epoch_order
 
 
 def main() -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megagpt.data.ahead import Ahead
 from megagpt.data.gpt_dataset import PackedCorpus
 from megagpt.data.indexed import IndexedCorpus, IndexedWriter, files_of
+from megagpt.data.prefetch import Prefetcher
 from megagpt.data.sampler import GlobalBatches
 from megagpt.training.trainer import BATCHES_AHEAD
 
@@ -48,7 +48,7 @@ def main() -> None:
 def waiting(batches: GlobalBatches, steps: int, step_seconds: float) -> float:
     """Share of the time that `steps` steps wait for their batches; the first one, which nothing could hide, aside."""
     a = np.random.default_rng(0).standard_normal((256, 256))
-    with Ahead((batches.at((1000 + step) * batches.size) for step in range(steps)), BATCHES_AHEAD) as ready:
+    with Prefetcher((batches.at((1000 + step) * batches.size) for step in range(steps)), BATCHES_AHEAD) as ready:
         for number, _ in enumerate(ready):
             if number == 0:
                 start, first = time.perf_counter(), ready.seconds_waited

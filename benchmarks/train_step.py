@@ -27,10 +27,10 @@ import torch
 from megagpt.config import Config, build_config
 from megagpt.data.blend import build_datasets
 from megagpt.data.indexed import IndexedWriter
+from megagpt.distributed.launcher import Launcher
+from megagpt.distributed.process_group import start
 from megagpt.parallel.topology import Topology
-from megagpt.training.batches import global_batches
-from megagpt.training.place import Place
-from megagpt.training.processes import start
+from megagpt.training.micro_batches import global_batches
 from megagpt.training.trainer import Batch, Trainer
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of one process")
     parser.add_argument("--rounds", type=int, default=8, help="alternating steps counted of each, after two not counted")
     args = parser.parse_args()
-    device, _ = start(Place())
+    device, _ = start(Launcher())
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         config = shape(folder)

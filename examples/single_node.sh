@@ -4,8 +4,9 @@
 #   bash examples/single_node.sh GPUS CONFIG [--set key=value]...
 #   bash examples/single_node.sh 8 configs/6B.json --set data.paths=data/web_text_document
 #
-# GPUS must fit the config's layout: a multiple of parallel.tensor x parallel.pipeline; what is left over is data
-# parallel. `--print-config` after CONFIG shows what would run. On a machine without GPUs the ranks run on its cores.
+# GPUS must be a multiple of parallel.tensor x parallel.pipeline x parallel.context of the config; the quotient is the
+# data-parallel size. `--print-config` after CONFIG prints what would run. On a machine without GPUs, the ranks run on the
+# CPU cores.
 set -euo pipefail
 
 if (($# < 2)); then
@@ -15,10 +16,10 @@ fi
 gpus=$1 config=$2
 shift 2
 
-# Paths in configs are relative to the repository root; the commands of its environment, if made by `make setup`, come first.
+# Paths in configs are relative to the repository root. If `make setup` has created .venv, its commands are used.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PATH="$PWD/.venv/bin:$PATH"
-# Each rank has its own thread pool: without a limit every one of them takes all cores.
+# Each rank has its own thread pool; without a limit, each one would use all cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 exec deepspeed --num_gpus "$gpus" pretrain_gpt.py --config "$config" "$@"

@@ -1,10 +1,10 @@
-"""The project's own errors: what a user can mend, said in one sentence, printed without a traceback."""
+"""The project's own errors: problems that a user can fix, reported in one sentence without a traceback."""
 
 from collections.abc import Iterable
 
 
 class MegagptError(Exception):
-    """Base of every error that is the input's fault, not the program's."""
+    """Base class of all errors caused by the input or the environment, not by a bug."""
 
 
 class ConfigError(MegagptError):
@@ -19,11 +19,16 @@ class CheckpointError(MegagptError):
     """A checkpoint that is missing, damaged or of another model."""
 
 
+class StorageError(CheckpointError):
+    """A checkpoint file or folder that the operating system cannot read or write."""
+
+
 class TrainingError(MegagptError):
-    """A run that must not go on: its loss, its weights or its ranks are not what they should be."""
+    """A run that must stop: its loss, its weights or its ranks are not valid."""
 
 
-def listed(items: Iterable[str], most: int = 8) -> str:
-    """A list for a message, cut where it is long."""
-    found = list(items)
-    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
+def listed(items: Iterable[str], limit: int = 8) -> str:
+    """Join items for a message, for example "a, b and 3 more"; at most `limit` items are named."""
+    names = list(items)
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest

@@ -1,4 +1,4 @@
-"""Shared by all tests: no GPU, no hub, no network, and one pool of ranks for the session."""
+"""Shared by all tests: no GPU, no hub, no network, and one pool of ranks per session."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written in one pass, hashed on the way, flushed to the disk, read back."""
+"""Files that are either complete or absent: written in one pass, hashed while writing, flushed to disk, read back."""
 
 import hashlib
 import json
@@ -10,82 +10,88 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
 _BLOCK = 2**24
-"""Bytes written or read at a time."""
+"""Bytes per read or write call."""
 
 
-class Spec(NamedTuple):
-    """A tensor that a safetensors file will hold."""
+class TensorSpec(NamedTuple):
+    """Key, dtype and shape of a tensor in a safetensors file."""
 
     key: str
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @property
+    def n_bytes(self) -> int:
+        """Size of the tensor in bytes."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
 
 class Written(NamedTuple):
-    """A file on disk."""
+    """Size and checksum of a file that was written."""
 
     bytes: int
     sha256: str
-    """Hex, of what was to be written."""
+    """Hex digest of the data that was passed to the operating system."""
 
 
 def write_safetensors(
-    path: Path, specs: Sequence[Spec], tensors: Iterable[Tensor], metadata: dict[str, str] | None = None
+    path: Path, specs: Sequence[TensorSpec], tensors: Iterable[Tensor], metadata: dict[str, str] | None = None
 ) -> Written:
-    """Write one safetensors file (huggingface.co/docs/safetensors) and flush it to the disk.
+    """Write one safetensors file (huggingface.co/docs/safetensors) and flush it to disk.
 
-    `tensors`: those of `specs` in their order, each on the CPU; at most one of them is held at a time. The package's own
-    writer takes all as bytes objects at once, a second copy of a rank's whole state, and the checksum another reading.
+    `tensors`: the tensors of `specs`, in the same order, each on the CPU. Only one of them is in memory at a time if the
+    iterable builds them on demand. The writer of the safetensors package needs all tensors as bytes objects at once, a
+    second copy of a rank's entire state, and the checksum would need another read.
     """
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for spec in specs:
-        start, end = end, end + spec.dtype.itemsize * torch.Size(spec.shape).numel()
-        header[spec.key] = {"dtype": _TYPES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
+        start, end = end, end + spec.n_bytes
+        header[spec.key] = {"dtype": _DTYPES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8 bytes
-    total = hashlib.sha256()
+    text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8 bytes
+    checksum = hashlib.sha256()
     with path.open("wb", buffering=0) as file:
-        for part in (len(text).to_bytes(8, "little"), text):
-            _write(file.fileno(), memoryview(part), total)
-        coming = iter(tensors)
+        for block in (len(text).to_bytes(8, "little"), text):
+            _write(file.fileno(), memoryview(block), checksum)
+        remaining = iter(tensors)
         for spec in specs:
-            tensor = next(coming)
+            tensor = next(remaining)
             assert tensor.dtype == spec.dtype and tuple(tensor.shape) == spec.shape, f"{spec.key}: {tensor.shape}"
-            _write(file.fileno(), _bytes(tensor), total)
-            del tensor  # before the next is made
+            _write(file.fileno(), _bytes(tensor), checksum)
+            del tensor  # free it before the next one is built
         os.fsync(file.fileno())
         size = os.fstat(file.fileno()).st_size
-    flush_folder(path.parent)
-    return Written(size, total.hexdigest())
+    fsync_folder(path.parent)
+    return Written(size, checksum.hexdigest())
 
 
-def digest(path: Path, from_disk: bool = False) -> str:
-    """SHA-256 of a file, hex. `from_disk`: what the system still holds of it in memory is dropped first."""
-    total = hashlib.sha256()
+def sha256_of_file(path: Path, from_disk: bool = False) -> str:
+    """Return the SHA-256 of a file as hex digits. `from_disk`: drop the file's pages from the page cache first."""
+    checksum = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         if from_disk:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while block := file.read(_BLOCK):
-            total.update(block)
-    return total.hexdigest()
+            checksum.update(block)
+    return checksum.hexdigest()
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Write a small file whole or not at all: aside, flushed to disk, renamed."""
-    aside = path.with_name(path.name + ".new")
-    with aside.open("w", encoding="utf-8") as file:
+    """Write a small file atomically: to a temporary file, flushed to disk, then renamed."""
+    temporary = path.with_name(path.name + ".new")
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    aside.replace(path)
-    flush_folder(path.parent)
+    temporary.replace(path)
+    fsync_folder(path.parent)
 
 
-def flush_folder(folder: Path) -> None:
-    """Make a folder's new names durable."""
+def fsync_folder(folder: Path) -> None:
+    """Flush a folder to disk, so that the names of new and renamed files survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -94,14 +100,14 @@ def flush_folder(folder: Path) -> None:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """The tensor's own memory, where it is contiguous."""
+    """Return the bytes of a tensor, without a copy if it is contiguous."""
     flat = tensor.detach().contiguous().view(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def _write(descriptor: int, content: memoryview, total: "hashlib._Hash") -> None:
+def _write(descriptor: int, content: memoryview, checksum: "hashlib._Hash") -> None:
     for start in range(0, len(content), _BLOCK):
         block = content[start : start + _BLOCK]
-        total.update(block)
+        checksum.update(block)
         while block:
             block = block[os.write(descriptor, block) :]

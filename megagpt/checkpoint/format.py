@@ -1,13 +1,13 @@
-"""A checkpoint on disk: safetensors and JSON, no pickles, no layout.
+"""Checkpoint format on disk: safetensors and JSON, no pickles, independent of the parallel layout.
 
-    DIR/latest                          the name of the newest checkpoint
-    DIR/step_00000100/manifest.json     step, config, files with size, SHA-256 and node, boxes of every tensor
-    DIR/step_00000100/manifest.sha256   of the manifest, as `sha256sum --check` reads it
+    DIR/latest                          name of the newest checkpoint
+    DIR/step_00000100/manifest.json     step, config, files with size, SHA-256 and host, boxes of every tensor
+    DIR/step_00000100/manifest.sha256   checksum of the manifest, in the format of `sha256sum --check`
     DIR/step_00000100/rank_00003.safetensors
 
-A tensor is (kind, name): kind "master" is the fp32 weight, "exp_avg" and "exp_avg_sq" Adam's moments. Each file holds
-boxes of logical tensors under keys "kind/name@row,column". A checkpoint is written in `step_....writing-TOKEN`, renamed
-when it is whole, and named in `latest` last.
+A saved tensor is identified by (state, parameter name). State "master" is the fp32 weight; "exp_avg" and "exp_avg_sq" are
+Adam's moments. Each file holds boxes of tensors, under keys "state/name@offset,offset". A checkpoint is written to a
+folder `step_....writing-TOKEN`, renamed when it is complete, and named in `latest` last.
 """
 
 import hashlib
@@ -18,13 +18,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megagpt.checkpoint.boxes import Box
-from megagpt.checkpoint.files import digest, write_durably
+from megagpt.checkpoint.files import sha256_of_file, write_durably
 from megagpt.errors import CheckpointError
 
 MANIFEST, MANIFEST_SUM, LATEST = "manifest.json", "manifest.sha256", "latest"
 MASTER = "master"
 WRITING = ".writing-"
-"""Between a checkpoint's name and the token of the start that writes it."""
+"""Separates the final name of a folder or file from a random token while it is being written."""
 
 
 class _Record(BaseModel):
@@ -32,91 +32,99 @@ class _Record(BaseModel):
 
 
 class FileRecord(_Record):
-    """One rank's file, as it was written."""
+    """One safetensors file, as it was written."""
 
-    name: str = Field(pattern=r"^rank_\d+\.safetensors$")  # never a path out of the folder
+    name: str = Field(pattern=r"^rank_\d+\.safetensors$")  # cannot be a path to another folder
     bytes: int = Field(ge=0)
     sha256: str
     node: str
-    """Host that wrote it."""
+    """Host that wrote the file."""
 
 
 class TensorRecord(_Record):
-    """A parameter: its weight and what else was kept of it, all cut into the same boxes."""
+    """One parameter: its weight and optimizer states, all split into the same boxes."""
 
     shape: list[int]
     kinds: list[str]
-    """"master" and its moments."""
+    """State names: "master" and the optimizer states that were saved."""
     boxes: list[tuple[int, list[int], list[int]]]
-    """(number in `Manifest.files`, offset, size) of each."""
+    """(index into `Manifest.files`, offset, size) of each box."""
 
 
 class Manifest(_Record):
-    """What a checkpoint holds."""
+    """Contents of a checkpoint."""
 
     format: Literal["megagpt-checkpoint"] = "megagpt-checkpoint"
     version: Literal[2] = 2
     step: int = Field(ge=0)
     config: dict[str, Any]
     state: dict[str, Any]
-    """Small facts of the run; `training/snapshot.py` says which."""
+    """Small facts of the run, defined in `training/train_state.py`."""
     tensors: dict[str, TensorRecord]
-    """By logical name."""
+    """Parameter name -> record; the names are the same under every layout."""
     files: list[FileRecord]
 
     @property
     def total_bytes(self) -> int:
-        """Of all files of tensors."""
+        """Total size of all safetensors files."""
         return sum(file.bytes for file in self.files)
 
 
-def box_key(kind: str, name: str, box: Box) -> str:
-    """The key of a box in its file."""
-    return f"{kind}/{name}@{','.join(map(str, box.offset))}"
+def box_key(state: str, name: str, box: Box) -> str:
+    """Return the key of a box in its safetensors file."""
+    return f"{state}/{name}@{','.join(map(str, box.offset))}"
 
 
 def rank_file(rank: int) -> str:
-    """Name of the file that a rank writes."""
+    """Return the name of the file that a rank writes."""
     return f"rank_{rank:05d}.safetensors"
 
 
 def step_folder(directory: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is."""
+    """Return the folder of the checkpoint of `step`."""
     return directory / f"step_{step:08d}"
 
 
+def temporary_folder(folder: Path, token: str) -> Path:
+    """Return the folder that a checkpoint is written to before it is renamed to `folder`; `token`: unique to the process."""
+    return folder.with_name(f"{folder.name}{WRITING}{token}")
+
+
 def step_of(folder: Path) -> int | None:
-    """The step in a checkpoint folder's name; None for any other folder."""
-    found = re.fullmatch(r"step_(\d{8,})", folder.name)
-    return int(found[1]) if found else None
+    """Return the step in a checkpoint folder's name, or None for any other folder."""
+    match = re.fullmatch(r"step_(\d{8,})", folder.name)
+    return int(match[1]) if match else None
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """The manifest and its checksum, durably."""
+    """Write the manifest and its checksum durably."""
     write_durably(folder / MANIFEST, manifest.model_dump_json())
-    write_durably(folder / MANIFEST_SUM, f"{digest(folder / MANIFEST)}  {MANIFEST}\n")
+    write_durably(folder / MANIFEST_SUM, f"{sha256_of_file(folder / MANIFEST)}  {MANIFEST}\n")
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint; raises CheckpointError where it is missing, damaged or of another format."""
-    path, total = folder / MANIFEST, folder / MANIFEST_SUM
+    """Read the manifest of a checkpoint. Raises CheckpointError if it is missing, damaged or of another format."""
+    path = folder / MANIFEST
     try:
         content = path.read_bytes()
-        told = total.read_bytes().split(b" ")[0].decode("ascii", "replace")
+        expected = (folder / MANIFEST_SUM).read_bytes().split(b" ")[0].decode("ascii", "replace")
     except OSError as error:
-        raise CheckpointError(f"{error.filename}: {error.strerror}; the checkpoint is not whole") from None
-    if hashlib.sha256(content).hexdigest() != told:
-        raise CheckpointError(f"{path}: its SHA-256 is not the one in {MANIFEST_SUM}; the file is damaged")
+        raise CheckpointError(f"{error.filename}: {error.strerror}; the checkpoint is incomplete") from None
+    if hashlib.sha256(content).hexdigest() != expected:
+        raise CheckpointError(f"{path}: its SHA-256 differs from the one in {MANIFEST_SUM}; the file is damaged")
     try:
         return Manifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise CheckpointError(f"{path}: not a megagpt-checkpoint of version 2: {where}: {first['msg']}") from None
+        location = ".".join(map(str, first["loc"])) or "the file"
+        raise CheckpointError(f"{path}: not a megagpt-checkpoint of version 2: {location}: {first['msg']}") from None
 
 
-def pointed_at(directory: Path) -> str | None:
-    """The name that `latest` holds, whatever it is; None where there is no such file. Raises CheckpointError if unreadable."""
+def latest_name(directory: Path) -> str | None:
+    """Return the content of `latest`, unchecked, or None if the file does not exist.
+
+    Raises CheckpointError if the file cannot be read.
+    """
     pointer = directory / LATEST
     try:
         with pointer.open("rb") as file:
@@ -127,30 +135,35 @@ def pointed_at(directory: Path) -> str | None:
         raise CheckpointError(f"{pointer}: {error.strerror}") from None
 
 
-def folders_of(directory: Path) -> list[Path]:
-    """The folders named as checkpoints in a run's folder, whole or not: what `latest` names first, then from the newest."""
-    found = {path for path in _entries(directory) if step_of(path) is not None}
-    named = pointed_at(directory)
-    return sorted(found, key=lambda path: (path.name == named, step_of(path) or 0), reverse=True)
+def checkpoint_folders(directory: Path) -> list[Path]:
+    """Return all folders of a run that are named like checkpoints, complete or not.
+
+    The one that `latest` names is first, then the others from newest to oldest.
+    """
+    folders = [path for path in _entries(directory) if step_of(path) is not None]
+    latest = latest_name(directory)
+    return sorted(folders, key=lambda path: (path.name == latest, step_of(path) or 0), reverse=True)
 
 
-def unfinished(directory: Path) -> list[Path]:
-    """Folders that a save or a deletion left which was cut short."""
+def unfinished_folders(directory: Path) -> list[Path]:
+    """Return the folders that an interrupted save or deletion left behind."""
     return sorted(path for path in _entries(directory) if re.fullmatch(r"step_\d{8,}\.(writing-.*|deleting)", path.name))
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """A checkpoint's folder from a path to it or to the run's folder, of which the newest is taken.
+    """Return the checkpoint folder at `path`, or the newest checkpoint if `path` is a run's folder.
 
-    Raises CheckpointError where there is none; whether it is whole is not looked at.
+    Raises CheckpointError if there is none. Does not verify the checkpoint.
     """
     folder = Path(path)
     if (folder / MANIFEST).exists() or step_of(folder) is not None:
         return folder
-    found = folders_of(folder)
-    if not found:
-        raise CheckpointError(f"{folder}: no checkpoint here; expected a folder with {MANIFEST}, or a run's folder of such")
-    return found[0]
+    folders = checkpoint_folders(folder)
+    if not folders:
+        raise CheckpointError(
+            f"{folder}: no checkpoint here; expected a folder with {MANIFEST}, or a folder that contains checkpoints"
+        )
+    return folders[0]
 
 
 def _entries(directory: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Reading a checkpoint: any box of any tensor, whatever layout wrote it. Tensors and JSON only; no code is run."""
+"""Read a checkpoint: any box of any tensor, written under any layout. Reads tensors and JSON only; no code is run."""
 
 from pathlib import Path
 from typing import Any
@@ -7,75 +7,80 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from megagpt.checkpoint.boxes import Box, pieces
+from megagpt.checkpoint.boxes import Box, boxes_of_range
 from megagpt.checkpoint.format import MASTER, Manifest, box_key, read_manifest
-from megagpt.errors import CheckpointError
-from megagpt.parallel.shard import shard_of
+from megagpt.errors import CheckpointError, listed
+from megagpt.parallel.parameter import shard_of
 
 
 class Reader:
     """An open checkpoint."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads the manifest alone; raises CheckpointError. `check.py` looks at the files."""
+        """Read the manifest; `verify.py` checks the other files. Raises CheckpointError."""
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
         self.bytes_read = 0
-        """Of tensors, so far."""
+        """Bytes of tensors read so far."""
         self._files: dict[str, Any] = {}
 
-    def has(self, kind: str, name: str) -> bool:
-        """Whether the tensor was kept: "master", "exp_avg", ... of a parameter."""
+    def has(self, state: str, name: str) -> bool:
+        """Return whether a state ("master", "exp_avg", ...) of a parameter was saved."""
         record = self.manifest.tensors.get(name)
-        return record is not None and kind in record.kinds
+        return record is not None and state in record.kinds
 
     def check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Raise CheckpointError that names every parameter which is missing or has another shape than the model's."""
+        """Raise CheckpointError if a parameter of the model is missing or has another shape; `shapes`: those of the model."""
         saved = {name: record.shape for name, record in self.manifest.tensors.items()}
         problems = [
-            f"{name} is {saved.get(name, 'missing')}, the model has {list(shape)}"
+            f"{name} (saved: {saved.get(name, 'missing')}; model: {list(shape)})"
             for name, shape in sorted(shapes.items())
             if list(shape) != saved.get(name)
         ]
         if problems:
-            shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-            raise CheckpointError(f"{self.folder}: the checkpoint is of another model: {shown}")
+            raise CheckpointError(f"{self.folder}: the checkpoint is of another model: {listed(problems)}")
 
-    def read(self, kind: str, name: str, box: Box) -> Tensor:
-        """The values of a box, fp32 on the CPU, put together from the boxes that were saved. Shape: the box's size."""
+    def read(self, state: str, name: str, box: Box) -> Tensor:
+        """Read the values of a box, from all saved boxes that overlap it. Returns an fp32 CPU tensor of the box's size.
+
+        Raises CheckpointError if values are missing.
+        """
         out = torch.empty(box.size)
         missing = box.numel
-        for file, offset, size in self.manifest.tensors[name].boxes if self.has(kind, name) else []:
+        boxes = self.manifest.tensors[name].boxes if self.has(state, name) else []
+        for file, offset, size in boxes:
             saved = Box(tuple(offset), tuple(size))
             shared = box.intersection(saved)
             if shared is None:
                 continue
-            out[shared.within(box)] = self._slice(file, box_key(kind, name, saved), saved, shared)
+            out[shared.within(box)] = self._slice(file, box_key(state, name, saved), saved, shared)
             missing -= shared.numel
             self.bytes_read += shared.numel * out.itemsize
         if missing:
-            raise CheckpointError(f"{self.folder}: {kind} of {name} has a gap at {box.offset}; the checkpoint is not whole")
+            raise CheckpointError(
+                f"{self.folder}: {missing} of {box.numel} values of {state} of {name} at {box.offset} are missing; "
+                "the checkpoint is incomplete"
+            )
         return out
 
     @torch.no_grad()
     def fill(self, parameter: nn.Parameter) -> None:
-        """Write a rank's whole tensor of a parameter, in its own precision; padding rows of the vocabulary become zeros."""
+        """Load a rank's tensor of a parameter, converted to the parameter's dtype; vocabulary padding becomes zero."""
         shard = shard_of(parameter)
         parameter.zero_()
-        for piece in pieces(shard, tuple(parameter.shape), 0, parameter.numel()):  # all of it: one box from the start
+        for piece in boxes_of_range(shard, tuple(parameter.shape), 0, parameter.numel()):  # the full range is one box
             values = self.read(MASTER, shard.name, piece.box)
             parameter[tuple(slice(0, length) for length in piece.box.size)] = values.to(parameter)
 
-    def _slice(self, number: int, key: str, saved: Box, wanted: Box) -> Tensor:
-        name = self.manifest.files[number].name
+    def _slice(self, file: int, key: str, saved: Box, wanted: Box) -> Tensor:
+        """Read the region `wanted` of the saved box under `key`."""
+        path = self.folder / self.manifest.files[file].name
         try:
-            if name not in self._files:
-                self._files[name] = safe_open(self.folder / name, framework="pt")
-            values = self._files[name].get_slice(key)
+            if path.name not in self._files:
+                self._files[path.name] = safe_open(path, framework="pt")
+            values = self._files[path.name].get_slice(key)
             if tuple(values.get_shape()) != saved.size:
-                raise CheckpointError(
-                    f"{self.folder / name}: {key} is {values.get_shape()}, the manifest has {list(saved.size)}"
-                )
+                raise CheckpointError(f"{path}: {key} has shape {values.get_shape()}, expected {list(saved.size)}")
             return values[wanted.within(saved)]
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.folder / name}: cannot be read: {error}") from None
+            raise CheckpointError(f"{path}: cannot be read: {error}") from None

@@ -1,41 +1,43 @@
-"""tools/draw_schedule.py: a pipeline schedule's timeline as a picture, or all schedules compared in a table."""
+"""tools/draw_schedule.py: draw the timeline of a pipeline schedule, or compare all schedules in a table."""
 
 import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
 from megagpt.commands import shell
-from megagpt.config.schema import Schedule
 from megagpt.errors import ConfigError
-from megagpt.pipeline.costs import CostModel, even_costs
-from megagpt.pipeline.picture import draw
-from megagpt.pipeline.plan import Plan
-from megagpt.pipeline.schedule import INTERLEAVED, make_plan
-from megagpt.pipeline.simulate import Simulation, simulate
+from megagpt.planner.schedule_costs import CostModel, even_costs
+from megagpt.schedules.draw import draw
+from megagpt.schedules.plan import Plan
+from megagpt.schedules.registry import SCHEDULES, make_plan
+from megagpt.schedules.simulate import Simulation, simulate
 
 EXAMPLE = """examples:
   python tools/draw_schedule.py --schedule zbv --stages 4 --micro-batches 8 --output zbv.svg
   python tools/draw_schedule.py --schedule zb_h1 --stages 4 --micro-batches 8 --costs F=1,I=1.2,W=0.8
   python tools/draw_schedule.py --stages 4 --micro-batches 4 8 16"""
+DEFAULT_VIRTUAL_STAGES = 2
+"""Chunks per rank of the interleaved schedules."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="draw_schedule", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    """Run the command and return its exit code."""
+    parser = shell.command_parser("draw_schedule", __doc__, EXAMPLE)
+    parser.add_argument("--schedule", choices=list(SCHEDULES), help="schedule to draw; if absent, print a table of all")
+    parser.add_argument("--stages", type=int, required=True, help="number of pipeline ranks (parallel.pipeline)")
+    parser.add_argument(
+        "--micro-batches", type=int, nargs="+", required=True, help="micro-batches per step of one data-parallel rank"
     )
-    parser.add_argument("--schedule", choices=get_args(Schedule), help="the schedule to draw; without it, a table of all")
-    parser.add_argument("--stages", type=int, required=True, help="pipeline ranks (parallel.pipeline)")
-    parser.add_argument("--micro-batches", type=int, nargs="+", required=True, help="micro-batches of a step and data rank")
-    parser.add_argument("--virtual-stages", type=int, help="chunks on a rank of the interleaved schedules (2)")
+    parser.add_argument(
+        "--virtual-stages", type=int, help=f"chunks per rank of the interleaved schedules ({DEFAULT_VIRTUAL_STAGES})"
+    )
     parser.add_argument(
         "--costs",
         default="F=1,I=1,W=1",
-        help="times of one micro-batch on one rank's layers: forward, backward for the input, weight gradients (%(default)s)",
+        help="times of one micro-batch on the layers of one rank: forward, input gradient, weight gradients (%(default)s)",
     )
-    parser.add_argument("--transfer", type=float, default=0.0, help="time that a message is under way (%(default)s)")
+    parser.add_argument("--transfer", type=float, default=0.0, help="travel time of a message (%(default)s)")
     parser.add_argument("--output", help="picture to write, .svg")
     return shell.run(_run, parser, argv)
 
@@ -46,58 +48,58 @@ def _run(args: argparse.Namespace) -> None:
     costs = even_costs(args.stages, *read_costs(args.costs))
     if args.schedule is None:
         if args.output is not None:
-            raise ConfigError("--output: a picture is of one schedule; add --schedule")
-        print(comparison(args.stages, args.micro_batches, args.virtual_stages or 2, costs, args.transfer))
+            raise ConfigError("--output: a picture shows one schedule; add --schedule")
+        virtual_stages = args.virtual_stages or DEFAULT_VIRTUAL_STAGES
+        print(comparison(args.stages, args.micro_batches, virtual_stages, costs, args.transfer))
         return
     if len(args.micro_batches) != 1:
         raise ConfigError(f"--micro-batches: {len(args.micro_batches)} numbers with --schedule, which takes one")
     micro_batches = args.micro_batches[0]
-    virtual_stages = args.virtual_stages or (2 if args.schedule in INTERLEAVED else 1)
-    plan = _plan(args.schedule, args.stages, micro_batches, virtual_stages)
-    played = simulate(plan, costs(plan.n_stages), args.transfer, in_order=False)
-    title = (
-        f"{args.schedule}: {_count(args.stages, 'rank')}, {_count(micro_batches, 'micro-batch')}, {played.makespan:.4g} a step"
-    )
-    print(f"{title}\n{by_rank(plan, played)}")
+    virtual_stages = args.virtual_stages or (DEFAULT_VIRTUAL_STAGES if SCHEDULES[args.schedule].interleaved else 1)
+    plan = _make_plan(args.schedule, args.stages, micro_batches, virtual_stages)
+    simulation = simulate(plan, costs(plan.n_stages), args.transfer, in_order=False)
+    sizes = f"{_count(args.stages, 'rank')}, {_count(micro_batches, 'micro-batch')}"
+    title = f"{args.schedule}: {sizes}, {simulation.makespan:.4g} per step"
+    print(f"{title}\n{table_by_rank(plan, simulation)}")
     if args.output is not None:
-        _write(args.output, draw(plan, played, title))
+        _write(args.output, draw(plan, simulation, title))
 
 
 def comparison(ranks: int, micro_batches: Sequence[int], virtual_stages: int, costs: CostModel, transfer: float) -> str:
-    """All schedules as a Markdown table: idle share and most activations held, for each number of micro-batches.
+    """Return a Markdown table of all schedules: idle share and micro-batches in flight, for each number of micro-batches.
 
-    Raises ConfigError for numbers that make no plan.
+    Both are the maximum over the ranks. Raises ConfigError if a plan cannot be built for these numbers.
     """
-    heads = [f"{what}, {m} micro-batches" for what in ("idle", "held") for m in micro_batches]
-    lines = [_line(["schedule", "chunks on a rank", *heads]), _line(["---"] * (2 + len(heads)))]
-    for name in get_args(Schedule):
-        plans = [_plan(name, ranks, m, virtual_stages if name in INTERLEAVED else 1) for m in micro_batches]
-        played = [simulate(plan, costs(plan.n_stages), transfer, in_order=False) for plan in plans]
-        chunks = plans[0].n_stages // ranks
-        idle = [f"{max(one.idle_share):.1%}" for one in played]
-        held = [f"{max(one.peak_live) / chunks:.3g}" for one in played]
-        lines.append(_line([name, str(chunks), *idle, *held]))
+    heads = [f"{column}, {m} micro-batches" for column in ("idle", "in flight") for m in micro_batches]
+    lines = [_table_row(["schedule", "chunks per rank", *heads]), _table_row(["---"] * (2 + len(heads)))]
+    for name, schedule in SCHEDULES.items():
+        plans = [_make_plan(name, ranks, m, virtual_stages if schedule.interleaved else 1) for m in micro_batches]
+        simulations = [simulate(plan, costs(plan.n_stages), transfer, in_order=False) for plan in plans]
+        chunks = plans[0].chunks_per_rank
+        idle = [f"{max(simulation.idle_share):.1%}" for simulation in simulations]
+        in_flight = [f"{max(simulation.peak_activations) / chunks:.3g}" for simulation in simulations]
+        lines.append(_table_row([name, str(chunks), *idle, *in_flight]))
     return "\n".join(lines)
 
 
-def by_rank(plan: Plan, played: Simulation) -> str:
-    """Idle share and most activations held of each rank, the latter in micro-batches through all of its layers."""
-    chunks = plan.n_stages // plan.n_ranks
-    rows = zip(played.idle_share, played.peak_live, strict=True)
-    lines = [f"{rank:4d}  {idle:6.1%}  {live / chunks:5.3g}" for rank, (idle, live) in enumerate(rows)]
-    return "\n".join(["rank    idle   held", *lines])
+def table_by_rank(plan: Plan, simulation: Simulation) -> str:
+    """Return a text table: each rank's idle share and its peak number of micro-batches in flight."""
+    lines = ["rank    idle   in flight"]
+    for rank, (idle, activations) in enumerate(zip(simulation.idle_share, simulation.peak_activations, strict=True)):
+        lines.append(f"{rank:4d}  {idle:6.1%}  {activations / plan.chunks_per_rank:10.3g}")
+    return "\n".join(lines)
 
 
 def read_costs(text: str) -> tuple[float, float, float]:
-    """The times of F, I and W in "F=1,I=1,W=1". Raises ConfigError where that is not what stands there."""
+    """Return the times of F, I and W in "F=1,I=1,W=1". Raises ConfigError for any other text, or if F is 0."""
     number = r"(\d+\.?\d*|\.\d+)"
-    found = re.fullmatch(f"F={number},I={number},W={number}", text)
-    if found is None or float(found[1]) == 0:
-        raise ConfigError(f'--costs {text}: expected three times, that of F above 0, such as "F=1,I=1.2,W=0.8"')
-    return float(found[1]), float(found[2]), float(found[3])
+    match = re.fullmatch(f"F={number},I={number},W={number}", text)
+    if match is None or float(match[1]) == 0:
+        raise ConfigError(f'--costs {text}: expected three times, F above 0, for example "F=1,I=1.2,W=0.8"')
+    return float(match[1]), float(match[2]), float(match[3])
 
 
-def _plan(name: Schedule, ranks: int, micro_batches: int, virtual_stages: int) -> Plan:
+def _make_plan(name: str, ranks: int, micro_batches: int, virtual_stages: int) -> Plan:
     try:
         return make_plan(name, ranks, micro_batches, virtual_stages)
     except ValueError as error:
@@ -114,10 +116,10 @@ def _write(path: str, text: str) -> None:
     print(f"{path}: written")
 
 
-def _line(cells: Sequence[str]) -> str:
+def _table_row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _count(number: int, what: str) -> str:
-    plural = "es" if what.endswith("ch") else "s"
-    return f"{number} {what}{plural if number != 1 else ''}"
+def _count(number: int, noun: str) -> str:
+    plural = "es" if noun.endswith("ch") else "s"
+    return f"{number} {noun}{plural if number != 1 else ''}"

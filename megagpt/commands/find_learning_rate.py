@@ -1,4 +1,4 @@
-"""tools/find_learning_rate.py: train a few steps at growing learning rates, and say which one to begin with."""
+"""tools/find_learning_rate.py: train a few steps at growing learning rates, and suggest one to start with."""
 
 import argparse
 import csv
@@ -7,75 +7,64 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megagpt.commands import job
+from megagpt.commands import job, shell
+from megagpt.distributed.launcher import Launcher
 from megagpt.errors import ConfigError
-from megagpt.training.place import Place
 
 if TYPE_CHECKING:
-    from megagpt.training.rate_search import Point, Suggestion
+    from megagpt.training.lr_finder import Point, Suggestion
 
 EXAMPLE = """examples:
   python tools/find_learning_rate.py --config configs/quickstart.json --output runs/rates
   torchrun --nproc_per_node 8 tools/find_learning_rate.py --config configs/125M.json --max-rate 0.1 --output rates
-The run is that of the config, from its initial weights, with --steps and the rates in place of its length and schedule;
-nothing is evaluated or saved. --set checkpoint.resume=PATH begins at a checkpoint."""
-NOTHING_ELSE = (
+The run starts from the config's initial weights and uses --steps and the growing rates instead of its length and schedule;
+nothing is evaluated or saved. --set checkpoint.resume=PATH starts from a checkpoint."""
+OVERRIDES = (
     "training.tokens=null",
     "training.epochs=null",
     "training.batch_ramp=null",
     "checkpoint.dir=null",
     "checkpoint.resume=never",
+    "resilience.on_spike=none",
     "logging.metrics_file=null",
     "logging.wandb.project=null",
 )
-"""Overrides that leave of a run its steps alone."""
+"""Turn off everything of the run but its training steps. A spike is expected: its update is made."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    args = _parser().parse_args(argv)
-    return job.run(lambda place: _find(args, place), args.debug)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="find_learning_rate", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, help="the run's JSON file")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of it")
-    # Not --max: torchrun takes that for a torn option of its own, even behind the script's name.
-    parser.add_argument("--min-rate", type=float, default=1e-6, help="first rate (1e-6)")
-    parser.add_argument("--max-rate", type=float, default=1.0, help="last rate (1)")
-    parser.add_argument("--steps", type=int, default=100, help="steps from the first rate to the last (100)")
+    """Run the command and return its exit code."""
+    parser = shell.command_parser("find_learning_rate", __doc__, EXAMPLE)
+    job.add_arguments(parser)
+    # Not --max: torchrun takes it for an abbreviation of its own option, even after the script's name.
+    parser.add_argument("--min-rate", type=float, default=1e-6, help="first learning rate (%(default)s)")
+    parser.add_argument("--max-rate", type=float, default=1.0, help="last learning rate (%(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="steps from the first rate to the last (%(default)s)")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.csv and PREFIX.png")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    return parser
+    args = parser.parse_args(argv)
+    return job.run(lambda launcher: _find(args, launcher), args.debug)
 
 
-def _find(args: argparse.Namespace, place: Place) -> None:
+def _find(args: argparse.Namespace, launcher: Launcher) -> None:
     rates = growing_rates(args.min_rate, args.max_rate, args.steps)
-    if place.rank == 0:
-        _make_table(args.output)
+    if launcher.rank == 0:
+        _create_table(args.output)
     points: list[Point] = []
-    overrides = [*NOTHING_ELSE, f"training.steps={args.steps}", *args.set]
-    with job.open_trainer(args.config, overrides, place) as trainer:
-        from megagpt.training.rate_search import search, suggest
+    overrides = [*OVERRIDES, f"training.steps={args.steps}", *args.set]
+    with job.open_trainer(args.config, overrides, launcher) as trainer:
+        from megagpt.training.lr_finder import search, suggest
 
         for point in search(trainer, rates):
             points.append(point)
-            if place.rank == 0:
-                _add_row(args.output, len(points), point)
-                print(f"step {len(points)}/{args.steps} | lr {point.rate:.3e} | loss {point.loss:.4f}", flush=True)
-    if place.rank == 0:
+            if launcher.rank == 0:
+                _append_row(args.output, len(points), point)
+                print(f"step {len(points)}/{args.steps} | lr {point.learning_rate:.3e} | loss {point.loss:.4f}", flush=True)
+    if launcher.rank == 0:
         _report(points, suggest(points), args.output)
 
 
 def growing_rates(lowest: float, highest: float, steps: int) -> list[float]:
-    """`steps` rates from `lowest` to `highest`, each the same multiple of the one before.
-
-    Raises ConfigError where they would not grow.
-    """
+    """Return `steps` rates from `lowest` to `highest` in a geometric series. Raises ConfigError if they would not grow."""
     if not 0 < lowest < highest or steps < 2:
         raise ConfigError(
             f"rates from {lowest:g} to {highest:g} in {steps} steps: expected 0 < --min-rate < --max-rate, --steps 2 or more"
@@ -83,8 +72,8 @@ def growing_rates(lowest: float, highest: float, steps: int) -> list[float]:
     return [lowest * (highest / lowest) ** (step / (steps - 1)) for step in range(steps)]
 
 
-def _make_table(prefix: str) -> None:
-    """Begin PREFIX.csv, before any work, so that a place where it cannot be written costs none."""
+def _create_table(prefix: str) -> None:
+    """Create PREFIX.csv before any work, so that an output that cannot be written costs no time."""
     try:
         Path(prefix).parent.mkdir(parents=True, exist_ok=True)
         with Path(f"{prefix}.csv").open("w", newline="", encoding="utf-8") as file:
@@ -93,23 +82,23 @@ def _make_table(prefix: str) -> None:
         raise ConfigError(f"--output {prefix}: cannot be written: {error.strerror}") from None
 
 
-def _add_row(prefix: str, step: int, point: "Point") -> None:
+def _append_row(prefix: str, step: int, point: "Point") -> None:
     with Path(f"{prefix}.csv").open("a", newline="", encoding="utf-8") as file:
         csv.writer(file).writerow((step, *point))
 
 
-def _report(points: "list[Point]", found: "Suggestion", prefix: str) -> None:
-    _draw(points, found, f"{prefix}.png")
+def _report(points: "list[Point]", suggestion: "Suggestion", prefix: str) -> None:
+    _draw(points, suggestion, f"{prefix}.png")
     lowest = min(points, key=lambda point: point.smoothed)
     print(
-        f"lowest smoothed loss {lowest.smoothed:.4f} at {lowest.rate:.2e}\n"
-        f"learning rate to begin with: {found.steepest:.1e} (steepest descent), {found.tenth_of_best:.1e} (a tenth of the "
-        f"rate of the lowest loss)\nwritten: {prefix}.csv, {prefix}.png"
+        f"lowest smoothed loss {lowest.smoothed:.4f} at {lowest.learning_rate:.2e}\n"
+        f"suggested learning rate: {suggestion.steepest:.1e} (steepest descent), {suggestion.tenth_of_best:.1e} (a tenth of "
+        f"the rate with the lowest loss)\nwritten: {prefix}.csv, {prefix}.png"
     )
     sys.stdout.flush()
 
 
-def _draw(points: "list[Point]", found: "Suggestion", path: str) -> None:
+def _draw(points: "list[Point]", suggestion: "Suggestion", path: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -120,8 +109,8 @@ def _draw(points: "list[Point]", found: "Suggestion", path: str) -> None:
     axes.plot(rates, losses, color="C0", alpha=0.35, linewidth=1, label="loss")
     axes.plot(rates, smoothed, color="C0", linewidth=1.8, label="smoothed")
     for rate, colour, name in (
-        (found.steepest, "C1", "steepest descent"),
-        (found.tenth_of_best, "C2", "a tenth of the rate of the lowest loss"),
+        (suggestion.steepest, "C1", "steepest descent"),
+        (suggestion.tenth_of_best, "C2", "a tenth of the rate with the lowest loss"),
     ):
         axes.axvline(rate, color=colour, linestyle="--", linewidth=1, label=f"{name}: {rate:.1e}")
     axes.set(xscale="log", xlabel="learning rate", ylabel="loss, nats per token", ylim=(None, 1.1 * smoothed[0]))

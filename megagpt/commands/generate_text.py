@@ -1,4 +1,4 @@
-"""tools/generate_text.py: continue a prompt with the model of a checkpoint, on one process."""
+"""tools/generate_text.py: continue a prompt with the model of a checkpoint, in one process."""
 
 import argparse
 from collections.abc import Sequence
@@ -14,28 +14,26 @@ EXAMPLE = """example:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="generate_text", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--checkpoint", required=True, help="a checkpoint's folder, or a run's (the newest is taken)")
+    """Run the command and return its exit code."""
+    parser = shell.command_parser("generate_text", __doc__, EXAMPLE)
+    parser.add_argument("--checkpoint", required=True, help="folder of a checkpoint, or of a run (its newest is used)")
     parser.add_argument("--prompt", required=True, help="text to continue")
-    parser.add_argument("--max-tokens", type=int, default=100, help="tokens to write at most")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
-    parser.add_argument("--top-k", type=int, help="draw among the k likeliest tokens (default: all)")
-    parser.add_argument("--seed", type=int, default=1234, help="of the draws")
-    parser.add_argument("--tokenizer", help="default: the data.tokenizer that the model was trained with")
+    parser.add_argument("--max-tokens", type=int, default=100, help="maximum number of new tokens (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 selects the most likely token (%(default)s)")
+    parser.add_argument("--top-k", type=int, help="sample from the k most likely tokens (all)")
+    parser.add_argument("--seed", type=int, default=1234, help="seed of the sampling (%(default)s)")
+    parser.add_argument("--tokenizer", help="tokenizer path (the data.tokenizer that the model was trained with)")
     return shell.run(_generate, parser, argv)
 
 
 def _generate(args: argparse.Namespace) -> None:
     if args.temperature < 0 or args.max_tokens < 1 or (args.top_k is not None and args.top_k < 1):
-        raise ConfigError("--temperature must be 0 or more, --max-tokens and --top-k 1 or more")
+        raise ConfigError("--temperature must be 0 or more, --max-tokens and --top-k must be 1 or more")
     model, config = load_model(resolve_checkpoint(args.checkpoint))
     path = args.tokenizer or config.data.tokenizer
     if path is None:
-        raise ConfigError("--tokenizer: the checkpoint's config names none; give the one that its data was made with")
+        raise ConfigError("--tokenizer: the checkpoint's config names no tokenizer; give the one that its data was made with")
     tokenizer = load_tokenizer(path)
     prompt = tokenizer.encode_batch([args.prompt])[0]
-    new = generate(model, prompt, args.max_tokens, args.temperature, args.top_k, args.seed, tokenizer.eod_id)
-    print(tokenizer.decode([*prompt, *new]))
+    new_tokens = generate(model, prompt, args.max_tokens, args.temperature, args.top_k, args.seed, tokenizer.eod_id)
+    print(tokenizer.decode([*prompt, *new_tokens]))

@@ -9,7 +9,7 @@ from typing import Any
 from megagpt.commands import shell
 from megagpt.commands.progress import progress
 from megagpt.data.indexed import IndexedCorpus
-from megagpt.data.inspect import LARGEST_VOCABULARY, Inspection, document_start, inspect, sample_documents
+from megagpt.data.offline.report import LARGEST_VOCABULARY, Inspection, document_start, inspect, sample_documents
 from megagpt.data.tokenizer import Tokenizer, load_tokenizer
 from megagpt.errors import ConfigError
 

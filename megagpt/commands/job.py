@@ -1,5 +1,6 @@
-"""What commands that run on many ranks share: a config that all agree on, a trainer, and an end that a launcher sees."""
+"""Shared by commands that run on many ranks: one config for all ranks, a trainer, and exit codes that a launcher sees."""
 
+import argparse
 import json
 import os
 import sys
@@ -13,67 +14,89 @@ from megagpt.commands.shell import INTERRUPTED, USER_ERROR
 from megagpt.config import Config, build_config, config_hash, data_parallel_size, load_config, to_json, with_vocab_size
 from megagpt.data.blend import build_datasets, check_vocabulary
 from megagpt.data.tokenizer import load_tokenizer
+from megagpt.distributed.launcher import Launcher, read_launcher
 from megagpt.errors import ConfigError, MegagptError
-from megagpt.planner.schedule import resolve_schedule
-from megagpt.training.place import Place, find_place
+from megagpt.planner.auto_schedule import resolve_schedule
 
 if TYPE_CHECKING:
     from megagpt.training.trainer import Trainer
 
 CRASHED = 1
-AFTER_WATCHDOG = 60.0
-"""Seconds by which a collective's own time-out, which names nobody, comes after the watchdog's."""
+SECONDS_AFTER_WATCHDOG = 60.0
+"""A collective's own timeout names no rank, so it comes this much later than the watchdog's."""
 
 
-def run(work: Callable[[Place], int | None], debug: bool) -> int:
-    """Do this rank's `work`; returns its exit code. A rank that fails ends at once, so that the launcher ends the job."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of every command that runs a config: --config, --set, and the rank that launchers append."""
+    parser.add_argument("--config", required=True, help="JSON file of the run; comments and trailing commas are allowed")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key of the config, for example parallel.tensor=4",
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+
+
+def run(work: Callable[[Launcher], int | None], debug: bool) -> int:
+    """Run this rank's `work` and return its exit code. A rank that fails exits at once, so that the launcher ends the job."""
     rank = 0
     try:
-        place = find_place(os.environ)
-        rank = place.rank
-        return work(place) or 0
+        launcher = read_launcher(os.environ)
+        rank = launcher.rank
+        return work(launcher) or 0
     except MegagptError as error:
         return _fail(rank, f"error: {error}", debug, USER_ERROR)
     except KeyboardInterrupt:
         return _fail(rank, "interrupted", False, INTERRUPTED)
     except Exception as error:
-        return _fail(rank, _unexpected(rank, error), debug, CRASHED)
+        return _fail(rank, _describe_unexpected(rank, error), debug, CRASHED)
 
 
 @contextmanager
-def open_trainer(path: str, overrides: Sequence[str], place: Place) -> Iterator["Trainer"]:
-    """This rank's trainer of the run that the config describes; closed when the block ends well.
+def open_trainer(path: str, overrides: Sequence[str], launcher: Launcher) -> Iterator["Trainer"]:
+    """Yield this rank's trainer for the run that the config describes; close it if the block succeeds.
 
-    What can be wrong is found on rank 0 before the other ranks are met, and before torch is imported.
+    Rank 0 checks everything that it can before the ranks connect, and before torch is imported.
     """
-    begun = time.monotonic()
-    config = checked(path, overrides, place.world_size) if place.rank == 0 else None
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if _has_cuda() else "cpu")
+    start_time = time.monotonic()
+    config = checked_config(path, overrides, launcher.world_size) if launcher.rank == 0 else None
+    import torch
+
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    from megagpt.distributed.phase import PhaseTracker
+    from megagpt.distributed.process_group import TIMEOUT, destroy_process_group, init_process_group
+    from megagpt.engine.deepspeed_internals import init_deepspeed
     from megagpt.parallel.topology import Topology
-    from megagpt.parallel.whereabouts import Whereabouts
     from megagpt.resilience.watchdog import Watchdog
-    from megagpt.training.processes import start, stop
     from megagpt.training.trainer import Trainer
 
-    device, store = start(place)
-    config = _agree(config, device)
+    cuda = os.environ["DS_ACCELERATOR"] == "cuda"
+    device = torch.device("cuda", launcher.local_rank) if cuda else torch.device("cpu")
+    store = init_process_group(launcher, device)
+    init_deepspeed(launcher, "nccl" if cuda else "gloo", TIMEOUT)
+    config = _broadcast_config(config, device)
     parallel = config.parallel
     datasets = build_datasets(config.data, config.model.n_positions)
-    patience = parallel.timeout_seconds + AFTER_WATCHDOG
-    topology = Topology.create(parallel.tensor, parallel.pipeline, patience, parallel.context)
-    where = Whereabouts(device)
-    with Watchdog(store, topology.rank, topology.layout.world_size, where, parallel.timeout_seconds):
-        trainer = Trainer(config, topology, datasets, device, where, begun)
+    timeout = parallel.timeout_seconds + SECONDS_AFTER_WATCHDOG
+    topology = Topology.create(parallel.tensor, parallel.pipeline, timeout, parallel.context)
+    phase = PhaseTracker(device)
+    with Watchdog(store, topology.rank, topology.layout.world_size, phase, parallel.timeout_seconds):
+        trainer = Trainer(config, topology, datasets, device, phase, start_time)
         yield trainer
         trainer.close()
-    stop()
+    destroy_process_group()
 
 
-def checked(path: str, overrides: Sequence[str], world_size: int) -> Config:
-    """The config, ready to run on so many ranks. Raises ConfigError and DataError for all that can be known before."""
+def checked_config(path: str, overrides: Sequence[str], world_size: int) -> Config:
+    """Return the config, ready to run on `world_size` ranks.
+
+    Raises ConfigError and DataError for every problem that can be found before the run.
+    """
     config = with_tokenizer(load_config(path, overrides), path)
     if config.model.vocab_size is None:
-        raise ConfigError(f"{path}: model.vocab_size: give it, or data.tokenizer to take it from")
+        raise ConfigError(f"{path}: model.vocab_size: set it, or set data.tokenizer to take it from the tokenizer")
     vocab_size = config.model.vocab_size
     config = with_schedule(config, data_parallel_size(config, world_size))
     build_datasets(config.data, config.model.n_positions)
@@ -82,7 +105,7 @@ def checked(path: str, overrides: Sequence[str], world_size: int) -> Config:
 
 
 def with_tokenizer(config: Config, path: str) -> Config:
-    """The config with what its tokenizer tells. Raises ConfigError where the two contradict each other."""
+    """Return the config with the vocabulary size of its tokenizer. Raises ConfigError if model.vocab_size is smaller."""
     if config.data.tokenizer is None:
         return config
     size = load_tokenizer(config.data.tokenizer).vocab_size
@@ -91,41 +114,35 @@ def with_tokenizer(config: Config, path: str) -> Config:
     if config.model.vocab_size < size:
         raise ConfigError(
             f"{path}: model.vocab_size: {config.model.vocab_size} is below the {size} tokens of data.tokenizer "
-            f"{config.data.tokenizer}; leave it out, or give at least {size}"
+            f"{config.data.tokenizer}; leave it out, or set at least {size}"
         )
     return config
 
 
-def with_schedule(config: Config, replicas: int) -> Config:
-    """The config with a name for "auto", and why on the standard error."""
-    micro_batches = config.training.global_batch_size // config.training.micro_batch_size
-    config, why = resolve_schedule(config, micro_batches * config.parallel.context // replicas)
-    if why:
-        print(f"parallel.schedule: {why}", file=sys.stderr, flush=True)
+def with_schedule(config: Config, dp_size: int) -> Config:
+    """Return the config with schedule "auto" resolved for `dp_size` data-parallel ranks; print the reason to stderr."""
+    n_micro_batches = config.training.global_batch_size // config.training.micro_batch_size
+    config, reason = resolve_schedule(config, n_micro_batches // dp_size)
+    if reason:
+        print(f"parallel.schedule: {reason}", file=sys.stderr, flush=True)
     return config
 
 
-def _agree(config: Config | None, device: Any) -> Config:
-    """Rank 0's config on every rank, checked by hash."""
+def _broadcast_config(config: Config | None, device: Any) -> Config:
+    """Return rank 0's config on every rank, verified by its hash."""
     import torch.distributed as dist
 
     sent = [to_json(config) if config else None, config_hash(config) if config else None]
     dist.broadcast_object_list(sent, src=0, device=device)
-    text, fingerprint = sent
+    text, expected_hash = sent
     assert text is not None
-    mine = build_config(json.loads(text), "rank 0's config")
-    if config_hash(mine) != fingerprint:
-        raise ConfigError("rank 0's config reads otherwise on this rank; install the same version of megagpt on all nodes")
-    return mine
+    received = build_config(json.loads(text), "rank 0's config")
+    if config_hash(received) != expected_hash:
+        raise ConfigError("rank 0's config differs on this rank; install the same version of megagpt on all nodes")
+    return received
 
 
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def _unexpected(rank: int, error: Exception) -> str:
+def _describe_unexpected(rank: int, error: Exception) -> str:
     text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     if "Connection closed by peer" in text or "Connection reset by peer" in text:
         return f"rank {rank} stops: another rank has ended ({text[:120]})"
@@ -133,10 +150,11 @@ def _unexpected(rank: int, error: Exception) -> str:
 
 
 def _fail(rank: int, message: str, debug: bool, code: int) -> int:
-    """Say it and end: other ranks may wait in a collective that this one will not come to, so nothing is tidied up."""
+    """Print the message and exit without cleanup: other ranks may wait in a collective that this one will never join."""
     if debug:
         traceback.print_exc()
-    head = f"[rank {rank}] " if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1 else ""
+    many_ranks = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1
+    head = f"[rank {rank}] " if many_ranks else ""
     print(head + message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():

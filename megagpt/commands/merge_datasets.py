@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from megagpt.commands import shell
 from megagpt.commands.progress import progress
-from megagpt.data.merge import Pair, find_pairs, merge
+from megagpt.data.offline.merge import Pair, find_pairs, merge
 
 EXAMPLE = """example:
   python tools/merge_datasets.py --input data/part_*_text_document.idx --output-prefix data/corpus_text_document

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from megagpt.commands import shell
 from megagpt.commands.progress import progress
-from megagpt.data.documents import TEXT_KEY, input_files, stop
-from megagpt.data.preprocess import Counts, Job, preprocess
+from megagpt.data.offline.documents import TEXT_KEY, input_files, stop
+from megagpt.data.offline.preprocess import Counts, Job, preprocess
 from megagpt.data.tokenizer import HuggingFaceTokenizer, Tokenizer, gpt2_tokenizer, load_tokenizer
 from megagpt.errors import ConfigError, DataError
 

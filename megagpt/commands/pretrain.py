@@ -1,57 +1,48 @@
-"""pretrain_gpt.py: train a GPT as a config says."""
+"""pretrain_gpt.py: train a GPT model from a config."""
 
 import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from megagpt.commands import job
+from megagpt.commands import job, shell
 from megagpt.config import data_parallel_size, load_config, to_json
-from megagpt.training.deepspeed_config import deepspeed_config
-from megagpt.training.place import Place
+from megagpt.distributed.launcher import Launcher
+from megagpt.engine.deepspeed_config import deepspeed_config
 
 EXAMPLE = """examples:
   deepspeed --num_gpus 8 pretrain_gpt.py --config configs/6B.json --set parallel.tensor=8 --set parallel.pipeline=1
   torchrun --nproc_per_node 8 pretrain_gpt.py --config configs/6B.json
   python pretrain_gpt.py --config configs/125M.json --print-config
-Every key of a config, with its unit and default, is in docs/config.md."""
+docs/config.md describes every key of a config, with its unit and default."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    args = _parser().parse_args(argv)
-    return job.run(lambda place: _pretrain(args, place), args.debug)
+    """Run the command and return its exit code."""
+    parser = shell.command_parser("pretrain_gpt.py", __doc__, EXAMPLE)
+    job.add_arguments(parser)
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config and DeepSpeed's, then exit")
+    args = parser.parse_args(argv)
+    return job.run(lambda launcher: _pretrain(args, launcher), args.debug)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="pretrain_gpt.py", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, help="a JSON file; comments and trailing commas allowed")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, such as parallel.tensor=4"
-    )
-    parser.add_argument("--print-config", action="store_true", help="print the resolved config and DeepSpeed's, and end")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    return parser
-
-
-def _pretrain(args: argparse.Namespace, place: Place) -> int:
+def _pretrain(args: argparse.Namespace, launcher: Launcher) -> int:
     if args.print_config:
-        _print_config(args, place)
+        _print_config(args, launcher)
         return 0
-    with job.open_trainer(args.config, args.set, place) as trainer:
+    with job.open_trainer(args.config, args.set, launcher) as trainer:
         return trainer.train()
 
 
-def _print_config(args: argparse.Namespace, place: Place) -> None:
-    """The tree as it would run, on so many ranks as there are, or as its layout needs."""
+def _print_config(args: argparse.Namespace, launcher: Launcher) -> None:
+    """Print the config as it would run on the launcher's ranks, or on the smallest number of ranks that its layout needs."""
     config = load_config(args.config, args.set)
     tokenizer = config.data.tokenizer
-    if tokenizer == "byte" or (tokenizer and Path(tokenizer).exists()):  # a config can be looked at where its files are not
+    if tokenizer == "byte" or (tokenizer and Path(tokenizer).exists()):  # a config can be printed without its files
         config = job.with_tokenizer(config, args.config)
-    ranks = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
-    data = data_parallel_size(config, place.world_size if place.world_size > 1 else ranks)
-    config = job.with_schedule(config, data)
-    print(json.dumps({"config": json.loads(to_json(config)), "deepspeed": deepspeed_config(config, data)}, indent=2))
+    parallel = config.parallel
+    ranks = parallel.tensor * parallel.pipeline * parallel.context
+    dp_size = data_parallel_size(config, launcher.world_size if launcher.world_size > 1 else ranks)
+    config = job.with_schedule(config, dp_size)
+    dp_cp_size = dp_size * config.parallel.context
+    print(json.dumps({"config": json.loads(to_json(config)), "deepspeed": deepspeed_config(config, dp_cp_size)}, indent=2))

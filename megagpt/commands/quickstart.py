@@ -107,7 +107,7 @@ def run_recipe(text: Path | None) -> None:
 def summary(loss: float, entropy: float, seconds: float) -> str:
     """Five lines: what was made, what to run next."""
     return f"""
-Made in {seconds:.0f} s: a GPT with held-out loss {loss:.3f} (unigram entropy {entropy:.3f}), saved in {CHECKPOINTS}
+StepOutcome in {seconds:.0f} s: a GPT with held-out loss {loss:.3f} (unigram entropy {entropy:.3f}), saved in {CHECKPOINTS}
 See its loss curve, {CURVE}, and each step's output in {LOGS}
 Sample: .venv/bin/python tools/generate_text.py --checkpoint {CHECKPOINTS} --prompt "import"
 Train longer: PATH=.venv/bin:$PATH deepspeed --num_gpus {RANKS} pretrain_gpt.py --config {CONFIG} --set training.steps=1000

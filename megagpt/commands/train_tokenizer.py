@@ -10,7 +10,7 @@ from pathlib import Path
 import sentencepiece
 
 from megagpt.commands import shell
-from megagpt.data.documents import TEXT_KEY, InputFile, input_files
+from megagpt.data.offline.documents import TEXT_KEY, InputFile, input_files
 from megagpt.errors import ConfigError, MegagptError
 
 EXAMPLE = """example:

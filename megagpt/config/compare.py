@@ -1,14 +1,14 @@
-"""Whether the model of a checkpoint is the model of a config: every difference at once. Pure functions."""
+"""Compare the model of a checkpoint with the model of a config. Pure functions."""
 
 from megagpt.config.schema import ModelConfig
 
 FREE = frozenset({"vocab_multiple", "embd_pdrop", "attn_pdrop", "resid_pdrop", "init_std"})
-"""Keys that a run may change as it goes on: they are not in what the weights mean."""
+"""Keys that may change on resume: the saved weights mean the same with any value."""
 
 
-def model_differences(saved: ModelConfig, now: ModelConfig) -> list[str]:
-    """One part of a sentence for each key that makes another function of the same weights, or of other ones."""
-    before, after = _meaning(saved), _meaning(now)
+def model_differences(saved: ModelConfig, current: ModelConfig) -> list[str]:
+    """Return a clause of a message for each key in which the two models differ, except the free ones."""
+    before, after = _effective_values(saved), _effective_values(current)
     return [
         f"model.{key} is {before[key]} in the checkpoint and {after[key]} in the config"
         for key in before
@@ -16,7 +16,10 @@ def model_differences(saved: ModelConfig, now: ModelConfig) -> list[str]:
     ]
 
 
-def _meaning(model: ModelConfig) -> dict[str, object]:
-    """Every key but the free ones, with what stands for an absent one. A new key counts from the day it is declared."""
+def _effective_values(model: ModelConfig) -> dict[str, object]:
+    """Return the values of all keys except the free ones; absent values are replaced by what they stand for.
+
+    A new key of the schema is included automatically.
+    """
     values = {key: getattr(model, key) for key in ModelConfig.model_fields if key not in FREE}
-    return values | {"ffn_hidden": model.ffn_width, "vocab_size": model.tokens_in_vocab}
+    return values | {"ffn_hidden": model.ffn_hidden_size, "vocab_size": model.tokens_in_vocab}

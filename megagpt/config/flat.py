@@ -1,4 +1,4 @@
-"""The flat GPT-style file (`n_embd`, `n_layer`, `afn`, ...), read as it stands into the tree of `schema.py`."""
+"""Flat GPT-style config files (`n_embd`, `n_layer`, `afn`, ...): convert them to the tree of `schema.py`."""
 
 import difflib
 from typing import Any
@@ -28,26 +28,26 @@ FLAT_KEYS = (
     "optimizer",
 )
 GPT1_POSITIONS = 512
-"""Sequence length where the file has no key for it: that of GPT-1, whose hyper-parameters these files carry."""
+"""Sequence length, which these files have no key for: that of GPT-1, whose hyper-parameters they usually have."""
 
 
 def is_flat(tree: dict[str, Any]) -> bool:
-    """Whether the file has no sections, only the flat keys."""
+    """Return whether the file has flat keys and no sections."""
     return "n_embd" in tree and "model" not in tree
 
 
 def from_flat(tree: dict[str, Any], source: str) -> dict[str, Any]:
-    """The nested tree that says the same.
+    """Return the equivalent nested tree. `source` names the file in messages.
 
-    `clf_pdrop` belongs to a classifier head, which pretraining has not: it is accepted and has no effect.
+    `clf_pdrop` is accepted without effect: it belongs to a classifier head, which a pretrained model does not have.
     `lr_decay: true` decays linearly to zero over `lr_decay_steps`. Raises ConfigError for an unknown key.
     """
     unknown = [key for key in tree if key not in FLAT_KEYS]
     if unknown:
         near = difflib.get_close_matches(unknown[0], FLAT_KEYS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"a flat file has: {', '.join(FLAT_KEYS)}"
+        hint = f"did you mean {near[0]}?" if near else f"valid in a flat file: {', '.join(FLAT_KEYS)}"
         raise ConfigError(f"{source}: {unknown[0]}: no such key; {hint}")
-    model = {ours: tree[theirs] for theirs, ours in _MODEL_KEYS.items() if theirs in tree}
+    model = {key: tree[flat_key] for flat_key, key in _MODEL_KEYS.items() if flat_key in tree}
     training = {"epochs": tree.get("max_epochs", 1), "micro_batch_size": 1, "global_batch_size": 1}
     if "batch_size" in tree:
         training |= {"micro_batch_size": tree["batch_size"], "global_batch_size": tree["batch_size"]}

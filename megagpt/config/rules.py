@@ -7,44 +7,47 @@ from typing import Any
 
 from megagpt.config.schema import Config
 from megagpt.errors import ConfigError
+from megagpt.schedules.registry import SCHEDULES, chunks_per_rank
 
 OWNED_BY_MEGAGPT = {
-    "train_batch_size": "training.global_batch_size",
-    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
-    "gradient_accumulation_steps": "training.global_batch_size",
-    "gradient_clipping": "optimizer.clip_grad",
-    "optimizer": "optimizer",
-    "scheduler": "lr_schedule",
-    "fp16.enabled": "training.precision",
-    "bf16": "training.precision",
-    "torch_autocast": "training.precision",
-    "data_types": "training.precision",
-    "zero_optimization.stage": "zero.stage",
-    "zero_optimization.offload_optimizer": "zero.offload_optimizer",
-    "zero_optimization.offload_param": "zero.offload_param",
-    "zero_allow_untested_optimizer": "optimizer.type",
-    "zero_force_ds_cpu_optimizer": "optimizer.type",
-    "activation_checkpointing": "training.recompute",
-    "wandb": "logging.wandb",
-    "steps_per_print": "logging.interval",
-    "pipeline": "parallel.pipeline",
+    "train_batch_size": "use training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "use training.micro_batch_size",
+    "gradient_accumulation_steps": "use training.global_batch_size",
+    "gradient_clipping": "use optimizer.clip_grad",
+    "optimizer": "use optimizer",
+    "scheduler": "use lr_schedule",
+    "fp16.enabled": "use training.precision",
+    "bf16": "use training.precision",
+    "torch_autocast": "use training.precision",
+    "data_types": "use training.precision",
+    "zero_optimization.stage": "use zero.stage",
+    "zero_optimization.offload_optimizer": "use zero.offload_optimizer",
+    "zero_optimization.offload_param": "use zero.offload_param",
+    "zero_optimization.overlap_comm": "remove it: megagpt schedules the gradient reduction itself",
+    "zero_allow_untested_optimizer": "use optimizer.type",
+    "zero_force_ds_cpu_optimizer": "use optimizer.type",
+    "activation_checkpointing": "use training.recompute",
+    "wandb": "use logging.wandb",
+    "steps_per_print": "use logging.interval",
+    "pipeline": "use parallel.pipeline",
 }
-"""DeepSpeed's key -> the key of ours that decides it."""
+"""DeepSpeed keys that the user must not set -> what to do instead."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One rule broken: the keys that it joins, and the sentence for the user."""
+    """A broken rule: the keys that it joins, and the message for the user."""
 
     keys: tuple[str, ...]
     message: str
 
 
 def broken_rules(config: Config) -> list[Problem]:
-    """Every rule that `config` breaks, whatever the number of ranks."""
-    sizes = (_shape, _tensor_parallel, _context, _pipeline, _zero, _batch, _ramp)
-    rules = (*sizes, _noise_scale, _length, _checkpoint, _data, _lr_schedule, _optimizer, _deepspeed)
-    return [problem for rule in rules for problem in rule(config)]
+    """Return all rules that `config` breaks, for any number of ranks."""
+    layout = (_shape, _tensor_parallel, _context, _pipeline, _zero)
+    batches = (_batch, _ramp, _noise_scale, _length)
+    other = (_checkpoint, _data, _lr_schedule, _optimizer, _deepspeed)
+    return [problem for rule in (*layout, *batches, *other) for problem in rule(config)]
 
 
 def _shape(config: Config) -> Iterator[Problem]:
@@ -53,13 +56,17 @@ def _shape(config: Config) -> Iterator[Problem]:
         yield Problem(
             ("model.n_embd", "model.n_head"),
             f"model.n_head: {model.n_head} heads do not divide model.n_embd {model.n_embd}; "
-            f"{_sizes(divisors(model.n_embd))} would",
+            f"valid: {_sizes(divisors(model.n_embd))}",
         )
 
 
 def _tensor_parallel(config: Config) -> Iterator[Problem]:
     tensor, model = config.parallel.tensor, config.model
-    sharded = {"model.n_head": model.n_head, "model.ffn_hidden": model.ffn_width, "model.vocab_multiple": model.vocab_multiple}
+    sharded = {
+        "model.n_head": model.n_head,
+        "model.ffn_hidden": model.ffn_hidden_size,
+        "model.vocab_multiple": model.vocab_multiple,
+    }
     if config.parallel.sequence_parallel:
         sharded["model.n_positions"] = model.n_positions
     for key, size in sharded.items():
@@ -67,58 +74,60 @@ def _tensor_parallel(config: Config) -> Iterator[Problem]:
             yield Problem(
                 (key, "parallel.tensor", "parallel.sequence_parallel", "model.n_embd"),
                 f"parallel.tensor: {tensor} does not divide {key} {size}; "
-                f"tensor sizes that would: {_sizes(divisors(size))}; nearest {key}: {max(1, round(size / tensor)) * tensor}",
+                f"valid tensor sizes: {_sizes(divisors(size))}; nearest {key}: {_nearest_multiple(size, tensor)}",
             )
     if config.parallel.sequence_parallel and tensor == 1:
         yield Problem(
             ("parallel.sequence_parallel", "parallel.tensor"),
-            "parallel.sequence_parallel: splits the sequence over tensor ranks, but parallel.tensor is 1; "
-            "set it to false or parallel.tensor to 2 or more",
+            "parallel.sequence_parallel: splits the sequence over the tensor ranks, but parallel.tensor is 1; "
+            "set it to false, or set parallel.tensor to 2 or more",
         )
 
 
 def _context(config: Config) -> Iterator[Problem]:
     parallel, model = config.parallel, config.model
-    part = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
+    if parallel.context == 1:
+        return  # what is left depends on parallel.tensor, which has its own rule
+    shards = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
     if model.n_head % (parallel.context * parallel.tensor):
         yield Problem(
             ("parallel.context", "parallel.tensor", "model.n_head"),
             f"parallel.context: {parallel.context} x parallel.tensor {parallel.tensor} does not divide model.n_head "
-            f"{model.n_head}, over which attention is shared out; products that would: {_sizes(divisors(model.n_head))}",
+            f"{model.n_head}, and each rank needs the same number of heads; valid products: {_sizes(divisors(model.n_head))}",
         )
-    if parallel.context > 1 and model.n_positions % part:
+    if model.n_positions % shards:
         yield Problem(
             ("parallel.context", "parallel.tensor", "parallel.sequence_parallel", "model.n_positions"),
-            f"parallel.context: {part} parts (with sequence parallelism) do not divide model.n_positions {model.n_positions}; "
-            f"nearest model.n_positions: {max(1, round(model.n_positions / part)) * part}",
+            f"parallel.context: {shards} shards (with sequence parallelism) do not divide model.n_positions "
+            f"{model.n_positions}; nearest model.n_positions: {_nearest_multiple(model.n_positions, shards)}",
         )
-
-
-INTERLEAVED = ("interleaved_1f1b", "interleaved_zero_bubble")
-V_SHAPED = ("zbv", "v_half", "v_min")
-
-
-def chunks_per_rank(config: Config) -> int:
-    """Pipeline stages that each rank has under the config's schedule."""
-    return 2 if config.parallel.schedule in V_SHAPED else config.parallel.virtual_stages
 
 
 def _pipeline(config: Config) -> Iterator[Problem]:
     parallel, layers = config.parallel, config.model.n_layer
-    allowed = {**dict.fromkeys(V_SHAPED, (1, 2)), **dict.fromkeys(INTERLEAVED, range(2, layers + 1))}.get(
-        parallel.schedule, (1,)
-    )
-    if parallel.virtual_stages not in allowed:
-        hint = "2 or more" if parallel.schedule in INTERLEAVED else " or ".join(map(str, allowed))
+    chunks = 1
+    if parallel.schedule == "auto":
+        valid = parallel.virtual_stages == 1
+        expected = "1"
+    else:
+        spec = SCHEDULES[parallel.schedule]
+        valid = spec.accepts(parallel.virtual_stages)
+        expected = spec.valid_virtual_stages
+        if valid:
+            chunks = chunks_per_rank(parallel.schedule, parallel.virtual_stages)
+    if not valid:
         yield Problem(
             ("parallel.virtual_stages", "parallel.schedule"),
-            f"parallel.virtual_stages: {parallel.virtual_stages} with parallel.schedule {parallel.schedule}; expected {hint}",
+            f"parallel.virtual_stages: {parallel.virtual_stages} with parallel.schedule {parallel.schedule}; "
+            f"expected {expected}",
         )
-    stages = parallel.pipeline * chunks_per_rank(config)
+    stages = parallel.pipeline * chunks
     if stages > layers:
+        product = f" ({parallel.pipeline} ranks x {chunks} chunks)" if chunks > 1 else ""
         yield Problem(
             ("parallel.pipeline", "parallel.virtual_stages", "parallel.schedule", "model.n_layer"),
-            f"parallel.pipeline: {stages} stages for model.n_layer {layers}; every stage needs a layer, so at most {layers}",
+            f"parallel.pipeline: {stages} stages{product} for model.n_layer {layers}; each stage needs a layer, "
+            f"so there can be at most {layers}",
         )
 
 
@@ -127,24 +136,25 @@ def _zero(config: Config) -> Iterator[Problem]:
     if zero.stage == 3 and config.parallel.pipeline > 1:
         yield Problem(
             ("zero.stage", "parallel.pipeline"),
-            f"zero.stage: 3 with parallel.pipeline {config.parallel.pipeline} gives wrong gradients (weights that are "
-            "gathered per layer cannot stay whole while micro-batches are in flight); use zero.stage 1 or 2, "
+            f"zero.stage: 3 with parallel.pipeline {config.parallel.pipeline} gives wrong gradients (stage 3 frees a layer's "
+            "weights after use, while other micro-batches in flight still need them); use zero.stage 1 or 2, "
             "or parallel.pipeline 1",
         )
     elif zero.stage == 3 and config.parallel.schedule not in ("1f1b", "gpipe", "auto"):
         yield Problem(
             ("zero.stage", "parallel.schedule"),
-            f"zero.stage: 3 with parallel.schedule {config.parallel.schedule}, which leaves weight gradients or whole chunks "
-            'for later, while stage 3 frees the weights; use parallel.schedule "1f1b", or zero.stage 1 or 2',
+            f"zero.stage: 3 with parallel.schedule {config.parallel.schedule}, which delays weight gradients or has several "
+            'chunks per rank, while stage 3 frees the weights; use parallel.schedule "1f1b", or zero.stage 1 or 2',
         )
     if zero.stage == 0 and zero.offload_optimizer != "none":
         yield Problem(
             ("zero.stage", "zero.offload_optimizer"),
-            'zero.offload_optimizer: needs zero.stage 1, 2 or 3, not 0; "none" fits stage 0',
+            'zero.offload_optimizer: needs zero.stage 1, 2 or 3, not 0; use "none" with stage 0',
         )
     if zero.stage != 3 and zero.offload_param != "none":
         yield Problem(
-            ("zero.stage", "zero.offload_param"), f'zero.offload_param: needs zero.stage 3, not {zero.stage}; "none" fits it'
+            ("zero.stage", "zero.offload_param"),
+            f'zero.offload_param: needs zero.stage 3, not {zero.stage}; use "none" with stage {zero.stage}',
         )
 
 
@@ -158,35 +168,36 @@ def _batch(config: Config) -> Iterator[Problem]:
             yield Problem(
                 (key, "training.global_batch_size"),
                 f"{key}: {size} does not divide training.global_batch_size {training.global_batch_size}; "
-                f"{_sizes(divisors(training.global_batch_size))} would",
+                f"valid: {_sizes(divisors(training.global_batch_size))}",
             )
 
 
 def _ramp(config: Config) -> Iterator[Problem]:
-    training, ramp = config.training, config.training.batch_ramp
-    micro, full, key = training.micro_batch_size, training.global_batch_size, "training.batch_ramp"
+    training, ramp, key = config.training, config.training.batch_ramp, "training.batch_ramp"
+    micro_batch_size, full_size = training.micro_batch_size, training.global_batch_size
     if (ramp.start is None) != (ramp.samples == 0):
         missing, given = ("start", "samples") if ramp.start is None else ("samples", "start")
-        yield Problem((f"{key}.start", f"{key}.samples"), f"{key}.{missing}: goes with {key}.{given}; give both or neither")
+        yield Problem((f"{key}.start", f"{key}.samples"), f"{key}.{missing}: goes with {key}.{given}; set both or neither")
     if ramp.start is None:
         return
-    if ramp.start >= full:
+    if ramp.start >= full_size:
         yield Problem(
             (f"{key}.start", "training.global_batch_size"),
-            f"{key}.start: {ramp.start} is not below training.global_batch_size {full}; without a ramp leave {key} out",
+            f"{key}.start: {ramp.start} is not below training.global_batch_size {full_size}; for no ramp remove {key}",
         )
-    elif (full - ramp.start) % ramp.increment:
+    elif (full_size - ramp.start) % ramp.increment:
+        valid = [size for size in divisors(full_size - ramp.start) if size % micro_batch_size == 0]
         yield Problem(
             (f"{key}.increment", f"{key}.start", "training.global_batch_size"),
-            f"{key}.increment: steps of {ramp.increment} from {ramp.start} do not meet training.global_batch_size {full}; "
-            f"{_sizes([size for size in divisors(full - ramp.start) if size % micro == 0])} would",
+            f"{key}.increment: steps of {ramp.increment} from {ramp.start} do not meet training.global_batch_size {full_size}; "
+            f"{_sizes(valid)} would",
         )
     for name, size in (("start", ramp.start), ("increment", ramp.increment)):
-        if size % micro:
+        if size % micro_batch_size:
             yield Problem(
                 (f"{key}.{name}", "training.micro_batch_size"),
-                f"{key}.{name}: {size} is not a multiple of training.micro_batch_size {micro}; "
-                f"nearest: {max(1, round(size / micro)) * micro}",
+                f"{key}.{name}: {size} is not a multiple of training.micro_batch_size {micro_batch_size}; "
+                f"nearest: {_nearest_multiple(size, micro_batch_size)}",
             )
 
 
@@ -196,14 +207,15 @@ def _noise_scale(config: Config) -> Iterator[Problem]:
     training, key = config.training, "logging.noise_scale_interval"
     if config.zero.stage == 3:
         yield Problem(
-            (key, "zero.stage"), f"{key}: gradients of single micro-batches are not kept whole under zero.stage 3; use 0 to 2"
+            (key, "zero.stage"),
+            f"{key}: gradients of single micro-batches are not kept whole under zero.stage 3; use zero.stage 0, 1 or 2",
         )
     smallest = training.batch_ramp.start or training.global_batch_size
     if smallest <= training.micro_batch_size:
         yield Problem(
             (key, "training.micro_batch_size", "training.global_batch_size", "training.batch_ramp.start"),
-            f"{key}: compares micro-batches with the whole batch, but both have {smallest} sequences; "
-            f"use a smaller training.micro_batch_size",
+            f"{key}: compares micro-batches with the global batch, but both have {smallest} sequences; "
+            "use a smaller training.micro_batch_size",
         )
 
 
@@ -213,7 +225,7 @@ def _length(config: Config) -> Iterator[Problem]:
     if len(given) != 1:
         yield Problem(
             ("training.steps", "training.tokens", "training.epochs"),
-            f"training: give exactly one of steps, tokens and epochs, not {' and '.join(given) or 'none'}",
+            f"training: set exactly one of steps, tokens and epochs, not {' and '.join(given) or 'none'}",
         )
 
 
@@ -222,18 +234,18 @@ def _checkpoint(config: Config) -> Iterator[Problem]:
     if training.max_hours is not None and checkpoint.dir is None:
         yield Problem(
             ("training.max_hours", "checkpoint.dir"),
-            "training.max_hours: saves when the time is over, but checkpoint.dir is not set; name a folder",
+            "training.max_hours: saves when the time is over, but checkpoint.dir is not set; set it to a folder",
         )
     if checkpoint.keep_every is not None and not checkpoint.keep:
         yield Problem(
             ("checkpoint.keep_every", "checkpoint.keep"),
-            "checkpoint.keep_every: goes with checkpoint.keep, which is 0 and keeps all; give checkpoint.keep as well",
+            "checkpoint.keep_every: has no effect while checkpoint.keep is 0, which keeps all; set checkpoint.keep as well",
         )
     for key in ("on_nonfinite", "on_overflow", "on_spike"):
         if getattr(resilience, key) == "rollback" and (checkpoint.dir is None or checkpoint.interval is None):
             yield Problem(
                 (f"resilience.{key}", "checkpoint.dir", "checkpoint.interval"),
-                f'resilience.{key}: "rollback" needs checkpoints to go back to; set checkpoint.dir and checkpoint.interval',
+                f'resilience.{key}: "rollback" needs checkpoints to return to; set checkpoint.dir and checkpoint.interval',
             )
 
 
@@ -243,16 +255,20 @@ def _data(config: Config) -> Iterator[Problem]:
     if data.paths is not None and separate:
         yield Problem(
             ("data.paths", "data.train", "data.valid", "data.test"),
-            f"data.paths: excludes data.{separate[0]}; give paths with split, or train, valid and test",
+            f"data.paths: excludes data.{separate[0]}; set paths and split, or train, valid and test",
         )
     if (data.paths is None) != (data.split is None):
+        missing, given = ("paths", "split") if data.paths is None else ("split", "paths")
+        example = "" if data.paths is None else ', for example "969,30,1"'
         yield Problem(
-            ("data.paths", "data.split"), 'data.split: goes with data.paths, such as "969,30,1"; give both or neither'
+            ("data.paths", "data.split"),
+            f"data.{missing}: required together with data.{given}{example}; set both or neither",
         )
     if data.split is not None and not _is_split(data.split):
         yield Problem(
             ("data.split",),
-            f'data.split: {data.split!r} is not three shares of train, valid and test; write for example "969,30,1"',
+            f"data.split: {data.split!r} is not three shares of train, valid and test; "
+            'expected three numbers, for example "969,30,1"',
         )
     for key in ("train", "valid", "test", "paths"):
         source = getattr(data, key)
@@ -267,10 +283,11 @@ def _lr_schedule(config: Config) -> Iterator[Problem]:
             ("lr_schedule.min_lr", "optimizer.learning_rate"),
             f"lr_schedule.min_lr: {schedule.min_lr:g} is above optimizer.learning_rate {config.optimizer.learning_rate:g}",
         )
-    if schedule.type in ("cosine", "linear") and (schedule.decay_steps or schedule.warmup_steps + 1) <= schedule.warmup_steps:
+    decay_steps = schedule.decay_steps
+    if schedule.type in ("cosine", "linear") and decay_steps is not None and decay_steps <= schedule.warmup_steps:
         yield Problem(
             ("lr_schedule.decay_steps", "lr_schedule.warmup_steps"),
-            f"lr_schedule.decay_steps: {schedule.decay_steps} must be above lr_schedule.warmup_steps {schedule.warmup_steps}",
+            f"lr_schedule.decay_steps: {decay_steps} must be above lr_schedule.warmup_steps {schedule.warmup_steps}",
         )
 
 
@@ -282,17 +299,17 @@ def _optimizer(config: Config) -> Iterator[Problem]:
 
 def _deepspeed(config: Config) -> Iterator[Problem]:
     for key in flat_keys(config.deepspeed):
-        for owned, ours in OWNED_BY_MEGAGPT.items():
+        for owned, instead in OWNED_BY_MEGAGPT.items():
             if key == owned or key.startswith(owned + "."):
-                yield Problem((f"deepspeed.{key}",), f"deepspeed.{key}: megagpt sets this key itself; use {ours}")
+                yield Problem((f"deepspeed.{key}",), f"deepspeed.{key}: megagpt sets this key itself; {instead}")
     for section in sorted({owned.partition(".")[0] for owned in OWNED_BY_MEGAGPT if "." in owned}):
         value = config.deepspeed.get(section, {})
-        if not isinstance(value, dict):  # in DeepSpeed's short forms a key of ours would pass unseen
+        if not isinstance(value, dict):  # DeepSpeed's short forms would set a key that megagpt sets
             yield Problem((f"deepspeed.{section}",), f"deepspeed.{section}: expected an object of settings, not {value!r}")
 
 
 def flat_keys(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """The dotted names of the leaves of `tree`."""
+    """Yield the dotted names of the leaves of `tree`."""
     for key, value in tree.items():
         if isinstance(value, dict) and value:
             yield from flat_keys(value, f"{prefix}{key}.")
@@ -301,16 +318,18 @@ def flat_keys(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
-    """Ranks in a world of `world_size` that hold the same parameters: data-parallel times context-parallel ones.
+    """Return the data-parallel size: world_size / (tensor x pipeline x context).
 
-    Raises ConfigError, naming sizes that fit, where the world does not.
+    Raises ConfigError, with the world sizes that fit, if `world_size` is not a multiple of tensor x pipeline x context or if
+    the micro-batches of a step cannot be divided evenly among the data-parallel ranks.
     """
     parallel = config.parallel
-    ranks = parallel.tensor * parallel.pipeline * parallel.context
+    ranks_per_replica = parallel.tensor * parallel.pipeline * parallel.context
     micro_batches = _micro_batches(config)
-    if world_size % ranks == 0 and micro_batches % (world_size // ranks) == 0:
-        return world_size // (parallel.tensor * parallel.pipeline)
-    fitting = [ranks * size for size in divisors(micro_batches)]
+    size, remainder = divmod(world_size, ranks_per_replica)
+    if remainder == 0 and size > 0 and micro_batches % size == 0:
+        return size
+    fitting = [ranks_per_replica * divisor for divisor in divisors(micro_batches)]
     context = f" x context {parallel.context}" if parallel.context > 1 else ""
     raise ConfigError(
         f"parallel: a world of {world_size} ranks does not fit tensor {parallel.tensor} x pipeline "
@@ -320,7 +339,7 @@ def data_parallel_size(config: Config, world_size: int) -> int:
 
 
 def _micro_batches(config: Config) -> int:
-    """What data-parallel ranks share evenly: the micro-batches of a step, or the common divisor of a ramp's steps."""
+    """Return the micro-batches of a step, or the greatest common divisor over all batch sizes of a ramp."""
     training, ramp = config.training, config.training.batch_ramp
     full = training.global_batch_size // math.lcm(training.micro_batch_size, config.evaluation.micro_batch_size or 1)
     if ramp.start is None:
@@ -333,8 +352,13 @@ def _in_ramp(config: Config) -> str:
 
 
 def divisors(number: int) -> list[int]:
-    """All divisors of `number`, ascending."""
+    """Return all divisors of `number`, ascending."""
     return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _nearest_multiple(number: int, factor: int) -> int:
+    """Return the multiple of `factor` nearest to `number`, at least `factor`."""
+    return max(1, round(number / factor)) * factor
 
 
 def _sizes(sizes: list[int]) -> str:

@@ -1,342 +1,357 @@
-"""The tree of a run: every key with its type, unit, default and meaning, declared once.
+"""The tree of a run's config: each key with its type, unit, default and meaning, declared once.
 
-The docstring under a field is its help text (`docs/config.md` is made of them). Rules that join
-several keys are in `rules.py`; reading files and overrides is in `load.py`. Nothing here does I/O.
+The docstring under a field is its help text; `docs/config.md` is generated from them. `rules.py` has the rules that join
+several keys, `load.py` reads files and overrides. This module does no I/O and does not import torch.
 """
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-Schedule = Literal["1f1b", "gpipe", "interleaved_1f1b", "interleaved_zero_bubble", "zb_h1", "zbv", "v_half", "v_min"]
+from megagpt.schedules.registry import SCHEDULES
+
+if TYPE_CHECKING:
+    ScheduleName = str
+else:
+    ScheduleName = Literal[(*SCHEDULES, "auto")]
 Source = str | dict[str, float]
 """One prefix of a .bin/.idx pair, or several with their weights: {"data/web": 0.7, "data/books": 0.3}."""
 
 
 class Section(BaseModel):
-    """A part of the tree: unknown keys are errors, values keep the type written, nothing changes after load."""
+    """A section of the tree. Unknown keys are errors, values are not converted, and nothing changes after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class ModelConfig(Section):
-    """Shape of the transformer. Names follow GPT-2."""
+    """Shape of the transformer. The names are those of GPT-2."""
 
     n_layer: int = Field(ge=1)
-    """Transformer blocks."""
+    """Number of transformer blocks."""
     n_embd: int = Field(ge=1)
-    """Width of the residual stream."""
+    """Hidden size (width of the residual stream)."""
     n_head: int = Field(ge=1)
-    """Attention heads; divides n_embd."""
+    """Number of attention heads; must divide n_embd."""
     n_positions: int = Field(ge=1)
-    """Sequence length, tokens."""
+    """Sequence length in tokens."""
     vocab_size: int | None = Field(default=None, ge=2)
-    """Tokens that the model can predict; taken from data.tokenizer if absent."""
+    """Number of tokens in the vocabulary; taken from data.tokenizer if absent."""
     vocab_multiple: int = Field(default=128, ge=1)
-    """The embedding is padded with unused rows to a multiple of this; they reach neither loss nor checkpoint."""
+    """Pad the token embedding to a multiple of this. The padding is unused: it is never in the loss or in a checkpoint."""
     ffn_hidden: int | None = Field(default=None, ge=1)
-    """Width inside the MLP; 4 x n_embd if absent."""
+    """Hidden size of the MLP; 4 x n_embd if absent."""
     activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = "gelu"
-    """Non-linearity of the MLP: exact GELU, its tanh form (GPT-2), ReLU or SiLU."""
+    """Activation function of the MLP: exact GELU, GELU's tanh approximation (GPT-2), ReLU or SiLU."""
     embd_pdrop: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout after the embeddings, probability."""
+    """Dropout probability after the embeddings."""
     attn_pdrop: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout of attention weights, probability."""
+    """Dropout probability of the attention weights."""
     resid_pdrop: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout before each residual addition, probability."""
+    """Dropout probability before each residual addition."""
     tie_embeddings: bool = True
-    """The output layer uses the token embedding's weight."""
+    """Use the token embedding's weight for the output layer as well."""
     init_std: float = Field(default=0.02, gt=0)
-    """Standard deviation of the initial weights; divided by sqrt(2 n_layer) in the layers that end a residual branch."""
+    """Standard deviation of the initial weights; divided by sqrt(2 n_layer) in the last layer of each residual branch."""
     layer_norm_epsilon: float = Field(default=1e-5, gt=0)
-    """Added to the variance in every norm."""
+    """Added to the variance in each layer norm."""
 
     @property
-    def ffn_width(self) -> int:
-        """Width inside the MLP."""
+    def ffn_hidden_size(self) -> int:
+        """Hidden size of the MLP."""
         return self.ffn_hidden or 4 * self.n_embd
 
     @property
-    def head_width(self) -> int:
-        """Width of one attention head."""
+    def head_dim(self) -> int:
+        """Size of one attention head."""
         return self.n_embd // self.n_head
 
     @property
     def tokens_in_vocab(self) -> int:
-        """`vocab_size`, once it is known."""
+        """The resolved `vocab_size`. Raises ValueError if it is not known yet."""
         if self.vocab_size is None:
-            raise ValueError("model.vocab_size is not resolved: give it, or data.tokenizer")
+            raise ValueError("model.vocab_size is not resolved: set it, or data.tokenizer")
         return self.vocab_size
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the token embedding: `vocab_size` rounded up to `vocab_multiple`."""
+        """Entries of the token embedding: `vocab_size` rounded up to a multiple of `vocab_multiple`."""
         return -(-self.tokens_in_vocab // self.vocab_multiple) * self.vocab_multiple
 
 
 class ScheduleCosts(Section):
-    """Times of one micro-batch on all layers of one pipeline rank, in any unit, and what the rank may hold."""
+    """Times of one micro-batch on all layers of one pipeline rank, in any unit, and the memory limit of a rank."""
 
     forward: float = Field(default=1.0, gt=0)
     """Time of the forward."""
     input_backward: float = Field(default=1.0, gt=0)
-    """Time of the backward for the layers' inputs."""
+    """Time of the backward that computes the gradient of the layers' input."""
     weight_backward: float = Field(default=1.0, gt=0)
-    """Time of the backward for the weights."""
+    """Time of the backward that computes the weight gradients."""
     transfer: float = Field(default=0.0, ge=0)
-    """Time that a message between ranks is under way."""
-    most_micro_batches: float | None = Field(default=None, gt=0)
-    """Micro-batches whose activations, of all its layers, a rank has memory for; no limit if absent."""
+    """Travel time of a message between two ranks."""
+    max_micro_batches: float | None = Field(default=None, gt=0)
+    """Maximum number of in-flight micro-batches that fit in a rank's memory; unlimited if absent."""
 
 
 class ParallelConfig(Section):
-    """Where the work runs. The data-parallel size is what is left of the world: world / (tensor x pipeline x context)."""
+    """Layout over the ranks. The data-parallel size is world size / (tensor x pipeline x context)."""
 
     tensor: int = Field(default=1, ge=1)
-    """Ranks that share each matrix; best kept within one node."""
+    """Tensor-parallel size: ranks that share each matrix. Best within one node."""
     pipeline: int = Field(default=1, ge=1)
-    """Stages that share the layers."""
+    """Pipeline-parallel size: ranks that share the layers."""
     context: int = Field(default=1, ge=1)
-    """Ranks that share each sequence, for long ones: every one has a part of the positions."""
-    schedule: Schedule | Literal["auto"] = "1f1b"
-    """Order of the forwards and backwards in a pipeline: docs/schedules.md shows and compares them. "auto" takes the
-    fastest by simulation with the times in `schedule_costs`, and says why."""
+    """Context-parallel size: ranks that share each sequence, for long sequences."""
+    schedule: ScheduleName = "1f1b"
+    """Pipeline schedule: the order of forwards and backwards. docs/schedules.md compares them. "auto" simulates all of them
+    with the costs in `schedule_costs`, picks the fastest that fits in memory, and logs the reason."""
     schedule_costs: ScheduleCosts = ScheduleCosts()
-    """What "auto" reckons with."""
+    """Costs that the "auto" schedule search uses."""
     virtual_stages: int = Field(default=1, ge=1)
-    """Chunks of layers on each rank: 2 or more for the interleaved schedules; the V-shaped ones have two by themselves."""
+    """Chunks of layers on each pipeline rank. The interleaved schedules need 2 or more; zbv, v_half and v_min always have 2."""
     sequence_parallel: bool = False
-    """Split norms and dropout along the sequence over the tensor ranks: reduce-scatter in place of all-reduce."""
+    """Split norms and dropout along the sequence over the tensor ranks: reduce-scatter and all-gather replace all-reduce."""
     timeout_seconds: float = Field(default=1800.0, gt=0)
-    """A rank that stays in one place of its step for longer than this ends the job, which names the rank and the place."""
+    """Watchdog timeout: if a rank makes no progress for this long, the job exits and names the rank and the phase."""
 
 
 class ZeroConfig(Section):
-    """What data-parallel ranks keep a share of (Rajbhandari et al., arXiv 1910.02054)."""
+    """ZeRO: what is sharded over the data-parallel and context-parallel ranks (Rajbhandari et al., arXiv 1910.02054)."""
 
     stage: Literal[0, 1, 2, 3] = 1
-    """0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
+    """0: nothing; 1: optimizer states; 2: also gradients; 3: also parameters."""
     offload_optimizer: Literal["none", "cpu"] = "none"
-    """Keep the optimizer's state in host memory (stages 1 to 3)."""
+    """"cpu" stores the optimizer states in host memory (stages 1 to 3)."""
     offload_param: Literal["none", "cpu"] = "none"
-    """Keep the parameters' shards in host memory (stage 3)."""
+    """"cpu" stores the parameter shards in host memory (stage 3)."""
 
 
 class DataConfig(Section):
-    """The corpora: separate prefixes for train, valid and test, or `paths` cut by `split`."""
+    """Datasets: either separate ones for train, valid and test, or `paths` divided by `split`."""
 
     train: Source | None = None
-    """Prefix of a .bin/.idx pair, or prefixes with weights."""
+    """Training data: the prefix of a .bin/.idx pair, or several prefixes with weights, such as {"data/web": 0.7, "data/books":
+    0.3}."""
     valid: Source | None = None
-    """As `train`, for evaluation during training."""
+    """Validation data, for evaluation during training; same form as `train`."""
     test: Source | None = None
-    """As `train`, for the evaluation after the last step."""
+    """Test data, for evaluation after the last step; same form as `train`."""
     paths: Source | None = None
-    """As `train`, cut into train, valid and test by `split`."""
+    """Data that `split` divides into train, valid and test by documents; same form as `train`."""
     split: str | None = None
-    """Shares of train, valid and test in `paths`, such as "969,30,1"."""
+    """Shares of train, valid and test in `paths`, for example "969,30,1"."""
     tokenizer: str | None = None
-    """A SentencePiece .model, a Hugging Face tokenizer.json, a folder with vocab.json and merges.txt, or "byte"."""
+    """A SentencePiece .model file, a Hugging Face tokenizer.json, a folder with vocab.json and merges.txt, or "byte".
+    GPT-2's vocab.json and merges.txt: https://huggingface.co/openai-community/gpt2."""
     seed: int = Field(default=1234, ge=0)
-    """Seed of the order of documents and samples."""
+    """Seed for the shuffle order of documents and samples."""
     cache_dir: str | None = None
-    """Folder for the orders of large corpora (from a million documents and samples), 13 bytes a document for each epoch.
-    Beside the data if absent, or where that is read-only in the node's folder for temporary files."""
+    """Folder for the shuffle orders of large datasets (from one million documents and samples): 13 bytes per document and
+    epoch. If absent, the data's folder, or the node's temporary folder if that one is read-only."""
     reset_positions: bool = False
-    """Positions count from the beginning of each document of a sample, not of the sample (Megatron: reset-position-ids)."""
+    """Restart the position numbers at each document of a sample (Megatron: reset-position-ids)."""
     reset_attention: bool = False
-    """A token attends to earlier tokens of its own document alone, not of all the sample (Megatron: reset-attention-mask).
-    Takes a mask of micro_batch_size x n_positions^2 numbers, and attention that is slower than the plain causal one."""
+    """Attend only to earlier tokens of the same document, not of the entire sample (Megatron: reset-attention-mask).
+    Needs a mask of micro_batch_size x n_positions^2 numbers and is slower than plain causal attention."""
     mask_document_ends: bool = False
-    """No loss where the next token is the first of another document, which nothing foretells (Megatron: eod-mask-loss)."""
+    """Mask the loss on the first token of each document, which cannot be predicted from the previous document (Megatron:
+    eod-mask-loss)."""
 
 
 class OptimizerConfig(Section):
-    """The update rule."""
+    """The optimizer."""
 
     type: Literal["adamw", "adam", "sgd"] = "adamw"
-    """adamw decays weights apart from the gradient (Loshchilov and Hutter), adam adds the decay to it."""
+    """adamw: decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101); adam: L2 penalty added to the gradient; sgd:
+    stochastic gradient descent."""
     learning_rate: float = Field(default=3e-4, gt=0)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the moments' averages (adam, adamw)."""
+    """Decay rates of the two moments (adam, adamw)."""
     eps: float = Field(default=1e-8, gt=0)
-    """Added to the root of the second moment (adam, adamw)."""
+    """Added to the square root of the second moment (adam, adamw)."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
     """Momentum (sgd)."""
     weight_decay: float = Field(default=0.1, ge=0)
-    """Applied to matrices and embeddings; not to biases and norms."""
+    """Weight decay of matrices and embeddings; biases and norms have none."""
     clip_grad: float = Field(default=1.0, ge=0)
-    """The gradient is scaled down to this global L2 norm; 0 turns clipping off."""
+    """Clip the gradient to this global L2 norm; 0 disables clipping."""
 
 
 class LRScheduleConfig(Section):
-    """Learning rate over steps: linear warm-up, then `type`, down to `min_lr`."""
+    """Learning rate schedule: linear warm-up, then the decay `type`, down to `min_lr`."""
 
     type: Literal["cosine", "linear", "constant", "inverse-sqrt", "warmup-stable-decay"] = "cosine"
     """Shape after the warm-up."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Steps of linear growth from 0."""
+    """Steps of linear warm-up from 0."""
     decay_steps: int | None = Field(default=None, ge=1)
-    """Step at which min_lr is reached (cosine, linear), or length of the last decay (warmup-stable-decay).
-    The length of the run (a tenth of it for warmup-stable-decay) if absent."""
+    """cosine, linear: the number of steps after which min_lr is reached; the length of the run if absent.
+    warmup-stable-decay: the number of decay steps at the end of the run; a tenth of the run if absent."""
     min_lr: float = Field(default=0.0, ge=0)
-    """Floor."""
+    """Lower limit of the learning rate."""
 
 
 class BatchRampConfig(Section):
-    """A global batch that grows to training.global_batch_size (Megatron: rampup-batch-size). Every size is a multiple of
-    micro-batch x data-parallel size. The learning rate goes on by steps, of which a ramp makes more."""
+    """Batch-size ramp: the global batch grows to training.global_batch_size (Megatron: rampup-batch-size). Each size must be
+    a multiple of micro-batch size x data-parallel size. The LR schedule counts optimizer steps; a ramp increases their
+    number."""
 
     start: int | None = Field(default=None, ge=1)
-    """Sequences in the first steps; no ramp if absent."""
+    """Global batch size of the first step, in sequences; no ramp if absent."""
     increment: int = Field(default=1, ge=1)
-    """Sequences that the batch grows by at a time."""
+    """Sequences that each increase adds."""
     samples: int = Field(default=0, ge=0)
-    """Sequences over which it grows, each size for an equal part of them."""
+    """Length of the ramp in sequences; each size is used for an equal share of them."""
 
 
 class TrainingConfig(Section):
-    """Length, batch and precision of the run."""
+    """Length, batch size and precision of the run."""
 
     steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps; one of steps, tokens and epochs."""
+    """Number of optimizer steps. Set exactly one of steps, tokens and epochs."""
     tokens: int | None = Field(default=None, ge=1)
-    """Tokens to train on; rounded up to whole steps."""
+    """Number of tokens to train on; rounded up to full steps."""
     epochs: float | None = Field(default=None, gt=0)
-    """Passes over the training data; rounded down to whole steps, at least one."""
+    """Passes over the training data; rounded down to full steps, at least one."""
     max_hours: float | None = Field(default=None, gt=0)
-    """Wall-clock hours after which this start of the run saves at the next step and ends with exit code 75, for a job
-    script to start it again; no limit if absent."""
+    """Wall-clock limit of one start of the run, in hours. After it, the run saves a checkpoint at the end of the step and
+    exits with code 75, so that a job script can restart it. Unlimited if absent."""
     micro_batch_size: int = Field(ge=1)
-    """Sequences in one forward of one data-parallel rank."""
+    """Sequences per micro-batch per data-parallel rank."""
     global_batch_size: int = Field(ge=1)
-    """Sequences in one optimizer step, over all ranks."""
+    """Sequences per optimizer step, over all ranks."""
     batch_ramp: BatchRampConfig = BatchRampConfig()
     """Smaller batches in the first steps; null for none."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Type of parameters and activations; gradients are summed and optimizer states kept in fp32 under each."""
+    """Data type of parameters and activations. Gradients are accumulated in fp32 and optimizer states stored in fp32 for
+    every precision."""
     seed: int = Field(default=1234, ge=0)
     """Seed of the initial weights and of dropout."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """What the backward computes again instead of keeping: nothing, the attention core, or whole blocks."""
+    """Activations that the backward recomputes instead of storing: none, those of the attention core (selective), or those of
+    entire blocks (full)."""
     recompute_layers: int = Field(default=1, ge=1)
-    """Blocks that full recompute takes together: the input of each such group is all that is kept of it."""
+    """Consecutive blocks that full recompute treats as one group; only the input of each group is stored."""
     freeze: list[str] = []
-    """Patterns of weights that stay as they are, such as "embedding.*", "layers.[0-3].*" or "layers.2.attention.*": they
-    take no gradient and no optimizer state. A tied output layer is the token embedding, so freezes with it. A run may go
-    on with other patterns; what is trained again begins with moments of zero."""
+    """Name patterns of weights that are not trained, for example "embedding.*", "layers.[0-3].*" or "layers.2.attention.*".
+    Frozen weights get no gradient and no optimizer state. A tied output layer is frozen with the embedding. Patterns may
+    change on resume; newly unfrozen weights start with zero moments."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of each label that is spread evenly over the vocabulary; evaluations report the plain loss without it."""
+    """Share of each label that is spread evenly over the vocabulary. Evaluation reports the loss without smoothing."""
 
     @field_validator("batch_ramp", mode="before")
     @classmethod
-    def _no_ramp(cls, value: Any) -> Any:
+    def _null_is_no_ramp(cls, value: Any) -> Any:
         return BatchRampConfig() if value is None else value
 
 
 class EvaluationConfig(Section):
-    """Loss on the validation split."""
+    """Loss on the validation data during training, and on the test data after the last step."""
 
     interval: int | None = Field(default=None, ge=1)
     """Steps between evaluations; only after the last step if absent."""
     steps: int = Field(default=10, ge=1)
-    """Global batches in one evaluation."""
+    """Global batches per evaluation. If the data has fewer, its samples are used more than once."""
     micro_batch_size: int | None = Field(default=None, ge=1)
-    """Sequences in one forward; training.micro_batch_size if absent."""
+    """Sequences per micro-batch in evaluation; training.micro_batch_size if absent."""
 
 
 class CheckpointConfig(Section):
-    """What is saved, and what a run starts from."""
+    """Saving checkpoints and resuming from them."""
 
     dir: str | None = None
     """Folder of the run's checkpoints; nothing is saved if absent."""
     interval: int | None = Field(default=None, ge=1)
     """Steps between checkpoints; only after the last step if absent."""
     keep: int = Field(default=0, ge=0)
-    """Newest checkpoints to keep; 0 keeps all. The one that the run began with stays in any case."""
+    """Number of newest checkpoints to keep; 0 keeps all. The checkpoint that the run resumed from is never deleted."""
     keep_every: int | None = Field(default=None, ge=1)
-    """Checkpoints whose step is a multiple of this stay as well."""
+    """Also keep the checkpoints whose step is a multiple of this."""
     resume: str = "auto"
-    """"auto" goes on from the newest whole checkpoint in dir if there is one, "never" starts anew in a dir without any, a
-    path loads that one."""
+    """"auto": resume from the newest complete checkpoint in dir, or start from scratch if there is none. "never": start from
+    scratch; dir must have no checkpoints. A path: resume from that checkpoint."""
 
 
 class ResilienceConfig(Section):
-    """What happens when a step goes wrong. "stop" ends the run, "skip" drops the step's update and goes on with the next
-    data, "rollback" goes back to the last checkpoint and passes over the step's data. All ranks decide the same."""
+    """Response to a bad step. "stop": end the run. "skip": drop the update and continue with the next batch. "rollback":
+    return to the last checkpoint and skip the batch when it comes up again. All ranks take the same decision."""
 
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
-    """The loss or the gradient is NaN or infinite. The update is dropped in any case."""
+    """The loss or the gradient is NaN or infinite. The update is always dropped."""
     on_overflow: Literal["stop", "skip", "rollback"] = "skip"
-    """Under fp16 the loss is finite and the gradient is not: the loss scale, which "skip" lowers, was too high."""
+    """fp16 only: the loss is finite, but the gradient is not, because the loss scale is too high. "skip" lowers the scale."""
     on_spike: Literal["none", "stop", "skip", "rollback"] = "none"
-    """The loss is further above the mean of the last `spike_window` steps than `spike_deviations` standard deviations (of
-    at least a hundredth of the mean)."""
+    """The loss is a spike: more than `spike_num_std` standard deviations above the mean of the last `spike_window` losses. The
+    standard deviation counts as at least 1% of the mean."""
     spike_window: int = Field(default=100, ge=2)
-    """Steps that a loss is compared with; until so many are made no loss is a spike."""
-    spike_deviations: float = Field(default=6.0, gt=0)
-    """Standard deviations."""
-    most_skipped: int = Field(default=16, ge=1)
-    """Steps in a row without an update, for whatever reason; one more ends the run."""
-    most_rollbacks: int = Field(default=3, ge=0)
-    """Rollbacks in one start of the run; one more ends it."""
+    """Window of recent losses; spike detection starts once it is full."""
+    spike_num_std: float = Field(default=6.0, gt=0)
+    """Threshold for a spike, in standard deviations."""
+    max_skipped: int = Field(default=16, ge=1)
+    """Maximum number of consecutive skipped steps; the run stops at the next one."""
+    max_rollbacks: int = Field(default=3, ge=0)
+    """Maximum number of rollbacks in one start of the run; the run stops at the next one."""
     replica_check_interval: int | None = Field(default=None, ge=1)
-    """Steps between checks that ranks which hold the same weights hold the same bits; none if absent."""
+    """Steps between checks that replicas of the same weights are bitwise equal; no checks if absent."""
     straggler_factor: float = Field(default=1.5, gt=1)
-    """A rank whose own work takes this many times that of the typical rank is named in the log."""
+    """Report a rank whose compute time exceeds the median of its stage by this factor."""
 
 
 class WandbConfig(Section):
-    """Weights & Biases, written by rank 0 alone."""
+    """Weights & Biases. Only rank 0 writes."""
 
     project: str | None = None
-    """Project; nothing is sent if absent. Offline where there is no network or no API key."""
+    """Project name; disabled if absent. Offline if there is no network or no API key."""
     name: str | None = None
     """Display name of the run."""
     dir: str | None = None
-    """Folder of the local files; the current one if absent."""
+    """Folder of the local files; the current folder if absent."""
 
 
 class LoggingConfig(Section):
-    """What is reported while the run goes on."""
+    """What a run reports."""
 
     interval: int = Field(default=10, ge=1)
     """Steps between log lines."""
     metrics_file: str | None = None
-    """File that gets one JSON line per logged step and evaluation."""
+    """File that gets one JSON line per logged step and per evaluation; none if absent."""
     noise_scale_interval: int | None = Field(default=None, ge=1)
-    """Steps between measurements of the gradient noise scale (McCandlish et al., arXiv 1812.06162), logged as noise_scale,
-    tokens, with the suggested_batch_size, sequences, of that many; none if absent. A measurement takes the work of another
-    forward and backward, one micro-batch at a time through the pipeline. Its running mean begins anew with each start."""
+    """Steps between measurements of the gradient noise scale (McCandlish et al., arXiv 1812.06162); none if absent. Logged as
+    noise_scale, in tokens, and suggested_batch_size, the same in sequences. A measurement costs one more forward and
+    backward, with one micro-batch at a time in the pipeline. Its running mean restarts with each start of the run."""
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
 
 
 class Config(Section):
-    """One file, one run."""
+    """The keys of a config that are not in a section."""
 
     model: ModelConfig
     """Shape of the transformer."""
     parallel: ParallelConfig = ParallelConfig()
-    """Tensor x pipeline layout."""
+    """Layout over the ranks."""
     zero: ZeroConfig = ZeroConfig()
-    """Sharding over data-parallel ranks."""
+    """ZeRO sharding."""
     data: DataConfig = DataConfig()
-    """Corpora and tokenizer."""
+    """Datasets and tokenizer."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """Update rule."""
+    """The optimizer."""
     lr_schedule: LRScheduleConfig = LRScheduleConfig()
-    """Learning rate over steps."""
+    """Learning rate schedule."""
     training: TrainingConfig
-    """Length, batch and precision."""
+    """Length, batch size and precision."""
     evaluation: EvaluationConfig = EvaluationConfig()
-    """Held-out loss."""
+    """Loss on held-out data."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving and resuming."""
     resilience: ResilienceConfig = ResilienceConfig()
-    """What happens when a step goes wrong."""
+    """Response to a bad step."""
     logging: LoggingConfig = LoggingConfig()
-    """Reports."""
+    """What a run reports."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """Passed on to DeepSpeed; keys that megagpt sets itself are refused."""
+    """Further settings, passed to DeepSpeed unchanged. With an effect: the sizes in zero_optimization, such as
+    reduce_bucket_size, allgather_bucket_size and stage3_prefetch_bucket_size, and the loss scale in fp16, such as
+    initial_scale_power and loss_scale_window. Without: DeepSpeed's profilers and timers (flops_profiler,
+    wall_clock_breakdown). The keys in the table at the end of docs/config.md are refused."""

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from megagpt.data import index_cache
 from megagpt.data.index_cache import IndexCache
 from megagpt.data.indexed import IndexedCorpus
-from megagpt.data.order import Order, epoch_order, samples_of
+from megagpt.data.shuffle import Order, epoch_order, samples_of
 from megagpt.errors import DataError
 
 

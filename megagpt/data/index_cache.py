@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from megagpt.data.indexed import IndexedCorpus, files_of
-from megagpt.data.order import Order
+from megagpt.data.shuffle import Order
 from megagpt.errors import DataError
 
 VERSION = 1

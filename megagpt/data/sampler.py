@@ -1,6 +1,7 @@
-"""Which samples a data-parallel rank reads of a global batch.
+"""Which samples a data-parallel rank reads of each global batch.
 
-The global batch of size G at `first` is samples [first, first + G), whatever the layout; rank d of D takes the d-th part.
+The global batch of `size` samples that starts at sample `first` holds the samples first ... first + size - 1, under every
+layout. Data-parallel rank d of D gets the d-th of D equal ranges.
 """
 
 from dataclasses import dataclass
@@ -13,39 +14,43 @@ from megagpt.data.indexed import check_ids
 
 
 @dataclass(frozen=True)
-class Rows:
+class TokenBatch:
     """Tokens of one micro-batch."""
 
     index: int
-    """Of the micro-batch in the global batch, the same under every data-parallel size."""
+    """Index of the micro-batch in the global batch, the same for every data-parallel size."""
     tokens: npt.NDArray[np.int64]
     """[batch, seq + 1]"""
     starts: npt.NDArray[np.bool_]
-    """Where a document begins, [batch, seq + 1]."""
+    """True at the first token of each document, [batch, seq + 1]."""
 
 
 class GlobalBatches:
-    """This data rank's micro-batches of any global batch, in O(1)."""
+    """The micro-batches of one data-parallel rank, for any global batch, in O(1)."""
 
     def __init__(
-        self, dataset: Dataset, global_batch_size: int, micro_batch_size: int, data_rank: int, data_size: int, vocab_size: int
+        self, dataset: Dataset, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int, vocab_size: int
     ) -> None:
-        self._dataset, self._micro, self._vocab_size = dataset, micro_batch_size, vocab_size
-        self._rank, self._ranks = data_rank, data_size
+        self._dataset = dataset
+        self._micro_batch_size = micro_batch_size
+        self._dp_rank = dp_rank
+        self._dp_size = dp_size
+        self._vocab_size = vocab_size
         self.size = global_batch_size
-        """Samples in a global batch, where `at` is told no other number."""
+        """Samples in a global batch, unless `micro_batches` gets another size."""
 
-    def at(self, first: int, size: int | None = None) -> list[Rows]:
-        """Micro-batches of the global batch of `size` samples that begins at sample `first`.
+    def micro_batches(self, first_sample: int, size: int | None = None) -> list[TokenBatch]:
+        """Return this rank's micro-batches of the global batch of `size` samples that starts at `first_sample`.
 
-        Raises DataError for a token id above the vocabulary.
+        Raises DataError if a token id is not in the vocabulary.
         """
-        part = (size or self.size) // self._ranks
-        found = []
-        for row in range(self._rank * part, (self._rank + 1) * part, self._micro):
-            samples = [self._dataset.sample(first + row + offset) for offset in range(self._micro)]
+        samples_per_rank = (size or self.size) // self._dp_size
+        first_row = self._dp_rank * samples_per_rank
+        batches = []
+        for row in range(first_row, first_row + samples_per_rank, self._micro_batch_size):
+            samples = [self._dataset.sample(first_sample + row + offset) for offset in range(self._micro_batch_size)]
             tokens = np.stack([sample.tokens for sample in samples])
             starts = np.stack([sample.starts for sample in samples])
-            check_ids(tokens, self._vocab_size, f"sample {first + row}")
-            found.append(Rows(row // self._micro, tokens, starts))
-        return found
+            check_ids(tokens, self._vocab_size, f"sample {first_sample + row}")
+            batches.append(TokenBatch(row // self._micro_batch_size, tokens, starts))
+        return batches

@@ -1,85 +1,90 @@
-"""GPT, cut into chunks: the part of the model that one pipeline stage runs.
+"""GPT, cut into chunks: a chunk is the part of the model that one pipeline stage runs.
 
-A chunk of all layers is the whole model; the single process takes the same path as any layout.
+A chunk with all layers is the entire model, so a single process runs the same code as any layout.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megagpt.config.schema import Config
-from megagpt.model.attention import KVCache, document_mask
-from megagpt.model.block import Block, residual_dropout
+from megagpt.model.attention import document_mask
+from megagpt.model.block import Block
+from megagpt.model.dropout import ResidualDropout
+from megagpt.model.forward_context import ForwardContext, MicroBatch
+from megagpt.model.kv_cache import KVCache
 from megagpt.model.norm import LayerNorm
 from megagpt.model.positions import LearnedPositions
 from megagpt.parallel.embedding import VocabParallelEmbedding, VocabParallelLoss
-from megagpt.parallel.random import initialize
-from megagpt.parallel.shard import TensorParallel, mark_second_copy
+from megagpt.parallel.parallel_context import ParallelContext
+from megagpt.parallel.parameter import mark_second_copy
+from megagpt.parallel.seeding import initialize
 
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What all stages know of one forward: the first reads tokens and positions, the last labels, all the rest."""
-
-    tokens: Tensor
-    """[batch, seq], int64; under context parallelism this rank's part of the positions, [batch, seq / ranks]"""
-    labels: Tensor
-    """As tokens; `IGNORED` where a position has no part in the loss"""
-    seed: int = 0
-    """Differs for every micro-batch of the run, whatever the layout."""
-    positions: Tensor | None = None
-    """[batch, seq], int64; 0 to seq - 1 if absent"""
-    documents: Tensor | None = None
-    """[batch, seq], int64, which of the sample's documents each token is of: attention stays within it. If absent, a
-    token attends to all before it."""
+TOKEN_EMBEDDING = "embedding.token.weight"
+"""Name of the parameter that a tied output layer shares."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Dtype of parameters and activations for each `training.precision`."""
 
 
 class GPTChunk(nn.Module):
-    """Layers `layers` of a decoder-only transformer (Radford et al., GPT-2), with the embeddings or the loss at its ends."""
+    """Layers `layers` of a decoder-only transformer (GPT-2, Radford et al. 2019).
 
-    def __init__(self, config: Config, tp: TensorParallel, layers: range) -> None:
+    The first chunk also holds the embeddings, the last chunk the final norm, the output layer and the loss.
+    """
+
+    def __init__(self, config: Config, parallel: ParallelContext, layers: range) -> None:
         super().__init__()
         model = config.model
-        self.config, self.tp = config, tp
-        self.is_first, self.is_last = layers.start == 0, layers.stop == model.n_layer
+        self.config = config
+        self.parallel = parallel
+        self.is_first = layers.start == 0
+        self.is_last = layers.stop == model.n_layer
         if self.is_first:
             self.tokens = self._embedding(TOKEN_EMBEDDING)
-            self.positions = LearnedPositions("embedding.position", model.n_positions, model.n_embd, tp, model.init_std)
-        self.layers = nn.ModuleDict({str(index): Block(index, config, tp) for index in layers})
+            self.positions = LearnedPositions("embedding.position", model.n_positions, model.n_embd, parallel, model.init_std)
+            self.dropout = ResidualDropout(model.embd_pdrop, parallel, "embedding")
+        self.layers = nn.ModuleDict({str(index): Block(index, config, parallel) for index in layers})
         if self.is_last:
-            self.norm = LayerNorm("final_norm", model.n_embd, model.layer_norm_epsilon, tp)
-            self.loss = VocabParallelLoss(self._output_weight(), tp, config.training.label_smoothing)
+            self.norm = LayerNorm("final_norm", model.n_embd, model.layer_norm_epsilon, parallel)
+            self.loss = VocabParallelLoss(self._output_weight(), parallel, config.training.label_smoothing)
 
     def forward(self, x: Tensor | None, micro_batch: MicroBatch) -> Tensor:
-        """Hidden states of the layers before (None at the first chunk) to those after this chunk, or at the last
-        chunk to the sum of the token losses (a scalar, fp32)."""
+        """Run this chunk.
+
+        x: hidden states of the previous chunk, [batch, seq, hidden]; None on the first chunk.
+        Returns hidden states, or on the last chunk the sum of the token losses (fp32 scalar).
+        """
         hidden = self.hidden(micro_batch.tokens if x is None else x, micro_batch)
         return self.loss(hidden, micro_batch.labels) if self.is_last else hidden
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The transformer blocks of this chunk."""
+        return [cast(Block, block) for block in self.layers.values()]
+
     def hidden(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """Token ids [batch, seq] at the first chunk, else hidden states, through this chunk's layers."""
-        seed, documents = micro_batch.seed, micro_batch.documents
+        """Run this chunk without the loss. x: token ids [batch, seq] on the first chunk, else hidden states."""
+        mask = None
+        if micro_batch.documents is not None:
+            mask = document_mask(micro_batch.documents, DTYPES[self.config.training.precision])
+        ctx = ForwardContext(seed=micro_batch.seed, positions=micro_batch.positions, attention_mask=mask)
         if self.is_first:
-            x = self.positions(self.tokens(x), micro_batch.positions)
-            x = residual_dropout(x, self.config.model.embd_pdrop, self.training, self.tp, seed, "embedding")
-        mask = None if documents is None else document_mask(documents, x.dtype)
-        blocks, size = list(self.layers.values()), self.config.training.recompute_layers
-        if self.config.training.recompute != "full" or not torch.is_grad_enabled():
-            x = _through(blocks, x, seed, mask)
+            x = self.dropout(self.positions(self.tokens(x), ctx), ctx)
+        if self.config.training.recompute == "full" and torch.is_grad_enabled():
+            x = _run_recomputed(self.blocks, x, ctx, self.config.training.recompute_layers)
         else:
-            for first in range(0, len(blocks), size):
-                group = blocks[first : first + size]
-                x = checkpoint(_through, group, x, seed, mask, use_reentrant=False, preserve_rng_state=False)
+            x = _run(self.blocks, x, ctx)
         return self.norm(x) if self.is_last else x
 
-    def logits(self, tokens: Tensor, caches: dict[str, KVCache] | None = None) -> Tensor:
-        """Scores of the next token, on a model of one chunk. [batch, seq] -> [batch, seq, vocab_size]"""
-        x = self.positions(self.tokens(tokens), seen=next(iter(caches.values())).length if caches else 0)
-        for index, block in self.layers.items():
-            x = block(x, cache=caches[index] if caches else None)
+    def logits(self, tokens: Tensor, caches: Mapping[int, KVCache] | None = None) -> Tensor:
+        """Return next-token logits; for a model in one chunk. [batch, seq] -> [batch, seq, vocab_size]"""
+        caches = caches or {}
+        cached_tokens = max((cache.length for cache in caches.values()), default=0)
+        ctx = ForwardContext(first_position=cached_tokens, caches=caches)
+        x = _run(self.blocks, self.positions(self.tokens(tokens), ctx), ctx)
         return self.loss.logits(self.norm(x))
 
     def _output_weight(self) -> nn.Parameter:
@@ -94,35 +99,37 @@ class GPTChunk(nn.Module):
     def _embedding(self, name: str) -> VocabParallelEmbedding:
         model = self.config.model
         return VocabParallelEmbedding(
-            name, model.tokens_in_vocab, model.padded_vocab_size, model.n_embd, self.tp, model.init_std
+            name, model.tokens_in_vocab, model.padded_vocab_size, model.n_embd, self.parallel, model.init_std
         )
 
 
-def _through(blocks: Sequence[nn.Module], x: Tensor, seed: int, mask: Tensor | None) -> Tensor:
+def _run(blocks: Sequence[Block], x: Tensor, ctx: ForwardContext) -> Tensor:
     for block in blocks:
-        x = block(x, seed, mask)
+        x = block(x, ctx)
     return x
 
 
-def build_chunk(config: Config, tp: TensorParallel, layers: range, device: torch.device | str = "cpu") -> GPTChunk:
-    """A chunk with its initial weights, on `device`, in the precision of the config."""
+def _run_recomputed(blocks: Sequence[Block], x: Tensor, ctx: ForwardContext, group_size: int) -> Tensor:
+    """Save only the input of each group of blocks; the backward runs the group again. Dropout seeds itself, so no RNG state."""
+    for first in range(0, len(blocks), group_size):
+        group = blocks[first : first + group_size]
+        x = checkpoint(_run, group, x, ctx, use_reentrant=False, preserve_rng_state=False)
+    return x
+
+
+def build_chunk(config: Config, parallel: ParallelContext, layers: range, device: torch.device | str = "cpu") -> GPTChunk:
+    """Build a chunk with its initial weights on `device`, in the precision of the config."""
     with torch.device(device):
-        chunk = GPTChunk(config, tp, layers)
+        chunk = GPTChunk(config, parallel, layers)
     for parameter in chunk.parameters():
         initialize(parameter, config.training.seed)
     return chunk.to(dtype=DTYPES[config.training.precision])
 
 
 def share_tied_embedding(chunks: Sequence[GPTChunk]) -> None:
-    """Where one rank has the first chunk and the last, their tied embedding is one parameter and not two copies."""
+    """If this rank has both the first and the last chunk, make their tied embedding one parameter instead of two copies."""
     first = next((chunk for chunk in chunks if chunk.is_first), None)
     last = next((chunk for chunk in chunks if chunk.is_last), None)
     if first is None or last is None or first is last or not first.config.model.tie_embeddings:
         return
     last.loss.weight = first.tokens.weight
-
-
-TOKEN_EMBEDDING = "embedding.token.weight"
-"""Name of the parameter that a tied output layer shares."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Type of parameters and activations under each `training.precision`."""

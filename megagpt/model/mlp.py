@@ -1,4 +1,4 @@
-"""The feed-forward half of a block."""
+"""The feed-forward part of a block."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from megagpt.config.schema import ModelConfig
 from megagpt.parallel.linear import ColumnParallelLinear, RowParallelLinear
-from megagpt.parallel.shard import TensorParallel
+from megagpt.parallel.parallel_context import ParallelContext
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -18,13 +18,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class MLP(nn.Module):
-    """hidden -> ffn / ranks -> hidden. Input and output as of `ColumnParallelLinear` and `RowParallelLinear`."""
+    """hidden -> ffn_hidden_size / ranks -> hidden. Input and output shapes as in the parallel linear layers."""
 
-    def __init__(self, name: str, model: ModelConfig, tp: TensorParallel, residual_std: float) -> None:
+    def __init__(self, name: str, model: ModelConfig, parallel: ParallelContext, residual_std: float) -> None:
         super().__init__()
-        self.up = ColumnParallelLinear(f"{name}.up", model.n_embd, model.ffn_width, tp, model.init_std)
-        self.down = RowParallelLinear(f"{name}.down", model.ffn_width, model.n_embd, tp, residual_std)
+        self.up = ColumnParallelLinear(f"{name}.up", model.n_embd, model.ffn_hidden_size, parallel, model.init_std)
+        self.down = RowParallelLinear(f"{name}.down", model.ffn_hidden_size, model.n_embd, parallel, residual_std)
         self.activation = ACTIVATIONS[model.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.activation(self.up(x)))
+
+    def flops_per_token(self) -> int:
+        """Forward FLOPs of the unsharded matrix products for one token."""
+        return self.up.flops_per_token() + self.down.flops_per_token()

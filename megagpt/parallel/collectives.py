@@ -1,8 +1,7 @@
-"""The collectives of tensor and sequence parallelism, as autograd pairs.
+"""Collectives of tensor, sequence and context parallelism, as autograd pairs.
 
-Each pair is one communication in the forward and its transpose in the backward (Shoeybi et al.,
-arXiv 1909.08053, sec. 3; Korthikanti et al., arXiv 2205.05198, sec. 4.2.2). A group of None has
-one rank: every function is then the identity.
+Each pair is one communication in the forward and its transpose in the backward (Shoeybi et al., arXiv 1909.08053,
+section 3; Korthikanti et al., arXiv 2205.05198, section 4.2.2). With group None (one rank) every function is the identity.
 """
 
 from typing import Any
@@ -12,13 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-# torch 2.13 gave these two their new names and warns at each use of the old ones.
-gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# torch 2.13 renamed these two functions and warns about each use of the old names.
+all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def all_reduce(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Sum over the group's ranks, in place where x is contiguous. Shape in = shape out."""
+    """Sum over the group, in place if x is contiguous. Shape in = shape out."""
     if group is None:
         return x
     x = x.contiguous()
@@ -27,28 +26,28 @@ def all_reduce(x: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 def all_gather_sequence(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Join the ranks' parts of the sequence. [batch, seq / ranks, hidden] -> [batch, seq, hidden]"""
+    """Gather the sequence ranges of all ranks. [batch, seq / ranks, hidden] -> [batch, seq, hidden]"""
     if group is None:
         return x
-    ranks, (batch, part, hidden) = group.size(), x.shape
-    parts = x.new_empty(ranks * batch, part, hidden)
-    gather_into(parts, x.contiguous(), group=group)
-    return parts.view(ranks, batch, part, hidden).transpose(0, 1).reshape(batch, ranks * part, hidden)
+    ranks, (batch, local_seq, hidden) = group.size(), x.shape
+    gathered = x.new_empty(ranks * batch, local_seq, hidden)
+    all_gather_into(gathered, x.contiguous(), group=group)
+    return gathered.view(ranks, batch, local_seq, hidden).transpose(0, 1).reshape(batch, ranks * local_seq, hidden)
 
 
 def reduce_scatter_sequence(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Sum over ranks, each keeping its part of the sequence. [batch, seq, hidden] -> [batch, seq / ranks, hidden]"""
+    """Sum over the group; each rank keeps its sequence range. [batch, seq, hidden] -> [batch, seq / ranks, hidden]"""
     if group is None:
         return x
     ranks, (batch, seq, hidden) = group.size(), x.shape
-    parts = x.view(batch, ranks, seq // ranks, hidden).transpose(0, 1).contiguous()
+    by_rank = x.view(batch, ranks, seq // ranks, hidden).transpose(0, 1).contiguous()
     out = x.new_empty(batch, seq // ranks, hidden)
-    reduce_scatter_into(out, parts.view(ranks * batch, seq // ranks, hidden), group=group)
+    reduce_scatter_into(out, by_rank.view(ranks * batch, seq // ranks, hidden), group=group)
     return out
 
 
 def all_to_all(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Give part r of the first dim to rank r; what comes has the parts of all ranks in their order. Shape in = shape out."""
+    """Send slice r of the first dim to rank r; the result holds the slices of all ranks in rank order. Shape in = shape out."""
     if group is None:
         return x
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -121,15 +120,15 @@ def reduce_from_ranks(x: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 def gather_sequence(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Forward: all-gather along the sequence. Backward: reduce-scatter along it."""
+    """Forward: all-gather along the sequence. Backward: reduce-scatter along the sequence."""
     return x if group is None else _Gather.apply(x, group)
 
 
 def reduce_scatter_to_sequence(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Forward: reduce-scatter along the sequence. Backward: all-gather along it."""
+    """Forward: reduce-scatter along the sequence. Backward: all-gather along the sequence."""
     return x if group is None else _ReduceScatter.apply(x, group)
 
 
 def exchange(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Forward: all-to-all over the first dim. Backward: all-to-all back."""
+    """Forward: all-to-all over the first dim. Backward: the reverse all-to-all."""
     return x if group is None else _Exchange.apply(x, group)

@@ -1,4 +1,4 @@
-"""The two ends of the vocabulary: an embedding and a cross entropy split over tensor ranks by token id."""
+"""Vocabulary-parallel embedding, output layer and cross entropy: token ids are split over the tensor ranks."""
 
 from typing import Any
 
@@ -7,98 +7,118 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megagpt.parallel.collectives import (
+    all_gather_into,
     copy_to_ranks,
-    gather_into,
     gather_sequence,
     reduce_from_ranks,
     reduce_scatter_to_sequence,
 )
-from megagpt.parallel.shard import TensorParallel, shard_of, sharded_parameter
-from megagpt.parallel.weight_gradients import WeightGradients, accumulate
+from megagpt.parallel.deferred_gradients import DeferredGradients, accumulate
+from megagpt.parallel.parallel_context import ParallelContext
+from megagpt.parallel.parameter import shard_of, sharded_parameter
 
 IGNORED = -100
-"""Label of a position that has no part in the loss (torch's convention)."""
-_LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**26}
-"""Logits alive at a time: on a CPU what the caches like, on a GPU enough rows for a full matrix product."""
+"""Label of a position that does not count in the loss (torch's convention)."""
+CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**26}
+"""Default number of logits in memory at a time: on a CPU what fits the caches, on a GPU enough for an efficient product."""
 
 
 class _Lookup(torch.autograd.Function):
-    """Rows of `weight`; the gradient of `weight` is work for `WeightGradients`. Negative ids give zeros."""
+    """Select entries of `weight`; its gradient goes to the `DeferredGradients` queue. Negative ids give zeros.
+
+    ids [batch, seq], weight [entries, hidden] -> [batch, seq, hidden]
+    """
 
     @staticmethod
-    def forward(ctx: Any, ids: Tensor, weight: nn.Parameter, later: WeightGradients) -> Tensor:
+    def forward(ctx: Any, ids: Tensor, weight: nn.Parameter, deferred: DeferredGradients) -> Tensor:
         ctx.save_for_backward(ids)
-        ctx.weight, ctx.later = weight, later
-        ctx.shape = weight.shape  # ZeRO-3 empties the weight between forward and backward
+        ctx.weight, ctx.deferred = weight, deferred
+        ctx.entries = weight.shape[0]  # ZeRO-3 empties the weight between forward and backward
         return F.embedding(ids.clamp(min=0), weight).masked_fill_((ids < 0).unsqueeze(-1), 0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
-        grad, (ids,), weight, rows = grads[0].detach(), ctx.saved_tensors, ctx.weight, ctx.shape[0]
+        grad, (ids,), weight, entries = grads[0].detach(), ctx.saved_tensors, ctx.weight, ctx.entries
 
         def job() -> None:
-            # One more row takes what the other ranks' tokens would add. This kernel, unlike index_add, gives
+            # One extra entry collects the gradients of other ranks' tokens. This kernel, unlike index_add, gives
             # the same bits on every run on a GPU.
-            indices = torch.where(ids < 0, rows, ids)
-            whole = torch.ops.aten.embedding_dense_backward(grad, indices, rows + 1, -1, False)
-            accumulate(weight, whole[:rows])
+            indices = torch.where(ids < 0, entries, ids)  # [batch, seq]
+            gradient = torch.ops.aten.embedding_dense_backward(grad, indices, entries + 1, -1, False)  # [entries + 1, hidden]
+            accumulate(weight, gradient[:entries])
 
         if weight.requires_grad:
-            ctx.later.add(job)
+            ctx.deferred.add(job)
         return None, None, None
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Each tensor rank holds a slice of the rows of parameter `name`; `padded` rows in all, of which `vocab_size` are real.
+    """Token embedding; each tensor rank holds a range of the vocabulary.
 
     Token ids [batch, seq] -> replicated [batch, seq, hidden], or [batch, seq / ranks, hidden] under sequence parallelism.
     """
 
-    def __init__(self, name: str, vocab_size: int, padded: int, width: int, tp: TensorParallel, std: float) -> None:
+    def __init__(self, name: str, vocab_size: int, padded_size: int, width: int, parallel: ParallelContext, std: float) -> None:
+        """`padded_size`: entries in total, of which the first `vocab_size` are tokens and the rest are padding."""
         super().__init__()
-        self.tp = tp
-        self.weight = sharded_parameter(name, (padded, width), 0, tp, std, kept=vocab_size)
+        self.parallel = parallel
+        self.weight = sharded_parameter(name, (padded_size, width), 0, parallel, std, unpadded=vocab_size)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        first, rows = shard_of(self.weight).start, self.weight.shape[0]
+        first, entries = shard_of(self.weight).start, self.weight.shape[0]
         local = tokens - first
-        local = torch.where((local >= 0) & (local < rows), local, -1)
+        local = torch.where((local >= 0) & (local < entries), local, -1)  # [batch, seq]
         # The lookup has no input that needs a gradient, so the graph starts at the weight.
-        found = _Lookup.apply(local, self.weight, self.tp.weight_gradients)
-        leave = reduce_scatter_to_sequence if self.tp.sequence_parallel else reduce_from_ranks
-        return leave(found, self.tp.group)
+        embedded = _Lookup.apply(local, self.weight, self.parallel.deferred_gradients)  # [batch, seq, hidden]
+        reduce = reduce_scatter_to_sequence if self.parallel.sequence_parallel else reduce_from_ranks
+        return reduce(embedded, self.parallel.tp_group)
 
 
 class VocabParallelLoss(nn.Module):
-    """Output layer and cross entropy in one, over a slice of the vocabulary on each tensor rank.
+    """Output layer and cross entropy in one; each tensor rank holds a range of the vocabulary.
 
-    hidden [batch, seq (/ ranks under sequence parallelism), hidden] and labels [batch, seq] -> sum of the token losses,
-    a scalar in fp32. Tokens are taken in chunks whose gradient is made in the forward, so that the logits of a
-    micro-batch never exist together, on one rank or gathered.
+    hidden [batch, seq, hidden] ([batch, seq / ranks, hidden] under sequence parallelism) and labels [batch, seq] -> sum of
+    the token losses in nats, an fp32 scalar. Tokens are processed in chunks, and the gradient of each chunk is computed in
+    the forward, so the logits of a micro-batch never exist all at once.
     """
 
-    def __init__(self, weight: nn.Parameter, tp: TensorParallel, label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        parallel: ParallelContext,
+        label_smoothing: float = 0.0,
+        chunk_logits: int | None = None,
+    ) -> None:
+        """`chunk_logits`: logits in memory at a time on this rank; by default `CHUNK_LOGITS` of the device type."""
         super().__init__()
-        self.tp = tp
+        self.parallel = parallel
         self.weight = weight
+        self.chunk_logits = chunk_logits
         self.label_smoothing = label_smoothing
-        """Share of the label that is spread evenly over the vocabulary (Szegedy et al., arXiv 1512.00567), in training
-        mode alone: an evaluation tells the plain cross entropy."""
+        """Share of each label that is spread evenly over the vocabulary (Szegedy et al., arXiv 1512.00567). Used in
+        training mode only: evaluations report the plain cross entropy."""
 
     def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        enter = gather_sequence if self.tp.sequence_parallel else copy_to_ranks
-        hidden = enter(hidden, self.tp.group)
+        enter = gather_sequence if self.parallel.sequence_parallel else copy_to_ranks
+        hidden = enter(hidden, self.parallel.tp_group)
         train = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
         smoothing = self.label_smoothing if self.training else 0.0
-        return _ChunkedLoss.apply(hidden, self.weight, labels, self.tp, smoothing, train)
+        chunk_logits = self.chunk_logits or CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cuda"])
+        chunk_tokens = max(1, chunk_logits // self.weight.shape[0])
+        return _ChunkedLoss.apply(hidden, self.weight, labels, self.parallel, smoothing, train, chunk_tokens)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of this rank's real tokens. [batch, seq, hidden] -> [batch, seq, vocabulary of this rank]"""
-        return F.linear(hidden, self.weight[: real_rows(self.weight)])
+        """Return the logits of this rank's tokens. [batch, seq, hidden] -> [batch, seq, this rank's vocabulary]"""
+        return F.linear(hidden, self.weight[: unpadded_entries(self.weight)])
+
+    def flops_per_token(self) -> int:
+        """Forward FLOPs of the unsharded output layer for one token, padding included."""
+        entries, width = self.weight.shape
+        return 2 * entries * self.parallel.tp_size * width
 
 
-def real_rows(weight: nn.Parameter) -> int:
-    """Rows of this rank's slice that are tokens, not padding."""
+def unpadded_entries(weight: nn.Parameter) -> int:
+    """Return how many entries of this rank's vocabulary range are tokens, not padding."""
     shard = shard_of(weight)
     return max(0, min(weight.shape[0], shard.shape[0] - shard.start))
 
@@ -106,34 +126,47 @@ def real_rows(weight: nn.Parameter) -> int:
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: nn.Parameter, labels: Tensor, tp: TensorParallel, smoothing: float, train: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: nn.Parameter,
+        labels: Tensor,
+        parallel: ParallelContext,
+        smoothing: float,
+        train: bool,
+        chunk_tokens: int,
     ) -> Tensor:
-        tokens, targets = hidden.flatten(0, -2), labels.flatten() - shard_of(weight).start  # [tokens, hidden], [tokens]
-        ignored = labels.flatten() == IGNORED
-        chunk = min(len(tokens), max(1, _LOGITS_AT_ONCE.get(hidden.device.type, 2**26) // weight.shape[0]))
-        scores = tokens.new_empty(chunk, weight.shape[0])  # one buffer for all: fresh pages cost more than the arithmetic
+        tokens = hidden.flatten(0, -2)  # [tokens, hidden]
+        targets = labels.flatten() - shard_of(weight).start  # [tokens], as indices into this rank's vocabulary
+        ignored = labels.flatten() == IGNORED  # [tokens]
+        chunk_tokens = min(len(tokens), chunk_tokens)
+        buffer = tokens.new_empty(chunk_tokens, weight.shape[0])  # reused: new pages cost more than the arithmetic
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(tokens) if train and hidden.requires_grad else None
-        grad_weight = _zeros_in_fp32(weight) if train and weight.requires_grad else None
-        for start in range(0, len(tokens), chunk):
-            part = slice(start, start + chunk)
-            logits = torch.mm(tokens[part], weight.t(), out=scores[: len(tokens[part])])
-            losses, gradient = _token_losses(logits, weight, targets[part], ignored[part], tp, smoothing, train)
+        grad_hidden = torch.empty_like(tokens) if train and hidden.requires_grad else None  # [tokens, hidden]
+        grad_weight = _fp32_zeros_like(weight) if train and weight.requires_grad else None  # [entries, hidden]
+        for start in range(0, len(tokens), chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
+            logits = torch.mm(tokens[chunk], weight.t(), out=buffer[: len(tokens[chunk])])  # [chunk, entries]
+            losses, gradient = _token_losses(logits, weight, targets[chunk], ignored[chunk], parallel, smoothing, train)
             total += losses.sum()
             if gradient is None:
                 continue
-            gradient = gradient.to(hidden.dtype)
+            gradient = gradient.to(hidden.dtype)  # [chunk, entries]
             if grad_hidden is not None:
-                torch.mm(gradient, weight, out=grad_hidden[part])
+                torch.mm(gradient, weight, out=grad_hidden[chunk])
             if grad_weight is not None:
-                _add_product(grad_weight, gradient.t(), tokens[part])
+                _add_product(grad_weight, gradient.t(), tokens[chunk])
         if train:
             ctx.save_for_backward(grad_hidden)
-            ctx.grad_weight, ctx.weight, ctx.later, ctx.shape = grad_weight, weight, tp.weight_gradients, hidden.shape
+            ctx.grad_weight, ctx.weight, ctx.deferred, ctx.shape = (
+                grad_weight,
+                weight,
+                parallel.deferred_gradients,
+                hidden.shape,
+            )
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None, None, None]:
         scale, (grad_hidden,) = grads[0].detach(), ctx.saved_tensors
         weight, grad_weight = ctx.weight, ctx.grad_weight
         ctx.grad_weight = None
@@ -142,18 +175,18 @@ class _ChunkedLoss(torch.autograd.Function):
             accumulate(weight, grad_weight.mul_(scale))
 
         if grad_weight is not None:
-            ctx.later.add(job)
+            ctx.deferred.add(job)
         if grad_hidden is not None:
             grad_hidden = (grad_hidden * scale.to(grad_hidden.dtype)).view(ctx.shape)
-        return grad_hidden, None, None, None, None, None
+        return grad_hidden, None, None, None, None, None, None
 
 
-def _zeros_in_fp32(weight: nn.Parameter) -> Tensor:
+def _fp32_zeros_like(weight: nn.Parameter) -> Tensor:
     return torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """`total += left @ right`, without a temporary where the types allow."""
+    """Add `left @ right` to `total`, without a temporary tensor if the dtypes allow it."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     else:
@@ -165,48 +198,48 @@ def _token_losses(
     weight: nn.Parameter,
     targets: Tensor,
     ignored: Tensor,
-    tp: TensorParallel,
+    parallel: ParallelContext,
     smoothing: float,
     train: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Losses [tokens] and, for training, their gradients by this rank's logits [tokens, rows], of one chunk.
+    """Return the losses of one chunk, [tokens], and when training their gradients by this rank's logits, [tokens, entries].
 
-    Zero where `ignored`. The logits are overwritten where they are fp32.
-    Each rank normalises by its own largest logit, so that a single exchange of three numbers a token serves all ranks.
+    Losses and gradients are zero at `ignored` positions. fp32 logits are overwritten.
+    Each rank subtracts its own largest logit, so one exchange of three numbers per token is enough for all ranks.
     """
     scores = logits.float()
-    real = real_rows(weight)
-    evenly = smoothing / shard_of(weight).shape[0]  # each token's part of the smoothed label
-    scores[:, real:] = float("-inf")  # padding rows reach neither the loss nor, with probability 0, the gradient
-    mine = (targets >= 0) & (targets < real)
-    index = torch.where(mine, targets, 0).unsqueeze(-1)
-    largest = scores.amax(-1).clamp_(min=torch.finfo(torch.float32).min)
-    target = torch.where(mine, scores.gather(-1, index).squeeze(-1), 0.0)
+    entries = unpadded_entries(weight)
+    even_share = smoothing / shard_of(weight).shape[0]  # each vocabulary entry's share of the smoothed label
+    scores[:, entries:] = float("-inf")  # padding has probability 0: no effect on the loss, no gradient
+    is_local = (targets >= 0) & (targets < entries)  # [tokens]
+    index = torch.where(is_local, targets, 0).unsqueeze(-1)  # [tokens, 1]
+    largest = scores.amax(-1).clamp_(min=torch.finfo(torch.float32).min)  # [tokens]
+    target = torch.where(is_local, scores.gather(-1, index).squeeze(-1), 0.0)  # [tokens]
     if smoothing > 0:
-        target = target.mul_(1 - smoothing).add_(scores[:, :real].sum(-1), alpha=evenly)
-    exponentials = scores.sub_(largest.unsqueeze(-1)).exp_()
-    total = exponentials.sum(-1)
-    if tp.group is None:
-        share = 1.0 / total
+        target = target.mul_(1 - smoothing).add_(scores[:, :entries].sum(-1), alpha=even_share)
+    exponentials = scores.sub_(largest.unsqueeze(-1)).exp_()  # [tokens, entries]
+    total = exponentials.sum(-1)  # [tokens]
+    if parallel.tp_group is None:
+        probability_scale = 1.0 / total
         losses = largest + total.log() - target
     else:
-        all_largest, all_totals, all_targets = _exchange(torch.stack((largest, total, target)), tp)
-        top = all_largest.amax(0)
-        whole = (all_totals * (all_largest - top).exp()).sum(0)
-        share = (largest - top).exp() / whole
-        losses = top + whole.log() - all_targets.sum(0)
+        all_largest, all_totals, all_targets = _gather_statistics(torch.stack((largest, total, target)), parallel)
+        global_largest = all_largest.amax(0)
+        global_total = (all_totals * (all_largest - global_largest).exp()).sum(0)
+        probability_scale = (largest - global_largest).exp() / global_total
+        losses = global_largest + global_total.log() - all_targets.sum(0)
     losses = losses.masked_fill(ignored, 0)
     if not train:
         return losses, None
-    gradient = exponentials.mul_(share.masked_fill(ignored, 0).unsqueeze(-1))
-    gradient.scatter_add_(-1, index, (mine & ~ignored).unsqueeze(-1).to(gradient.dtype).mul_(smoothing - 1))
+    gradient = exponentials.mul_(probability_scale.masked_fill(ignored, 0).unsqueeze(-1))
+    gradient.scatter_add_(-1, index, (is_local & ~ignored).unsqueeze(-1).to(gradient.dtype).mul_(smoothing - 1))
     if smoothing > 0:
-        gradient[:, :real].sub_(evenly * (~ignored).unsqueeze(-1).to(gradient.dtype))
+        gradient[:, :entries].sub_(even_share * (~ignored).unsqueeze(-1).to(gradient.dtype))
     return losses, gradient
 
 
-def _exchange(mine: Tensor, tp: TensorParallel) -> tuple[Tensor, ...]:
-    """Every rank's three numbers for every token. [3, tokens] -> three of [ranks, tokens]"""
-    everyone = mine.new_empty(tp.size * 3, mine.shape[1])
-    gather_into(everyone, mine, group=tp.group)
-    return everyone.view(tp.size, *mine.shape).unbind(1)
+def _gather_statistics(local: Tensor, parallel: ParallelContext) -> tuple[Tensor, ...]:
+    """Gather every rank's three numbers per token. [3, tokens] -> three of [ranks, tokens]"""
+    gathered = local.new_empty(parallel.tp_size * 3, local.shape[1])
+    all_gather_into(gathered, local, group=parallel.tp_group)
+    return gathered.view(parallel.tp_size, *local.shape).unbind(1)

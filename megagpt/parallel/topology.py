@@ -1,152 +1,159 @@
-"""Which rank does what: (pipeline, data, tensor) coordinates and the process groups along each axis.
+"""Process topology: each rank's coordinates and its process groups.
 
-`Layout` is arithmetic and needs no processes; `Topology` is a layout with this rank's groups.
-Tensor ranks are neighbours (they talk most and belong on one node), then data, then pipeline:
-rank = (pipeline_rank * data + data_rank) * tensor + tensor_rank.
-
-Data ranks hold the same parameters. Under context parallelism runs of `context` consecutive ones share their samples,
-each with a part of the positions; to everything but the reading of samples and attention they are data ranks.
+`Layout` is arithmetic and needs no process group; `Topology` is a layout with the groups of this rank.
+Ranks form a grid with one axis per kind of parallelism. The last axis varies fastest, so tensor-parallel ranks, which
+communicate most, are neighbours and usually on one node.
 """
 
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 
 class Coordinates(NamedTuple):
-    """A rank's place along each axis."""
+    """A rank's index along each axis of the grid, slowest axis first. A new axis is one more field here and in `Layout`."""
 
-    pipeline: int
-    data: int
-    tensor: int
+    pipeline: int = 0
+    data: int = 0
+    context: int = 0
+    tensor: int = 0
+
+
+AXES = Coordinates._fields
+"""Names of the axes, slowest first."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the axes; world size = pipeline x data x tensor."""
+    """Number of ranks along each axis; the world size is their product."""
 
     tensor: int = 1
+    """Ranks that share each weight matrix."""
     pipeline: int = 1
-    data: int = 1
+    """Ranks that share the layers."""
     context: int = 1
-    """Of `data`, how many share a sample."""
+    """Ranks that share each sequence."""
+    data: int = 1
+    """Data-parallel size: model replicas that process different sequences."""
 
     @property
-    def readers(self) -> int:
-        """Ranks, or groups of context ranks, that read other samples."""
-        return self.data // self.context
+    def sizes(self) -> tuple[int, ...]:
+        """Sizes in the order of `AXES`."""
+        return tuple(getattr(self, axis) for axis in AXES)
 
     @property
     def world_size(self) -> int:
-        return self.pipeline * self.data * self.tensor
+        """Number of ranks."""
+        return self.tensor * self.pipeline * self.context * self.data
 
-    def rank(self, pipeline: int, data: int, tensor: int) -> int:
-        """The global rank at these coordinates."""
-        return (pipeline * self.data + data) * self.tensor + tensor
+    @property
+    def dp_cp(self) -> int:
+        """Data-parallel times context-parallel size: ranks that hold the same parameters. ZeRO shards over these."""
+        return self.data * self.context
+
+    def rank(self, coordinates: Coordinates) -> int:
+        """Return the global rank at `coordinates`."""
+        return int(np.ravel_multi_index(coordinates, self.sizes))
 
     def coordinates(self, rank: int) -> Coordinates:
-        """The coordinates of a global rank."""
-        return Coordinates(rank // (self.tensor * self.data), rank // self.tensor % self.data, rank % self.tensor)
+        """Return the coordinates of a global rank."""
+        return Coordinates(*map(int, np.unravel_index(rank, self.sizes)))
 
-    def tensor_ranks(self, rank: int) -> list[int]:
-        """Ranks that share this rank's matrices."""
-        at = self.coordinates(rank)
-        return [self.rank(at.pipeline, at.data, tensor) for tensor in range(self.tensor)]
-
-    def context_ranks(self, rank: int) -> list[int]:
-        """Ranks that share this rank's samples and parameters, in the order of their positions."""
-        at = self.coordinates(rank)
-        first = at.data // self.context * self.context
-        return [self.rank(at.pipeline, data, at.tensor) for data in range(first, first + self.context)]
-
-    def data_ranks(self, rank: int) -> list[int]:
-        """Ranks that hold the same parameters and work on other tokens."""
-        at = self.coordinates(rank)
-        return [self.rank(at.pipeline, data, at.tensor) for data in range(self.data)]
-
-    def pipeline_ranks(self, rank: int) -> list[int]:
-        """Ranks that hold the other stages of this rank's micro-batches, in stage order."""
-        at = self.coordinates(rank)
-        return [self.rank(pipeline, at.data, at.tensor) for pipeline in range(self.pipeline)]
-
-    def model_ranks(self, rank: int) -> list[int]:
-        """Ranks that together hold one copy of the model: all stages and tensor shards of one data rank."""
-        at = self.coordinates(rank)
-        return [self.rank(pipeline, at.data, tensor) for pipeline in range(self.pipeline) for tensor in range(self.tensor)]
+    def ranks_along(self, rank: int, *axes: str) -> list[int]:
+        """Return the ranks that differ from `rank` along `axes` only, in grid order; `rank` is one of them."""
+        coordinates = self.coordinates(rank)
+        index = tuple(slice(None) if axis in axes else getattr(coordinates, axis) for axis in AXES)
+        ranks: list[int] = np.arange(self.world_size).reshape(self.sizes)[index].flatten().tolist()
+        return ranks
 
 
 @dataclass(frozen=True)
 class Topology:
-    """A rank's coordinates and process groups. A group of one rank is None: nothing is to be said to it."""
+    """This rank's coordinates and process groups. A group of size 1 is None: it needs no communication."""
 
-    layout: Layout
-    rank: int
-    at: Coordinates
+    layout: Layout = Layout()
+    rank: int = 0
     tensor_group: ProcessGroup | None = None
-    data_group: ProcessGroup | None = None
-    model_group: ProcessGroup | None = None
     context_group: ProcessGroup | None = None
-    towards_last: ProcessGroup | None = None
-    """Messages from a stage to a later one. A communicator of its own, so that they never wait for opposite ones."""
-    towards_first: ProcessGroup | None = None
-    """Messages from a stage to an earlier one."""
+    dp_cp_group: ProcessGroup | None = None
+    """Data-parallel and context-parallel ranks together: they hold the same parameters."""
+    model_parallel_group: ProcessGroup | None = None
+    """Tensor and pipeline ranks of one replica of the model."""
+    pp_forward_group: ProcessGroup | None = None
+    """Pipeline ranks, for messages to a later stage. Each direction has its own communicator, so neither blocks the other."""
+    pp_backward_group: ProcessGroup | None = None
+    """Pipeline ranks, for messages to an earlier stage."""
+    embedding_group: ProcessGroup | None = None
+    """First and last pipeline rank, which share a tied embedding; None on ranks in between."""
     world_group: ProcessGroup | None = None
-    """All ranks."""
-    ends_group: ProcessGroup | None = None
-    """First and last stage, which share a tied embedding; None on interior stages and where they are one rank."""
+
+    @cached_property
+    def coordinates(self) -> Coordinates:
+        """This rank's coordinates in the grid."""
+        return self.layout.coordinates(self.rank)
 
     @property
-    def reader(self) -> int:
-        """Which of `layout.readers` parts of the global batch this rank reads."""
-        return self.at.data // self.layout.context
+    def tp_rank(self) -> int:
+        """Index along the tensor axis."""
+        return self.coordinates.tensor
 
     @property
-    def context_rank(self) -> int:
-        """Which part of a sample's positions this rank works on."""
-        return self.at.data % self.layout.context
+    def pp_rank(self) -> int:
+        """Index along the pipeline axis."""
+        return self.coordinates.pipeline
 
-    @classmethod
-    def single(cls) -> "Topology":
-        """One process, no groups: tools and tests."""
-        return cls(Layout(), 0, Coordinates(0, 0, 0))
+    @property
+    def dp_rank(self) -> int:
+        """Index along the data axis: selects this rank's share of the global batch."""
+        return self.coordinates.data
+
+    @property
+    def cp_rank(self) -> int:
+        """Index along the context axis: selects this rank's range of positions."""
+        return self.coordinates.context
+
+    @property
+    def dp_cp_rank(self) -> int:
+        """Index among the ranks that hold the same parameters."""
+        return self.dp_rank * self.layout.context + self.cp_rank
 
     @classmethod
     def create(cls, tensor: int, pipeline: int, timeout_seconds: float = 1800.0, context: int = 1) -> "Topology":
-        """Lay the axes over the process group and open this rank's communicators (collective over all ranks).
+        """Place the axes on the default process group and create this rank's groups. Collective.
 
-        `timeout_seconds`: a collective that waits longer fails.
-        Raises ValueError if tensor x pipeline x context does not divide the world.
+        `timeout_seconds`: time limit of each collective in these groups.
+        Raises ValueError if tensor x pipeline x context does not divide the world size.
         """
         world = dist.get_world_size()
         if world % (tensor * pipeline * context):
             sizes = f"tensor {tensor} x pipeline {pipeline}" + (f" x context {context}" if context > 1 else "")
             raise ValueError(f"{sizes} does not divide a world of {world} ranks")
-        layout, rank = Layout(tensor, pipeline, world // (tensor * pipeline), context), dist.get_rank()
-        at, stages = layout.coordinates(rank), layout.pipeline_ranks(rank)
-
-        def group(ranks: list[int]) -> ProcessGroup | None:
-            return _group(ranks, timedelta(seconds=timeout_seconds))
-
+        layout = Layout(tensor=tensor, pipeline=pipeline, context=context, data=world // (tensor * pipeline * context))
+        rank, timeout = dist.get_rank(), timedelta(seconds=timeout_seconds)
+        stages = layout.ranks_along(rank, "pipeline")
+        ends = [stages[0], stages[-1]] if pipeline > 1 and rank in (stages[0], stages[-1]) else [rank]
         return cls(
             layout,
             rank,
-            at,
-            tensor_group=group(layout.tensor_ranks(rank)),
-            data_group=group(layout.data_ranks(rank)),
-            model_group=group(layout.model_ranks(rank)),
-            context_group=group(layout.context_ranks(rank)),
-            world_group=group(list(range(world))),
-            towards_last=group(stages),
-            towards_first=group(stages),
-            ends_group=group([stages[0], stages[-1]]) if pipeline > 1 and at.pipeline in (0, pipeline - 1) else None,
+            tensor_group=_new_group(layout.ranks_along(rank, "tensor"), timeout),
+            context_group=_new_group(layout.ranks_along(rank, "context"), timeout),
+            dp_cp_group=_new_group(layout.ranks_along(rank, "data", "context"), timeout),
+            model_parallel_group=_new_group(layout.ranks_along(rank, "pipeline", "tensor"), timeout),
+            pp_forward_group=_new_group(stages, timeout),
+            pp_backward_group=_new_group(stages, timeout),
+            world_group=_new_group(list(range(world)), timeout),
+            # Last: torch names a group by the number of groups that a rank has created, and the ranks in between create none.
+            embedding_group=_new_group(ends, timeout),
         )
 
 
-def _group(ranks: list[int], timeout: timedelta) -> ProcessGroup | None:
-    """A communicator of these ranks; only they take part in its making, so that it costs the same in a world of thousands."""
+def _new_group(ranks: list[int], timeout: timedelta) -> ProcessGroup | None:
+    """Create a group; only its members take part, so the cost does not grow with the world size."""
     if len(ranks) == 1:
         return None
     return dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)

@@ -1,114 +1,143 @@
-"""Runs one rank's list of actions: compute, send, receive, deferred weight gradients. Any schedule, any number of stages."""
+"""Run one rank's list of actions: compute, send, receive, deferred weight gradients. Works for every schedule."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from megagpt.distributed.phase import PhaseTracker
+from megagpt.parallel.deferred_gradients import DeferredGradients, GradientJob
 from megagpt.parallel.topology import Topology
-from megagpt.parallel.weight_gradients import Job, WeightGradients
-from megagpt.parallel.whereabouts import Whereabouts
-from megagpt.pipeline.plan import Kind, Plan, messages
 from megagpt.pipeline.transfers import Transfers
+from megagpt.schedules.plan import ActionKind, Plan, messages
 
-PHASES = {Kind.F: "forward", Kind.B: "backward", Kind.I: "backward for the input", Kind.W: "weight gradients"}
+PHASES = {
+    ActionKind.FORWARD: "forward",
+    ActionKind.BACKWARD: "backward",
+    ActionKind.BACKWARD_INPUT: "input backward",
+    ActionKind.BACKWARD_WEIGHT: "weight backward",
+}
 
 
 class Chunk(Protocol):
-    """What the executor needs of a stage's module."""
+    """The module of one stage, as the executor uses it."""
 
     def __call__(self, x: Tensor | None, micro_batch: Any) -> Tensor:
-        """Hidden states to hidden states; None in at the first stage, the sum of the token losses out at the last."""
+        """Map hidden states to hidden states; x is None on the first stage, the last stage returns the sum of the losses."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Input and output of one forward, saved for its backward."""
+
+    x: Tensor | None
+    out: Tensor
 
 
 class Executor:
-    """Plays `plan` for this rank; made once, used for every step of that shape."""
+    """Runs `plan` on this rank. Built once, used for every step with the same number and shape of micro-batches."""
 
     def __init__(
         self,
         plan: Plan,
         chunks: Mapping[int, Chunk],
         topology: Topology,
-        weight_gradients: WeightGradients,
+        deferred_gradients: DeferredGradients,
         like: Tensor,
-        where: Whereabouts,
+        phase: PhaseTracker,
     ) -> None:
-        """`chunks`: this rank's, by stage; `like`: shape, dtype and device of what stages exchange, [batch, seq, hidden];
-        `where`: is told of every action."""
-        self.plan, self.chunks, self.topology, self.weight_gradients, self.like = plan, chunks, topology, weight_gradients, like
-        self.where = where
-        self.actions = plan.actions[topology.at.pipeline]
-        self.expected = messages(plan, topology.at.pipeline)
-        self.last_of_stage = {action.stage: number for number, action in enumerate(self.actions)}.values()
+        """`chunks`: this rank's modules by stage; `like`: shape, dtype and device of a message, [batch, seq, hidden]."""
+        self.plan = plan
+        self.chunks = chunks
+        self.topology = topology
+        self.deferred_gradients = deferred_gradients
+        self.like = like
+        self.phase = phase
+        self.actions = plan.actions[topology.pp_rank]
+        self.expected_messages = messages(plan, topology.pp_rank)
+        last_action_of_stage = {action.stage: index for index, action in enumerate(self.actions)}
+        self.last_actions = frozenset(last_action_of_stage.values())
+        """Indices of the actions after which a stage has nothing left to do."""
 
     def step(
         self,
         micro_batches: Sequence[Any],
         loss_gradient: Tensor | None,
-        stage_done: Callable[[int], None] | None = None,
+        on_stage_done: Callable[[int], None] | None = None,
     ) -> Tensor | None:
-        """Run the plan over this data rank's micro-batches.
+        """Run the plan over the micro-batches of this data-parallel rank.
 
-        `loss_gradient`: the scalar that each backward starts from (None where the plan has none: evaluation).
-        `stage_done`: called with each stage of this rank once its weights have their whole gradients.
-        Returns the sum of the token losses (fp32 scalar) on the last stage's rank, None elsewhere.
+        `loss_gradient`: scalar gradient of the sum of the token losses, which each backward of the last stage starts from
+        (loss scale / number of tokens for a mean loss); None for a plan without backwards.
+        `on_stage_done`: called with a stage of this rank when its weight gradients are complete.
+        Returns the sum of the token losses (fp32 scalar) on the last stage's rank, None on the others.
+        Raises ValueError if the plan is for another number of micro-batches.
         """
         if len(micro_batches) != self.plan.n_micro_batches:
             raise ValueError(f"the plan is for {self.plan.n_micro_batches} micro-batches, not {len(micro_batches)}")
-        return _Step(self, micro_batches, loss_gradient).run(stage_done)
+        return _Step(self, micro_batches, loss_gradient).run(on_stage_done)
 
 
 class _Step:
-    """One playing of the plan: what is under way between the actions."""
+    """One execution of the plan: saved activations and pending work between the actions."""
 
     def __init__(self, executor: Executor, micro_batches: Sequence[Any], loss_gradient: Tensor | None) -> None:
-        self.executor, self.micro_batches, self.loss_gradient = executor, micro_batches, loss_gradient
-        self.ranks, self.last_stage = executor.plan.rank_of_stage, executor.plan.n_stages - 1
-        self.transfers = Transfers(executor.topology, executor.expected, executor.like, executor.where)
-        self.saved: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
-        self.parked: dict[tuple[int, int], list[Job]] = {}
+        self.executor = executor
+        self.micro_batches = micro_batches
+        self.loss_gradient = loss_gradient
+        self.ranks = executor.plan.rank_of_stage
+        self.last_stage = executor.plan.n_stages - 1
+        self.transfers = Transfers(executor.topology, executor.expected_messages, executor.like, executor.phase)
+        self.saved: dict[tuple[int, int], Activations] = {}
+        self.deferred: dict[tuple[int, int], list[GradientJob]] = {}
         self.losses: list[Tensor] = []
 
-    def run(self, stage_done: Callable[[int], None] | None) -> Tensor | None:
-        for number, action in enumerate(self.executor.actions):
-            stage, index = action.stage, action.micro_batch
-            self.executor.where.at(f"{PHASES[action.kind]} of stage {stage}, micro-batch {index}")
-            if action.kind is Kind.F:
-                self.forward(stage, index)
-            elif action.kind is Kind.B:
-                self.backward(stage, index)
-            elif action.kind is Kind.I:
-                with self.executor.weight_gradients.parked() as jobs:
-                    self.backward(stage, index)
-                self.parked[stage, index] = jobs
-            else:
-                with torch.no_grad():  # as in a backward
-                    for job in self.parked.pop((stage, index)):
-                        job()
-            if stage_done is not None and number in self.executor.last_of_stage:
-                stage_done(stage)
+    def run(self, on_stage_done: Callable[[int], None] | None) -> Tensor | None:
+        for index, action in enumerate(self.executor.actions):
+            stage, micro_batch = action.stage, action.micro_batch
+            self.executor.phase.enter(f"{PHASES[action.kind]} of stage {stage}, micro-batch {micro_batch}")
+            match action.kind:
+                case ActionKind.FORWARD:
+                    self.forward(stage, micro_batch)
+                case ActionKind.BACKWARD:
+                    self.backward(stage, micro_batch)
+                case ActionKind.BACKWARD_INPUT:
+                    with self.executor.deferred_gradients.deferring() as jobs:
+                        self.backward(stage, micro_batch)
+                    self.deferred[stage, micro_batch] = jobs
+                case ActionKind.BACKWARD_WEIGHT:
+                    self.backward_weight(stage, micro_batch)
+            if on_stage_done is not None and index in self.executor.last_actions:
+                on_stage_done(stage)
         self.transfers.finish()
         return torch.stack(self.losses).sum() if self.losses else None
 
-    def forward(self, stage: int, index: int) -> None:
-        x, trains = None, self.loss_gradient is not None
+    def forward(self, stage: int, micro_batch: int) -> None:
+        x, train = None, self.loss_gradient is not None
         if stage > 0:
-            x = self.transfers.take(Kind.F, stage, index, self.ranks[stage - 1]).detach().requires_grad_(trains)
-        out = self.executor.chunks[stage](x, self.micro_batches[index])
-        if trains:
-            self.saved[stage, index] = (x, out)
+            received = self.transfers.receive(ActionKind.FORWARD, stage, micro_batch, self.ranks[stage - 1])
+            x = received.detach().requires_grad_(train)
+        out = self.executor.chunks[stage](x, self.micro_batches[micro_batch])
+        if train:
+            self.saved[stage, micro_batch] = Activations(x, out)
         if stage == self.last_stage:
             self.losses.append(out.detach())
         else:
-            self.transfers.give(Kind.F, stage + 1, index, out.detach(), self.ranks[stage + 1])
+            self.transfers.send(ActionKind.FORWARD, stage + 1, micro_batch, out.detach(), self.ranks[stage + 1])
 
-    def backward(self, stage: int, index: int) -> None:
-        x, out = self.saved.pop((stage, index))
+    def backward(self, stage: int, micro_batch: int) -> None:
+        saved = self.saved.pop((stage, micro_batch))
         gradient = self.loss_gradient
         if stage < self.last_stage:
-            gradient = self.transfers.take(Kind.B, stage, index, self.ranks[stage + 1])
-        torch.autograd.backward(out, gradient)
-        if x is not None:
-            assert x.grad is not None
-            self.transfers.give(Kind.B, stage - 1, index, x.grad, self.ranks[stage - 1])
+            gradient = self.transfers.receive(ActionKind.BACKWARD, stage, micro_batch, self.ranks[stage + 1])
+        torch.autograd.backward(saved.out, gradient)
+        if saved.x is not None:
+            assert saved.x.grad is not None
+            self.transfers.send(ActionKind.BACKWARD, stage - 1, micro_batch, saved.x.grad, self.ranks[stage - 1])
+
+    def backward_weight(self, stage: int, micro_batch: int) -> None:
+        with torch.no_grad():  # as inside a backward
+            for job in self.deferred.pop((stage, micro_batch)):
+                job()

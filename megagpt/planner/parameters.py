@@ -1,25 +1,27 @@
-"""Number of parameters by closed formula (Narayanan et al., arXiv 2104.04473, eq. 2, with any feed-forward width)."""
+"""Number of parameters, counted on the modules of a model on the meta device."""
 
-from megagpt.config.schema import ModelConfig
+import math
+from collections import Counter
 
-
-def parameters_by_part(model: ModelConfig) -> dict[str, int]:
-    """Parameters of each part, the vocabulary without its padding. With ffn = 4h a block has 12 h^2 + 13 h."""
-    h, f = model.n_embd, model.ffn_width
-    attention = 3 * h * h + 3 * h + h * h + h
-    mlp = h * f + f + f * h + h
-    parts = {
-        "token embedding": model.tokens_in_vocab * h,
-        "position embedding": model.n_positions * h,
-        "attention": model.n_layer * attention,
-        "mlp": model.n_layer * mlp,
-        "norms": model.n_layer * 4 * h + 2 * h,
-    }
-    if not model.tie_embeddings:
-        parts["output layer"] = model.tokens_in_vocab * h
-    return parts
+from megagpt.config.schema import Config
+from megagpt.model.meta_model import meta_model
+from megagpt.parallel.parameter import shard_of
 
 
-def parameter_count(model: ModelConfig) -> int:
-    """All parameters."""
-    return sum(parameters_by_part(model).values())
+def parameters_by_group(config: Config) -> dict[str, int]:
+    """Return the parameters of each group of modules, vocabulary padding excluded. `model.vocab_size` must be known.
+
+    A group is a name without the layer number and the last part: "attention.qkv", "mlp.up", "embedding.token".
+    """
+    counts: Counter[str] = Counter()
+    for parameter in meta_model(config).parameters():
+        shard = shard_of(parameter)
+        parts = shard.name.split(".")
+        group = parts[2:-1] if parts[0] == "layers" else parts[:-1]
+        counts[".".join(group)] += math.prod(shard.shape)
+    return dict(counts)
+
+
+def parameter_count(config: Config) -> int:
+    """Return the number of parameters of the model, vocabulary padding excluded."""
+    return sum(parameters_by_group(config).values())

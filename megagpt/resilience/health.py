@@ -1,4 +1,4 @@
-"""What to do with a step that went wrong: decided from numbers that are the same on all ranks, so that all do the same."""
+"""What to do with a bad step. Decided from numbers that are equal on all ranks, so all ranks decide the same."""
 
 import math
 import statistics
@@ -7,76 +7,84 @@ from typing import Literal, NamedTuple
 
 from megagpt.config.schema import ResilienceConfig
 
-Action = Literal["none", "stop", "skip", "rollback"]
+Response = Literal["none", "stop", "skip", "rollback"]
 
 
 class Verdict(NamedTuple):
-    """Of one step."""
+    """What to do with one step, and why."""
 
-    action: Action
+    action: Response
     reason: str = ""
     """What is wrong, for the log."""
 
 
-FINE = Verdict("none")
+OK = Verdict("none")
 
 
 class Health:
-    """Looks at each step twice: at its loss before the update, and at its gradient when that is known."""
+    """Checks each step's loss before the update, then its gradient."""
 
     def __init__(self, config: ResilienceConfig) -> None:
         self._config = config
         self._losses: deque[float] = deque(maxlen=config.spike_window)
-        self._skipped = 0
         self._rollbacks = 0
+        self.consecutive_skips = 0
+        """Last steps without an update."""
 
-    def of_loss(self, loss: float) -> Verdict:
-        """Before the update, which is dropped for every verdict but `FINE`."""
+    @property
+    def recent_losses(self) -> list[float]:
+        """Window of losses for spike detection. Saved in checkpoints, so that a resumed run decides as an unbroken one."""
+        return list(self._losses)
+
+    def check_loss(self, loss: float) -> Verdict:
+        """Judge the loss, before the update. Any verdict but `OK` means that the update is not made."""
         if not math.isfinite(loss):
             return Verdict(self._config.on_nonfinite, f"the loss is {loss}")
-        most = self._most()
-        if self._config.on_spike != "none" and loss > most:
-            return Verdict(self._config.on_spike, f"the loss {loss:.4f} is a spike: above {most:.4f}")
-        return FINE
+        limit = self._loss_limit()
+        if self._config.on_spike != "none" and loss > limit:
+            return Verdict(self._config.on_spike, f"the loss {loss:.4f} is a spike: above {limit:.4f}")
+        return OK
 
-    def of_gradient(self, skipped: bool, fp16: bool) -> Verdict:
-        """After an update, `skipped` if the gradient was not finite."""
+    def check_gradient(self, skipped: bool, fp16: bool) -> Verdict:
+        """Judge the gradient, after the update. `skipped`: no update was made because the gradient is not finite."""
         if not skipped:
-            return FINE
+            return OK
         if fp16:
             return Verdict(self._config.on_overflow, "the gradient overflowed in fp16")
         return Verdict(self._config.on_nonfinite, "the gradient is not finite")
 
-    def settle(self, loss: float, verdict: Verdict) -> Verdict:
-        """Count the step; "stop" in place of a verdict that has come too often."""
+    def record(self, loss: float, verdict: Verdict) -> Verdict:
+        """Update the counters; escalate to "stop" after too many skips or rollbacks."""
+        config = self._config
         if verdict.action == "none":
             self._losses.append(loss)
-            self._skipped = 0
+            self.consecutive_skips = 0
         elif verdict.action == "skip":
-            self._skipped += 1
-            if self._skipped > self._config.most_skipped:
-                return Verdict("stop", f"{verdict.reason}, and {self._skipped} steps in a row had no update; "
-                               f"resilience.most_skipped is {self._config.most_skipped}")  # fmt: skip
+            self.consecutive_skips += 1
+            if self.consecutive_skips > config.max_skipped:
+                reason = (
+                    f"{verdict.reason}, and {self.consecutive_skips} steps in a row had no update; "
+                    f"resilience.max_skipped is {config.max_skipped}"
+                )
+                return Verdict("stop", reason)
         elif verdict.action == "rollback":
             self._rollbacks += 1
-            if self._rollbacks > self._config.most_rollbacks:
-                return Verdict("stop", f"{verdict.reason}, after {self._rollbacks - 1} rollbacks; "
-                               f"resilience.most_rollbacks is {self._config.most_rollbacks}")  # fmt: skip
+            if self._rollbacks > config.max_rollbacks:
+                reason = (
+                    f"{verdict.reason}, after {self._rollbacks - 1} rollbacks; "
+                    f"resilience.max_rollbacks is {config.max_rollbacks}"
+                )
+                return Verdict("stop", reason)
         return verdict
 
-    @property
-    def memory(self) -> tuple[list[float], int]:
-        """The last losses and the steps skipped in a row: for a checkpoint, so that a resumed run decides as any other."""
-        return list(self._losses), self._skipped
+    def restore(self, recent_losses: list[float], consecutive_skips: int) -> None:
+        """Restore the state of a checkpoint. The number of rollbacks is not reset."""
+        self._losses = deque(recent_losses, maxlen=self._config.spike_window)
+        self.consecutive_skips = consecutive_skips
 
-    def load(self, losses: list[float], skipped: int) -> None:
-        """What `memory` told. Rollbacks are counted on."""
-        self._losses = deque(losses, maxlen=self._config.spike_window)
-        self._skipped = skipped
-
-    def _most(self) -> float:
-        """Of a loss that is no spike."""
+    def _loss_limit(self) -> float:
+        """Upper limit of a normal loss; infinite until the window is full."""
         if len(self._losses) < self._config.spike_window:
             return math.inf
         mean = statistics.fmean(self._losses)
-        return mean + self._config.spike_deviations * max(statistics.pstdev(self._losses), 0.01 * abs(mean))
+        return mean + self._config.spike_num_std * max(statistics.pstdev(self._losses), 0.01 * abs(mean))

@@ -1,7 +1,7 @@
-"""Whether ranks that hold the same weights hold the same bits: one small number a weight, compared within each group.
+"""Check that ranks which hold the same weights hold the same bits: one 64-bit hash per weight, compared in each group.
 
-A sum of the weights' bits as integers does not depend on the order of adding, so it is the same number wherever the bits
-are. Each position has a weight of its own in the sum, so that two that change places show.
+The hash is a sum of the weights' bits as integers, so it does not depend on the order of summation. Each position has its
+own factor in the sum, so two weights that swap places change it.
 """
 
 from collections.abc import Sequence
@@ -11,67 +11,74 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from megagpt.distributed.object_collectives import all_gather_object
+from megagpt.engine.deepspeed_internals import is_partitioned, local_weights
 from megagpt.errors import TrainingError, listed
-from megagpt.parallel.shard import shard_of
+from megagpt.parallel.parameter import shard_of
 from megagpt.parallel.topology import Topology
 
 _INTEGERS = {2: torch.int16, 4: torch.int32}
-_PART = 2**22
-"""Elements at a time, for little memory beside the weights."""
+_BLOCK_ELEMENTS = 2**22
+"""Elements hashed at a time, to use little memory beside the weights."""
 
 
-def check_replicas(parameters: Sequence[nn.Parameter], tied: Sequence[nn.Parameter], topology: Topology, sharded: bool) -> None:
-    """Compare over data ranks (not where ZeRO-3 gives each a part: `sharded`), over tensor ranks what these hold whole, and
-    over the first and last stage the `tied` embedding (collective).
+def check_replicas(parameters: Sequence[nn.Parameter], tied: Sequence[nn.Parameter], topology: Topology) -> None:
+    """Compare all replicated weights. Collective.
 
-    Raises TrainingError on every rank, naming the weights and the ranks that differ.
+    Over data-parallel and context-parallel ranks (unless ZeRO-3 gives each a different partition), over tensor ranks the
+    weights that they replicate, and over the first and the last stage the `tied` embedding.
+    Raises TrainingError on every rank, with the weights and the ranks that differ.
     """
-    marks = {p: fingerprint(p.ds_tensor if sharded else p) for p in parameters}  # type: ignore[attr-defined]
-    found: list[str] = []
-    if not sharded:
-        found += _differences(marks, parameters, topology.data_group, "data")
-    found += _differences(marks, [p for p in parameters if shard_of(p).dim is None], topology.tensor_group, "tensor")
-    found += _differences(marks, tied, topology.ends_group, "pipeline")
-    everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everywhere, found)
-    differing = list(dict.fromkeys(text for texts in everywhere for text in texts))
-    if differing:
+    hashes = {parameter: weight_hash(local_weights(parameter)) for parameter in parameters}
+    replicated = [p for p in parameters if not is_partitioned(p)]
+    differences = _differences(hashes, replicated, topology.dp_cp_group, "data")
+    differences += _differences(hashes, [p for p in parameters if shard_of(p).dim is None], topology.tensor_group, "tensor")
+    differences += _differences(hashes, tied, topology.embedding_group, "pipeline")
+    all_differences = list(dict.fromkeys(text for texts in all_gather_object(differences) for text in texts))
+    if all_differences:
         raise TrainingError(
-            "weights that must be the same on several ranks are not (resilience.replica_check_interval): "
-            f"{'; '.join(differing[:8])}{f' and {len(differing) - 8} more' if len(differing) > 8 else ''}; "
-            "go on from a checkpoint, and without the node at fault"
+            "weights that must be equal on several ranks are not (resilience.replica_check_interval): "
+            f"{_joined(all_differences)}; resume from a checkpoint without the faulty node"
         )
 
 
-def fingerprint(tensor: Tensor) -> Tensor:
-    """A number of 64 bits that depends on every bit and its place; a scalar int64 on the tensor's device."""
+def weight_hash(tensor: Tensor) -> Tensor:
+    """Return a hash that depends on every bit and its position; an int64 scalar on the tensor's device."""
     flat = tensor.detach().reshape(-1)
     bits = flat.view(_INTEGERS[flat.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
-    for start in range(0, len(bits), _PART):
-        part = bits[start : start + _PART].long()
-        places = torch.arange(start, start + len(part), device=flat.device)
-        total += (part * (2 * places + 1) * 0x9E3779B1).sum()  # modulo 2**64; odd factors lose no bit of a weight
+    for start in range(0, len(bits), _BLOCK_ELEMENTS):
+        block = bits[start : start + _BLOCK_ELEMENTS].long()
+        positions = torch.arange(start, start + len(block), device=flat.device)
+        total += (block * (2 * positions + 1) * 0x9E3779B1).sum()  # modulo 2**64; odd factors keep every bit
     return total
 
 
 def _differences(
-    marks: dict[nn.Parameter, Tensor], parameters: Sequence[nn.Parameter], group: ProcessGroup | None, axis: str
+    hashes: dict[nn.Parameter, Tensor], parameters: Sequence[nn.Parameter], group: ProcessGroup | None, axis: str
 ) -> list[str]:
-    """Sentences about the parameters in this rank's group, the same on each of its ranks."""
+    """Return one sentence for each parameter that differs within this rank's group, equal on all of its ranks."""
     if group is None or not parameters:
         return []
     ranks = dist.get_process_group_ranks(group)
-    mine = torch.stack([marks[parameter] for parameter in parameters])
-    all_marks = [torch.empty_like(mine) for _ in ranks]
-    dist.all_gather(all_marks, mine, group=group)
-    table = torch.stack(all_marks)  # [rank, weight]
-    found = []
-    for number in (table != table[0]).any(0).nonzero().flatten().tolist():
-        column = table[:, number].tolist()
-        usual = max(column, key=column.count)
-        odd = [rank for rank, mark in zip(ranks, column, strict=True) if mark != usual]
-        of = f"the {axis} ranks {listed(map(str, ranks))}"
-        who = f"{of} all differ" if column.count(usual) == 1 else f"of {of}, {listed(map(str, odd))} differs"
-        found.append(f"{shard_of(parameters[number]).name}: {who}")
-    return found
+    local = torch.stack([hashes[parameter] for parameter in parameters])
+    gathered = [torch.empty_like(local) for _ in ranks]
+    dist.all_gather(gathered, local, group=group)
+    table = torch.stack(gathered)  # [rank, parameter]
+    sentences = []
+    for index in (table != table[0]).any(0).nonzero().flatten().tolist():
+        column = table[:, index].tolist()
+        most_common = max(column, key=column.count)
+        odd = [rank for rank, value in zip(ranks, column, strict=True) if value != most_common]
+        group_text = f"the {axis} ranks {listed(map(str, ranks))}"
+        if column.count(most_common) == 1:
+            text = f"{group_text} all differ"
+        else:
+            text = f"of {group_text}, {listed(map(str, odd))} differs"
+        sentences.append(f"{shard_of(parameters[index]).name}: {text}")
+    return sentences
+
+
+def _joined(sentences: list[str], limit: int = 8) -> str:
+    rest = f" and {len(sentences) - limit} more" if len(sentences) > limit else ""
+    return "; ".join(sentences[:limit]) + rest

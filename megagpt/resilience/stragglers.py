@@ -1,7 +1,7 @@
-"""Which rank the others wait for: each rank's own work, the time of its steps less what it waited for others.
+"""Find the rank that others wait for: compare each rank's compute time, its step time minus the time it waits for others.
 
-Waiting is what messages between stages and sums over data ranks take. Tensor ranks wait for each other within their
-products, and data ranks under ZeRO-3 for their weights, so that of these only the group can be told from others.
+Waiting is counted in messages between stages and in gradient reductions. Tensor ranks wait for each other inside matrix
+products, and data-parallel ranks under ZeRO-3 wait for weights, so within these groups only the group can be named.
 """
 
 import statistics
@@ -10,27 +10,28 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from megagpt.checkpoint.check import Warn
-from megagpt.checkpoint.together import of_all
+from megagpt.distributed.object_collectives import all_gather_object
+from megagpt.distributed.phase import PhaseTracker, host_name
+from megagpt.distributed.rank_zero import rank_zero_warn
 from megagpt.errors import listed
 from megagpt.parallel.topology import Layout, Topology
-from megagpt.parallel.whereabouts import Whereabouts, node_name
 
 
 class Summary(NamedTuple):
-    """Seconds of own work in a step, over all ranks."""
+    """Compute seconds per step over all ranks."""
 
-    fastest: float
+    min: float
     median: float
-    slowest: float
+    max: float
+    """Compute seconds of `rank`."""
     rank: int
-    """The slowest, beside the others of its stage."""
+    """The slowest rank, compared with the others of its stage."""
     factor: float
-    """Its time in those of the typical rank of its stage; in a stage of one rank, of all ranks."""
+    """Its ratio to the median of its stage (of all ranks if it is alone in its stage)."""
 
 
 def summarise(seconds: list[float], layout: Layout) -> Summary:
-    """`seconds` by rank. Stages have other layers, so that a rank is compared with those of its own stage first."""
+    """Summarise compute seconds, ordered by rank. Stages have different layers, so a rank is compared within its stage."""
     factors = []
     for rank, own in enumerate(seconds):
         stage = layout.coordinates(rank).pipeline
@@ -42,39 +43,45 @@ def summarise(seconds: list[float], layout: Layout) -> Summary:
 
 
 class Stragglers:
-    """The summary at each report, and a warning when the same rank is far behind at two in a row."""
+    """Reports compute times, and warns if the same rank is far behind in two reports in a row."""
 
-    def __init__(self, where: Whereabouts, topology: Topology, device: torch.device, factor: float, warn: Warn) -> None:
-        """Collective."""
-        self._where, self._topology, self._device, self._factor, self._warn = where, topology, device, factor, warn
-        self._alone = topology.layout.world_size == 1
-        self._nodes = [] if self._alone else of_all(node_name())
-        self._suspect: list[int] | None = None
+    def __init__(self, phase: PhaseTracker, topology: Topology, device: torch.device, factor: float) -> None:
+        """Exchange host names. Collective. `factor`: ratio to the median from which a rank counts as a straggler."""
+        self._phase = phase
+        self._topology = topology
+        self._device = device
+        self._factor = factor
+        self._single = topology.layout.world_size == 1
+        self._hosts = [] if self._single else all_gather_object(host_name())
+        self._suspects: list[int] | None = None
 
-    def look(self, seconds: float, steps: int) -> dict[str, float]:
-        """For the log, from this rank's `seconds` in the last `steps` (collective); empty on one process."""
-        if self._alone:
+    def report(self, seconds: float, steps: int) -> dict[str, float]:
+        """Return compute times for the log; empty on one process. Collective.
+
+        `seconds`: time of this rank's last `steps` steps.
+        """
+        if self._single:
             return {}
-        own = (seconds - self._where.take_waited()) / steps
-        found = summarise(self._of_all(own), self._topology.layout)
-        group = self._topology.layout.tensor_ranks(found.rank)
-        suspect = group if found.factor >= self._factor else None
-        if suspect is not None and suspect == self._suspect:
-            among = f" (tensor ranks {listed(map(str, group))} wait for each other: one of them)" if len(group) > 1 else ""
-            self._warn(
-                f"straggler: rank {found.rank} on {self._nodes[found.rank]}{among} works {found.slowest:.3f} s a step, "
-                f"{found.factor:.1f} times as long as others of its stage, which wait for it"
+        compute_seconds = (seconds - self._phase.take_wait_seconds()) / steps
+        summary = summarise(self._gather(compute_seconds), self._topology.layout)
+        group = self._topology.layout.ranks_along(summary.rank, "tensor")
+        suspects = group if summary.factor >= self._factor else None
+        if suspects is not None and suspects == self._suspects:
+            note = f" (or another of the tensor ranks {listed(map(str, group))})" if len(group) > 1 else ""
+            rank_zero_warn(
+                f"straggler: rank {summary.rank} ({self._hosts[summary.rank]}){note} computes {summary.max:.3f} s/step, "
+                f"{summary.factor:.1f}x the median of its stage"
             )
-        self._suspect = suspect
+        self._suspects = suspects
         return {
-            "own_seconds_fastest": found.fastest,
-            "own_seconds_median": found.median,
-            "own_seconds_slowest": found.slowest,
-            "slowest_rank": found.rank,
+            "compute_seconds_min": summary.min,
+            "compute_seconds_median": summary.median,
+            "compute_seconds_max": summary.max,
+            "slowest_rank": summary.rank,
         }
 
-    def _of_all(self, own: float) -> list[float]:
-        mine = torch.tensor([own], dtype=torch.float64, device=self._device)
-        found = [torch.empty_like(mine) for _ in range(self._topology.layout.world_size)]
-        dist.all_gather(found, mine, group=self._topology.world_group)
-        return torch.cat(found).tolist()
+    def _gather(self, seconds: float) -> list[float]:
+        local = torch.tensor([seconds], dtype=torch.float64, device=self._device)
+        gathered = [torch.empty_like(local) for _ in range(self._topology.layout.world_size)]
+        dist.all_gather(gathered, local, group=self._topology.world_group)
+        return torch.cat(gathered).tolist()

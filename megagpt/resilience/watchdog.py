@@ -1,9 +1,9 @@
-"""The end of a hang: a thread beside each rank's work that names the rank which others wait for, and where it is.
+"""Hang detection: a thread on each rank that ends a job without progress, and names the rank that the others wait for.
 
-Every watchdog tells the store where the ranks met how far its own rank is. One whose rank stands still for most of the
-timeout looks at what the others tell, waits whether they still tell it, and ends its process at the timeout; the launcher
-then ends the others. The rank to blame tells nothing any more (it was stopped), or is the one that is not within a
-collective while others are.
+Every watchdog reports its rank's phase to the store that the ranks connected through. If its own rank makes no progress
+for most of the timeout, it reads the other ranks' reports, checks that nothing changes, and exits at the timeout; the
+launcher then ends the other ranks. The rank to blame is the one that stopped reporting (its process is stopped), or the
+one that is in no collective while the others are.
 """
 
 import json
@@ -16,57 +16,65 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from megagpt.distributed.phase import PhaseTracker, host_name
 from megagpt.errors import listed
-from megagpt.parallel.whereabouts import Whereabouts, node_name
 
 T = TypeVar("T")
 HUNG = 3
-"""Exit code."""
-TICKS = 12
-"""Reports of each rank in a timeout, at least."""
-LONGEST_TICK = 5.0
-"""Seconds between reports, at most."""
+"""Exit code of a hung job."""
+REPORTS_PER_TIMEOUT = 12
+"""Minimum number of reports of each rank within the timeout."""
+MAX_REPORT_INTERVAL = 5.0
+"""Seconds."""
+PACKAGE = str(Path(__file__).parents[1]) + os.sep
+"""Folder of megagpt's source. Not any path with that name in it: a clone, with torch in its .venv, often has it, too."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a rank tells of itself."""
+    """State of one rank, as its watchdog reports it."""
 
     beat: int
-    """Of its watchdog: it goes on while the process runs, whatever the rank waits for."""
-    place: str
+    """Counter of the watchdog: it grows as long as the process runs, even if the rank waits."""
+    phase: str
     seconds: float
-    """In this place."""
+    """Seconds in this phase."""
     call: str
-    """The innermost function of its work."""
+    """Innermost function of the rank's main thread."""
     communicates: bool
-    """Whether that is a collective or a message."""
-    node: str
+    """Whether that function is a collective or a message."""
+    host: str
 
 
 class Watchdog:
-    """Used as a context manager around the work. `store` is None on one process."""
+    """Context manager around the training. `store` is None on one process."""
 
-    def __init__(self, store: dist.Store | None, rank: int, world: int, where: Whereabouts, timeout_seconds: float) -> None:
-        self._rank, self._world, self._where, self._timeout = rank, world, where, timeout_seconds
-        self._tick = min(timeout_seconds / TICKS, LONGEST_TICK)
+    def __init__(self, store: dist.Store | None, rank: int, world: int, phase: PhaseTracker, timeout_seconds: float) -> None:
+        self._rank = rank
+        self._world = world
+        self._phase = phase
+        self._timeout = timeout_seconds
+        self._interval = min(timeout_seconds / REPORTS_PER_TIMEOUT, MAX_REPORT_INTERVAL)
         self._beat = 0
         self._worker = threading.get_ident()
         self._stop = threading.Event()
-        self._tells = self._reads = None
-        if store is not None:  # connections of its own: a blocked reader must not block the work's use of the store
-            self._tells, self._reads = store.clone(), store.clone()  # type: ignore[attr-defined]
-            self._reads.set_timeout(timedelta(seconds=self._tick))
+        self._write_store: Any = None
+        self._read_store: Any = None
+        if store is not None:  # own connections: a blocked read must not block the training's use of the store
+            self._write_store = store.clone()  # type: ignore[attr-defined]
+            self._read_store = store.clone()  # type: ignore[attr-defined]
+            self._read_store.set_timeout(timedelta(seconds=self._interval))
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
-        self._where.at("the start")
-        self._tell()
+        self._phase.enter("startup")
+        self._publish()
         self._thread.start()
         return self
 
@@ -75,71 +83,71 @@ class Watchdog:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._stop.wait(self._tick):
-            self._tell()
-            if self._where.seconds_here > self._timeout - 4 * self._tick:
-                before = self._ask()
-                if self._still(3 * self._tick):
-                    self._end(before, self._ask())
+        while not self._stop.wait(self._interval):
+            self._publish()
+            if self._phase.seconds > self._timeout - 4 * self._interval:
+                before = self._read_reports()
+                if self._unchanged_for(3 * self._interval):
+                    self._exit(before, self._read_reports())
 
-    def _still(self, seconds: float) -> bool:
-        """Go on telling for so long; whether the rank is where it was."""
-        here, end = self._where.since, time.monotonic() + seconds
+    def _unchanged_for(self, seconds: float) -> bool:
+        """Keep reporting for `seconds`; return whether the rank stayed in its phase."""
+        since, end = self._phase.since, time.monotonic() + seconds
         while time.monotonic() < end:
-            if self._stop.wait(self._tick / 2) or self._where.since != here:
+            if self._stop.wait(self._interval / 2) or self._phase.since != since:
                 return False
-            self._tell()
+            self._publish()
         return True
 
-    def _tell(self) -> None:
+    def _publish(self) -> None:
         self._beat += 1
-        if self._tells is not None:
-            with suppress(RuntimeError):  # of torch, where the rank that keeps the store has ended
-                self._tells.set(self._key(self._rank), json.dumps(asdict(self._report())))
+        if self._write_store is not None:
+            with suppress(RuntimeError):  # raised by torch if the rank that hosts the store has ended
+                self._write_store.set(self._key(self._rank), json.dumps(asdict(self._report())))
 
     def _report(self) -> Report:
-        call, communicates = innermost(_frames(self._worker))
-        return Report(self._beat, self._where.place, self._where.seconds_here, call, communicates, node_name())
+        call, communicates = innermost_call(_frames(self._worker))
+        return Report(self._beat, self._phase.name, self._phase.seconds, call, communicates, host_name())
 
-    def _ask(self) -> dict[int, Report]:
-        """What all ranks tell, by rank; empty where the store does not answer."""
-        if self._reads is None:
+    def _read_reports(self) -> dict[int, Report]:
+        """Return the reports of all ranks; empty if the store does not answer."""
+        if self._read_store is None:
             return {self._rank: self._report()}
-        told = self._of_store(lambda store: store.multi_get([self._key(rank) for rank in range(self._world)]))
-        return {rank: Report(**json.loads(text)) for rank, text in enumerate(told or [])}
+        texts = self._query(lambda store: store.multi_get([self._key(rank) for rank in range(self._world)]))
+        return {rank: Report(**json.loads(text)) for rank, text in enumerate(texts or [])}
 
-    def _of_store(self, question: Callable[[Any], T]) -> T | None:
-        """The store's answer, within a tick: its own time-out cannot be relied on. None where it does not answer.
+    def _query(self, question: Callable[[Any], T]) -> T | None:
+        """Return the store's answer, or None if it takes longer than an interval: its own timeout is not reliable.
 
-        Where it has ended, so has the rank that keeps it, and this process ends too: that rank has said why.
+        If the store has ended, so has the rank that hosts it, and this process exits too: that rank has reported why.
         """
         answer: list[T] = []
-        gone: list[RuntimeError] = []
+        errors: list[RuntimeError] = []
 
         def ask() -> None:
             try:
-                answer.append(question(self._reads))
+                answer.append(question(self._read_store))
             except RuntimeError as error:
-                gone.append(error)
+                errors.append(error)
 
-        asking = threading.Thread(target=ask, daemon=True)
-        asking.start()
-        asking.join(self._tick)
-        if gone and "timeout" not in str(gone[0]).lower():
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(self._interval)
+        if errors and "timeout" not in str(errors[0]).lower():
             os._exit(HUNG)
         return answer[0] if answer else None
 
-    def _end(self, before: dict[int, Report], now: dict[int, Report]) -> None:
-        """Say who is to blame, unless another rank has, and end."""
+    def _exit(self, before: dict[int, Report], now: dict[int, Report]) -> None:
+        """Print which rank is to blame, unless another rank has, and exit."""
         head = f"[rank {self._rank}] error: no progress for {self._timeout:g} s (parallel.timeout_seconds)"
         if not before or not now:
-            mine = self._report()
-            said = f"rank 0, where all ranks meet, does not answer; this rank is at {mine.place}, in {mine.call}"
-            print(f"{head}: {said}", file=sys.stderr, flush=True)
-        elif self._reads is None or self._of_store(lambda store: store.add("watchdog/said", 1)) == 1:
-            print(f"{head}: {verdict(before, now)}", file=sys.stderr, flush=True)
+            own = self._report()
+            text = f"rank 0, which hosts the store, does not answer; this rank is in {own.phase}, in {own.call}"
+            print(f"{head}: {text}", file=sys.stderr, flush=True)
+        elif self._read_store is None or self._query(lambda store: store.add("watchdog/reported", 1)) == 1:
+            print(f"{head}: {diagnose(before, now)}", file=sys.stderr, flush=True)
         else:
-            time.sleep(self._tick / 4)  # so that the launcher does not end the one that speaks
+            time.sleep(self._interval / 4)  # so that the launcher does not end the rank that prints
         os._exit(HUNG)
 
     @staticmethod
@@ -147,36 +155,32 @@ class Watchdog:
         return f"watchdog/{rank}"
 
 
-def verdict(before: dict[int, Report], now: dict[int, Report]) -> str:
-    """Who is to blame, and where: from what all ranks told at two moments, some ticks apart."""
-    silent = sorted(now.keys() - _not_stopped(before, now))
-    elsewhere = sorted(rank for rank, report in now.items() if not report.communicates and report.place == before[rank].place)
-    blamed = silent or elsewhere or sorted(now)
-    why = (
-        "gives no sign of life (stopped or cut off), last heard of"
-        if silent
-        else "is in no collective,"
-        if elsewhere
-        else "waits"
+def diagnose(before: dict[int, Report], now: dict[int, Report]) -> str:
+    """Name the ranks to blame and their phase, from all ranks' reports at two times a few intervals apart."""
+    silent = sorted(rank for rank, report in now.items() if report.beat == before[rank].beat)
+    not_communicating = sorted(
+        rank for rank, report in now.items() if not report.communicates and report.phase == before[rank].phase
     )
-    said = [f"rank {r} on {now[r].node} {why} at {now[r].place}, in {now[r].call}" for r in blamed[:8]]
-    waiting = [f"rank {r} at {now[r].place}" for r in sorted(now) if r not in blamed]
-    tail = f"; waiting for it: {listed(waiting, 4)}" if waiting else ""
-    return "; ".join(said) + (f" and {len(blamed) - 8} more" if len(blamed) > 8 else "") + tail
+    if silent:
+        blamed, state = silent, "stopped responding; last seen"
+    elif not_communicating:
+        blamed, state = not_communicating, "is in no collective,"
+    else:
+        blamed, state = sorted(now), "waits"
+    sentences = [f"rank {r} ({now[r].host}) {state} in {now[r].phase}, in {now[r].call}" for r in blamed[:8]]
+    rest = f" and {len(blamed) - 8} more" if len(blamed) > 8 else ""
+    waiting = [f"rank {r} in {now[r].phase}" for r in sorted(now) if r not in blamed]
+    return "; ".join(sentences) + rest + (f"; waiting for it: {listed(waiting, 4)}" if waiting else "")
 
 
-def _not_stopped(before: dict[int, Report], now: dict[int, Report]) -> set[int]:
-    return {rank for rank, report in now.items() if report.beat != before[rank].beat}
-
-
-def innermost(stack: Sequence[traceback.FrameSummary]) -> tuple[str, bool]:
-    """The innermost function of megagpt and of all, with their lines; and whether it is within a collective or a message."""
+def innermost_call(stack: Sequence[traceback.FrameSummary]) -> tuple[str, bool]:
+    """Return the innermost function of megagpt and of the stack with their lines, and whether it communicates."""
     if not stack:
         return "nothing", False
     communicates = any("torch/distributed" in f.filename or f.filename.endswith("pipeline/transfers.py") for f in stack)
-    ours = next((frame for frame in reversed(stack) if "megagpt/" in frame.filename), stack[-1])
-    told = [ours] if ours is stack[-1] or communicates else [ours, stack[-1]]
-    return " > ".join(f"{f.name} ({f.filename.rpartition('megagpt/')[2]}:{f.lineno})" for f in told), communicates
+    own = next((frame for frame in reversed(stack) if frame.filename.startswith(PACKAGE)), stack[-1])
+    frames = [own] if own is stack[-1] or communicates else [own, stack[-1]]
+    return " > ".join(f"{f.name} ({f.filename.removeprefix(PACKAGE)}:{f.lineno})" for f in frames), communicates
 
 
 def _frames(thread: int) -> list[traceback.FrameSummary]:

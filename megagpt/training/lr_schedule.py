@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step, so that a resumed run needs no state for it."""
+"""The learning rate as a pure function of the step: a resumed run needs no state for it."""
 
 import math
 
@@ -6,14 +6,13 @@ from megagpt.config.schema import LRScheduleConfig
 
 
 def learning_rate(step: int, total_steps: int, peak: float, config: LRScheduleConfig) -> float:
-    """The rate of optimizer step `step` (counted from 0) in a run of `total_steps`.
+    """Return the learning rate of optimizer step `step` (counted from 0) in a run of `total_steps`.
 
-    The warm-up rises from `peak / warmup_steps` in the first step to `peak` in its last; the floor `min_lr`
-    holds from there on. Cosine (Loshchilov and Hutter, arXiv 1608.03983) and linear fall over the steps from
-    `warmup_steps` to `decay_steps`, the first of them still at the peak; inverse-sqrt falls as in Vaswani et
-    al. (arXiv 1706.03762); warmup-stable-decay (Hu et al., arXiv 2404.06395) stays at the peak and falls
-    linearly over the last `decay_steps`. What would be the first step after the decay has `min_lr`, so no step
-    of a whole run is spent at a rate of zero.
+    Warm-up: linear from `peak / warmup_steps` in the first step to `peak` in its last step. After it `min_lr` is the lower
+    limit. cosine (Loshchilov and Hutter, arXiv 1608.03983) and linear fall from step `warmup_steps`, still at the peak, to
+    `decay_steps`; inverse-sqrt falls as in Vaswani et al. (arXiv 1706.03762); warmup-stable-decay (Hu et al.,
+    arXiv 2404.06395) stays at the peak and falls linearly over the last `decay_steps` steps. `min_lr` would be reached in
+    the step after the last one, so no step of a full run has a learning rate of zero.
     """
     warmup, floor = config.warmup_steps, config.min_lr
     if step < warmup:
@@ -34,7 +33,7 @@ def learning_rate(step: int, total_steps: int, peak: float, config: LRScheduleCo
 
 
 def _progress(step: int, start: int, end: int) -> float:
-    """How far `step` is on the way from `start` to `end`, 0 to 1."""
+    """Return the progress of `step` from `start` to `end`, 0 to 1."""
     if step >= end:
         return 1.0
     return max(0.0, (step - start) / (end - start))

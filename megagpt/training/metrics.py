@@ -1,4 +1,4 @@
-"""Numbers that ranks have in parts, put together: the same value on every rank."""
+"""Reductions of per-rank numbers to values that are equal on all ranks."""
 
 from typing import NamedTuple
 
@@ -9,42 +9,39 @@ from torch import Tensor
 from megagpt.parallel.topology import Topology
 
 
-def count_tokens(mine: int, topology: Topology, device: torch.device) -> int:
-    """Tokens with a label in the global batch, from this data rank's number."""
-    if topology.data_group is None:
-        return mine
-    total = torch.tensor(mine, dtype=torch.int64, device=device)
-    dist.all_reduce(total, group=topology.data_group)
-    return int(total)
+def sum_tokens(local_tokens: int, topology: Topology, device: torch.device) -> Tensor:
+    """Return the unmasked tokens of all ranks' shares of a batch, an fp64 scalar on the device. Collective.
+
+    The result stays on the device, so the host does not wait for it.
+    """
+    total = torch.tensor(local_tokens, dtype=torch.float64, device=device)
+    if topology.dp_cp_group is not None:
+        dist.all_reduce(total, group=topology.dp_cp_group)
+    return total
 
 
-class Agreed(NamedTuple):
-    """What all ranks know of a step before its update: one sum over the world."""
+class LossSummary(NamedTuple):
+    """Loss of a step or an evaluation, bitwise equal on all ranks."""
 
     loss: float
-    """Mean over all tokens, in nats."""
-    asked_to_end: bool
-    """Whether any rank was."""
+    """Mean over all unmasked tokens, in nats; 0 if every label is masked."""
+    n_tokens: int
+    stop_requested: bool
+    """Some rank was asked to stop."""
 
 
-def agree(loss_sum: Tensor | None, n_tokens: int, asked_to_end: bool, topology: Topology, device: torch.device) -> Agreed:
-    """The step's loss and whether any rank was asked to end, with the same bits on every rank (collective).
+def reduce_loss(
+    loss_sum: Tensor | None, n_tokens: Tensor, topology: Topology, device: torch.device, stop_requested: bool = False
+) -> LossSummary:
+    """Reduce the sums of token losses of all ranks to their mean, with one all-reduce and one read from the device.
 
-    `loss_sum` is None off the last stage; tensor ranks hold the same one, of which the first counts.
+    `loss_sum`: None except on the last stage; tensor ranks hold equal sums, of which the first counts. `n_tokens`: of the
+    global batch, from `sum_tokens`. Collective.
     """
-    loss = float(loss_sum) if loss_sum is not None and topology.at.tensor == 0 else 0.0
-    numbers = torch.tensor([loss, asked_to_end], dtype=torch.float64, device=device)
+    numbers = torch.tensor([0.0, stop_requested], dtype=torch.float64, device=device)
+    if loss_sum is not None and topology.tp_rank == 0:
+        numbers[0] += loss_sum
     if topology.world_group is not None:
         dist.all_reduce(numbers, group=topology.world_group)
-    total, asked = numbers.tolist()
-    return Agreed(total / max(1, n_tokens), asked > 0)  # of documents of one token each there is no loss at their ends
-
-
-def global_loss(loss_sum: Tensor | None, n_tokens: int, topology: Topology, device: torch.device) -> float:
-    """Mean loss over all tokens of all data ranks, in nats, on every rank; `loss_sum` is None off the last stage."""
-    total = torch.zeros((), dtype=torch.float64, device=device) if loss_sum is None else loss_sum.double()
-    if topology.data_group is not None:
-        dist.all_reduce(total, group=topology.data_group)
-    if topology.towards_first is not None:  # zero on all but one of its ranks
-        dist.all_reduce(total, group=topology.towards_first)
-    return float(total) / max(1, n_tokens)  # of documents of one token each, with no loss at their ends
+    total, stop_requests, tokens = torch.cat([numbers, n_tokens.view(1)]).tolist()
+    return LossSummary(total / max(1, tokens), int(tokens), stop_requests > 0)

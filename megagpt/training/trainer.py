@@ -1,64 +1,60 @@
-"""The loop: read a batch, step, report, evaluate, save; go back or end where a step or a signal says so."""
+"""The training loop: fetch a batch, step, log, evaluate, save; roll back or stop on request."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from megagpt.checkpoint.check import require_whole
+from megagpt.checkpoint.verify import require_complete
 from megagpt.config.schema import Config
-from megagpt.data.ahead import Ahead
 from megagpt.data.blend import Datasets
-from megagpt.data.sampler import Rows
+from megagpt.data.prefetch import Prefetcher
+from megagpt.distributed.phase import PhaseTracker
+from megagpt.distributed.rank_zero import rank_zero_warn
+from megagpt.engine.engine import Engine, StepResult
 from megagpt.errors import ConfigError, TrainingError
 from megagpt.parallel.topology import Topology
-from megagpt.parallel.whereabouts import Whereabouts
-from megagpt.resilience.health import FINE, Health, Verdict
+from megagpt.planner.flops import training_flops_per_token
+from megagpt.resilience.health import OK, Health, Verdict
 from megagpt.resilience.interruption import REQUEUE, Interruption
 from megagpt.resilience.replicas import check_replicas
 from megagpt.resilience.stragglers import Stragglers
-from megagpt.training import resume, snapshot
-from megagpt.training.batch_ramp import batch_size, batches_from, steps_between
-from megagpt.training.batches import global_batches, to_micro_batches, token_count
-from megagpt.training.engine import Engine, StepResult
+from megagpt.training.batch_schedule import SampleRange, batch_size, batches_from, steps_between, trained_samples
+from megagpt.training.checkpointing import Checkpointer, find_checkpoint, load_checkpoint
 from megagpt.training.evaluation import evaluate
-from megagpt.training.loggers import FanOut, Logger, Record, build_loggers
+from megagpt.training.loggers.base import FanOut, Logger, MetricsRecord
+from megagpt.training.loggers.build import build_loggers
 from megagpt.training.lr_schedule import learning_rate
-from megagpt.training.metrics import agree, count_tokens
+from megagpt.training.metrics import reduce_loss, sum_tokens
+from megagpt.training.micro_batches import HostBatch, global_batches, to_host_batch
 from megagpt.training.noise_scale import NoiseScale
-from megagpt.training.saves import Saves
-from megagpt.training.say import warn
+from megagpt.training.throughput import ThroughputWindow, peak_memory_gib, peak_tflops
+from megagpt.training.train_state import RunProgress
 
-BATCHES_AHEAD = 2
-"""Global batches that a rank has ready beside the one in work."""
-
-
-class Batch(NamedTuple):
-    """A global batch, and this data rank's rows of it."""
-
-    first: int
-    """Sample."""
-    size: int
-    rows: list[Rows]
+PREFETCHED_BATCHES = 2
+"""Global batches that a rank prepares while it trains on another."""
 
 
-class Made(NamedTuple):
-    """A step that was made."""
+class StepOutcome(NamedTuple):
+    """Outcome of one training step, equal on all ranks."""
 
     result: StepResult
+    learning_rate: float
     n_tokens: int
-    """With a label, in the global batch."""
+    """Unmasked tokens in the global batch."""
     loss: float
-    """Mean over them, in nats; the same bits on every rank."""
+    """Mean loss per token in nats."""
     verdict: Verdict
-    """On its loss, before the update."""
+    """What to do next."""
+    stop_requested: bool
+    """Some rank was asked to stop."""
 
 
 class Trainer:
-    """One run: made from a config, a topology and open datasets; `train()` takes it to its last step."""
+    """One run: built from a config, a topology and open datasets; `train()` runs it to its last step."""
 
     def __init__(
         self,
@@ -66,249 +62,257 @@ class Trainer:
         topology: Topology,
         datasets: Datasets,
         device: torch.device,
-        where: Whereabouts | None = None,
-        begun: float | None = None,
+        phase: PhaseTracker | None = None,
+        start_time: float | None = None,
     ) -> None:
-        """`where`: what a watchdog looks at; `begun`: when training.max_hours began (`time.monotonic`)."""
-        self.config, self.topology, self.datasets, self.device = config, topology, datasets, device
-        self._begun, where = time.monotonic() if begun is None else begun, where or Whereabouts(device)
-        total_steps(config, datasets)  # a run of no step ends before the engine is made
-        where.at("the check of the checkpoints")
-        loaded = resume.find(config.checkpoint)  # so does one that has nothing whole to go on from
-        where.at("the making of the engine")
-        self.engine = Engine(config, topology, device, where)
-        self.step = self.samples = 0
-        self.passed_over: list[tuple[int, int]] = []
-        self._health = Health(config.resilience)
-        if loaded is not None:
-            where.at("the loading of a checkpoint")
-            self._load(loaded)
-        self._saves = Saves(self.engine, loaded, self.step)
-        self.total_steps = total_steps(config, datasets, self.step, self.samples)
-        run_config = {**config.model_dump(mode="json"), "layout": vars(topology.layout)}
+        """Build the engine and load the checkpoint to resume from. Collective.
+
+        `phase`: read by the watchdog; `start_time`: when training.max_hours starts to count (`time.monotonic`).
+        """
+        self.config = config
+        self.topology = topology
+        self.datasets = datasets
+        self.device = device
+        self.phase = phase or PhaseTracker(device)
+        self._start_time = time.monotonic() if start_time is None else start_time
+        total_steps(config, datasets)  # fail before the engine is built if the run has no step
+        self.phase.enter("search for a checkpoint")
+        checkpoint = find_checkpoint(config.checkpoint)  # fail early here, too
+        self.phase.enter("engine construction")
+        self.engine = Engine(config, topology, device, self.phase)
+        self.step = 0
+        self.consumed_samples = 0
+        self.skipped_ranges: list[SampleRange] = []
+        self.health = Health(config.resilience)
+        if checkpoint is not None:
+            self._load(checkpoint)
+        self.checkpointer = Checkpointer(self.engine, checkpoint, self.step)
+        self.total_steps = total_steps(config, datasets, self.step, self.consumed_samples)
         self.logger: Logger = FanOut()
         if topology.rank == 0:
+            run_config = {**config.model_dump(mode="json"), "layout": vars(topology.layout)}
             self.logger = build_loggers(config.logging, self.total_steps, run_config, self.step)
-        self._noise = NoiseScale(self.engine)
-        self._stragglers = Stragglers(self.engine.where, topology, device, config.resilience.straggler_factor, warn)
-        self._asked_to_end = False
+        self._noise_scale = NoiseScale(self.engine)
+        self._stragglers = Stragglers(self.phase, topology, device, config.resilience.straggler_factor)
+        self._flops_per_token = training_flops_per_token(config)
+        self._peak_tflops = peak_tflops(device, config.training.precision)
+        self._window = ThroughputWindow()
         self._interruption: Interruption | None = None
-        self._window = Window()
 
     def train(self) -> int:
-        """Step until the run's length, evaluating and saving on the way and at the end; returns the exit code.
+        """Train to the last step, with evaluations and saves, and return the exit code.
 
-        It is 0 for a run that is complete, `REQUEUE` for one that was asked to end and has saved. Raises TrainingError for
-        one that must not go on, and CheckpointError where the last checkpoint could not be saved.
+        0: the run is complete. `REQUEUE`: it was asked to stop and has saved. Raises TrainingError if the run must stop,
+        and CheckpointError if the last checkpoint could not be saved.
         """
-        max_hours = self.config.training.max_hours if self.topology.rank == 0 else None  # one clock for all
-        with Interruption(max_hours, self._begun) as self._interruption:
-            complete = self._steps()
-            if not complete:
-                return self._end_early(self._interruption)
+        max_hours = self.config.training.max_hours if self.topology.rank == 0 else None  # one clock for all ranks
+        with Interruption(max_hours, self._start_time) as self._interruption:
+            if not self._train_steps():
+                return self._stop_early(self._interruption)
             if self.datasets.test is not None:
                 self.logger.step({"step": self.step, **evaluate(self.engine, self.datasets.test, self.config, "test")})
-            self._saves.finish(required=True)
+            self.checkpointer.finish(required=True)
         return 0
 
-    def batches(self) -> Ahead[Batch]:
-        """The global batches that are left of the run; a `with` block ends the reading."""
-        config, topology = self.config, self.topology
-        batches = global_batches(self.datasets.train, config, topology, config.training.micro_batch_size)
-        left = islice(batches_from(self.samples, config.training, self.passed_over), max(0, self.total_steps - self.step))
-        return Ahead((Batch(first, size, batches.at(first, size)) for first, size in left), BATCHES_AHEAD)
+    def batches(self) -> Prefetcher[HostBatch]:
+        """Return the remaining global batches of the run, prepared by a thread; a `with` block ends the thread."""
+        return Prefetcher(self._host_batches(), PREFETCHED_BATCHES)
 
-    def advance(self, batch: Batch) -> Verdict:
-        """One optimizer step on a global batch, and its report; what is to be done after it."""
-        config = self.config
-        rate = learning_rate(self.step, self.total_steps, config.optimizer.learning_rate, config.lr_schedule)
-        made = self.step_on(batch, rate, self._health.of_loss)
-        verdict = made.verdict
-        if verdict is FINE:
-            verdict = self._health.of_gradient(made.result.skipped, config.training.precision == "fp16")
-        verdict = self._health.settle(made.loss, verdict)
-        self._report(made, rate)
-        return verdict
-
-    def step_on(self, batch: Batch, rate: float, judge: Callable[[float], Verdict] = lambda loss: FINE) -> Made:
-        """One optimizer step at learning rate `rate`, whose update is made if the loss is `FINE` to `judge`."""
-        config, topology = self.config, self.topology
-        self.engine.where.step = self.step + 1
-        self.engine.where.at("its tokens")
-        micro_batches = to_micro_batches(batch.rows, config, topology, self.step, self.device)
-        n_tokens = count_tokens(token_count(micro_batches), topology, self.device)
-        interval = config.logging.noise_scale_interval
-        measures = interval is not None and (self.step + 1) % interval == 0
-        loss, verdict = 0.0, FINE
-
-        def judged(loss_sum: torch.Tensor | None) -> bool:
-            nonlocal loss, verdict
-            asked = self._interruption is not None and self._interruption.reason is not None
-            loss, self._asked_to_end = agree(loss_sum, n_tokens, asked, topology, self.device)
-            verdict = judge(loss)
-            return verdict is FINE
-
-        result = self.engine.train_step(micro_batches, n_tokens, rate, self._noise.look if measures else None, judged)
-        if measures:
-            self._noise.update(result, n_tokens, batch.size)
+    def train_step(self, batch: HostBatch, learning_rate: float, seconds_waited: float = 0.0) -> StepOutcome:
+        """Run one optimizer step on a global batch. Collective. `seconds_waited`: time spent waiting for the batch."""
+        self.phase.step = self.step + 1
+        self.phase.enter("copy of the batch")
+        micro_batches = batch.to(self.device)
+        n_tokens = sum_tokens(batch.n_tokens, self.topology, self.device)
+        measure_noise = _is_due(self.step + 1, self.config.logging.noise_scale_interval)
+        if measure_noise:
+            self._noise_scale.measure(micro_batches)
+        loss_sum = self.engine.forward_backward(micro_batches, n_tokens)
+        self.phase.enter("reduction of the loss")
+        summary = reduce_loss(loss_sum, n_tokens, self.topology, self.device, self._stop_requested())
+        verdict = self.health.check_loss(summary.loss)
+        result = self.engine.step(learning_rate) if verdict is OK else self.engine.discard()
+        if verdict is OK:
+            verdict = self.health.check_gradient(result.skipped, self.config.training.precision == "fp16")
+        verdict = self.health.record(summary.loss, verdict)
+        if measure_noise:
+            self._noise_scale.update(result, summary.n_tokens, batch.size)
         self.step += 1
-        self.samples = batch.first + batch.size
-        self._window.batch_size = batch.size
-        return Made(result, n_tokens, loss, verdict)
+        self.consumed_samples = batch.first_sample + batch.size
+        self._window.add_step(summary.n_tokens, batch.size, seconds_waited)
+        return StepOutcome(result, learning_rate, summary.n_tokens, summary.loss, verdict, summary.stop_requested)
 
     def close(self) -> None:
-        """Free what the run holds."""
-        self._saves.close()
+        """Free the resources of the run."""
+        self.checkpointer.close()
         self.logger.close()
         self.engine.close()
 
-    def _steps(self) -> bool:
-        """To the last step, or until any rank is asked to end: whether it is the former."""
+    def _train_steps(self) -> bool:
+        """Train to the last step; return False if interrupted first."""
+        config = self.config
         while self.step < self.total_steps:
-            with self.batches() as ready:
-                self.engine.where.at("the first batch")
-                for batch in ready:
-                    self._window.seconds_waited += ready.seconds_waited
-                    ready.seconds_waited = 0.0
-                    verdict = self.advance(batch)
-                    self._warn_of(verdict)
-                    if verdict.action == "stop":
-                        self._saves.finish()
-                        raise TrainingError(f"step {self.step}: {verdict.reason}")
-                    if verdict.action == "rollback":
-                        self._go_back(batch, verdict)
-                        break  # to the batches from there
+            with self.batches() as batches:
+                self.phase.enter("wait for the first batch")
+                for batch in batches:
+                    rate = learning_rate(self.step, self.total_steps, config.optimizer.learning_rate, config.lr_schedule)
+                    outcome = self.train_step(batch, rate, batches.take_wait_seconds())
+                    self._log(outcome)
+                    if outcome.verdict.action == "stop":
+                        self.checkpointer.finish()
+                        raise TrainingError(f"step {self.step}: {outcome.verdict.reason}")
+                    if outcome.verdict.action == "rollback":
+                        self._roll_back(batch, outcome.verdict)
+                        break  # restart the batches from the checkpoint
                     self._check_replicas_if_due()
                     self._evaluate_if_due()
                     self._save_if_due()
-                    if self._asked_to_end and self.step < self.total_steps:
+                    if outcome.stop_requested and self.step < self.total_steps:
                         return False
-                    self.engine.where.at("the next batch")
+                    self.phase.enter("wait for the next batch")
         return True
 
-    def _end_early(self, interruption: Interruption) -> int:
-        """Save, unless that is done, and end; the exit code."""
-        why = interruption.reason or "another rank was asked to"
-        if not self._saves.are_made:
-            warn(f"step {self.step}: ends early ({why}); nothing is saved, since checkpoint.dir is not set")
+    def _host_batches(self) -> Iterator[HostBatch]:
+        """Yield the remaining global batches; runs on the prefetch thread."""
+        config, topology = self.config, self.topology
+        dataset = global_batches(self.datasets.train, config, topology, config.training.micro_batch_size)
+        remaining = range(self.step, self.total_steps)
+        ranges = islice(batches_from(self.consumed_samples, config.training, self.skipped_ranges), len(remaining))
+        pin_memory = self.device.type == "cuda"
+        for step, (first_sample, size) in zip(remaining, ranges, strict=True):
+            token_batches = dataset.micro_batches(first_sample, size)
+            yield to_host_batch(token_batches, config, topology, step, first_sample, size, pin_memory)
+
+    def _stop_requested(self) -> bool:
+        return self._interruption is not None and self._interruption.reason is not None
+
+    def _stop_early(self, interruption: Interruption) -> int:
+        """Save unless this step is saved already, and return the exit code."""
+        reason = interruption.reason or "another rank was asked to stop"
+        if not self.checkpointer.enabled:
+            rank_zero_warn(f"step {self.step}: stopping early ({reason}); nothing is saved, because checkpoint.dir is not set")
             return interruption.exit_code
-        if self._saves.last != self.step:
+        if self.checkpointer.last_step != self.step:
             self._save()
-        self._saves.finish(required=True)
-        warn(f"step {self.step}: ends early ({why}) with exit code {REQUEUE}; started again it goes on from here")
+        self.checkpointer.finish(required=True)
+        rank_zero_warn(
+            f"step {self.step}: stopping early ({reason}) with exit code {REQUEUE}; start again to resume from this step"
+        )
         interruption.leave()
         return REQUEUE
 
     def _load(self, folder: Path) -> None:
-        restored = resume.load(self.engine, folder)
+        self.phase.enter("checkpoint loading")
+        restored = load_checkpoint(self.engine, folder)
         state = restored.state
-        self.step, self.samples, self.passed_over = restored.step, state.samples, state.passed_over
-        self._health.load(state.recent_losses, state.skipped_in_a_row)
+        self.step = restored.step
+        self.consumed_samples = state.consumed_samples
+        self.skipped_ranges = state.skipped_sample_ranges
+        self.health.restore(state.recent_losses, state.consecutive_skips)
 
-    def _go_back(self, batch: Batch, verdict: Verdict) -> None:
-        """To the last checkpoint, to pass over this batch when the run comes to it again. Raises TrainingError without one."""
-        self._saves.finish()
-        wrong, passed = self.step, [*self.passed_over, (batch.first, batch.first + batch.size)]
-        self.engine.where.at("going back to a checkpoint")
-        if self._saves.newest is None:
-            raise TrainingError(f"step {wrong}: {verdict.reason}, and there is no checkpoint yet to go back to")
-        self._load(require_whole(self._saves.newest))
-        self.passed_over, self._saves.last = sorted(set(passed) | set(self.passed_over)), self.step
+    def _roll_back(self, batch: HostBatch, verdict: Verdict) -> None:
+        """Load the last checkpoint, and skip this batch when it comes up again. Raises TrainingError without a checkpoint."""
+        self.checkpointer.finish()
+        failed_step = self.step
+        failed_range = (batch.first_sample, batch.first_sample + batch.size)
+        skipped_ranges = {*self.skipped_ranges, failed_range}
+        self.phase.enter("rollback")
+        if self.checkpointer.newest is None:
+            raise TrainingError(f"step {failed_step}: {verdict.reason}, and there is no checkpoint yet to roll back to")
+        self._load(require_complete(self.checkpointer.newest))
+        self.skipped_ranges = sorted(skipped_ranges | set(self.skipped_ranges))
+        self.checkpointer.last_step = self.step
         self.logger.rewind(self.step)
-        self._new_window()
-        warn(f"gone back to step {self.step}; samples {batch.first} to {batch.first + batch.size - 1} are passed over")
+        self._start_window()
+        rank_zero_warn(f"rolled back to step {self.step}; skipping samples {failed_range[0]}-{failed_range[1] - 1}")
 
-    def _report(self, made: Made, rate: float) -> None:
-        self._window.tokens += made.n_tokens
-        self._window.steps += 1
-        if self.step % self.config.logging.interval and self.step not in (1, self.total_steps):
-            return
-        result, seconds = made.result, time.monotonic() - self._window.start
-        record: Record = {
-            "step": self.step,
-            "loss": made.loss,
-            "learning_rate": rate,
-            "grad_norm": result.grad_norm,
-            "tokens": self.samples * self.config.model.n_positions,
-            "tokens_per_second": self._window.tokens / seconds,
-            "step_seconds": seconds / self._window.steps,
-            "data_wait": self._window.seconds_waited / seconds,
-        }
-        if self.config.training.batch_ramp.start is not None:
-            record["batch_size"] = self._window.batch_size
-        record |= self._noise.news()
-        if self.config.training.precision == "fp16":
-            record |= {"loss_scale": result.loss_scale, "skipped": int(result.skipped)}
-        record |= self._stragglers.look(seconds, self._window.steps)
-        self.logger.step(record)
-        self._new_window()
-
-    def _warn_of(self, verdict: Verdict) -> None:
+    def _log(self, outcome: StepOutcome) -> None:
+        """Report a bad step at once, and the metrics every logging.interval steps."""
+        verdict = outcome.verdict
         if verdict.action == "skip":
-            warn(f"step {self.step}: {verdict.reason}; its update is dropped")
-        elif verdict.action != "none":
-            warn(f"step {self.step}: {verdict.reason}")
+            rank_zero_warn(f"step {self.step}: {verdict.reason}; its update is skipped")
+        elif verdict is not OK:
+            rank_zero_warn(f"step {self.step}: {verdict.reason}")
+        if self.step in (1, self.total_steps) or _is_due(self.step, self.config.logging.interval):
+            self.logger.step(self._metrics(outcome))
+            self._start_window()
+
+    def _metrics(self, outcome: StepOutcome) -> MetricsRecord:
+        """Build the record of the steps since the last one. Collective."""
+        config, window = self.config, self._window
+        seconds = window.seconds
+        trained = trained_samples(self.consumed_samples, self.skipped_ranges)
+        record: MetricsRecord = {
+            "step": self.step,
+            "loss": outcome.loss,
+            "learning_rate": outcome.learning_rate,
+            "grad_norm": outcome.result.grad_norm,
+            "tokens": trained * config.model.n_positions,
+            **window.record(self._flops_per_token, self.topology.layout.world_size, self._peak_tflops),
+            "peak_memory_gib": peak_memory_gib(self.device),
+        }
+        if config.training.batch_ramp.start is not None:
+            record["batch_size"] = window.batch_size
+        record |= self._noise_scale.take_report()
+        if config.training.precision == "fp16":
+            record |= {"loss_scale": outcome.result.loss_scale, "skipped": int(outcome.result.skipped)}
+        return record | self._stragglers.report(seconds, window.steps)
 
     def _check_replicas_if_due(self) -> None:
-        interval = self.config.resilience.replica_check_interval
-        if interval is None or self.step % interval:
+        if not _is_due(self.step, self.config.resilience.replica_check_interval):
             return
-        self.engine.where.at("the comparison of replicas")
+        self.phase.enter("comparison of replicas")
         try:
-            check_replicas(self.engine.parameters, self.engine.tied, self.topology, self.config.zero.stage == 3)
+            check_replicas(self.engine.parameters, self.engine.tied, self.topology)
         except TrainingError:
-            self._saves.finish()
+            self.checkpointer.finish()
             raise
 
     def _evaluate_if_due(self) -> None:
-        if self.datasets.valid is None or not self._due(self.config.evaluation.interval):
+        if self.datasets.valid is None or not self._due_or_last(self.config.evaluation.interval):
             return
         self.logger.step({"step": self.step, **evaluate(self.engine, self.datasets.valid, self.config)})
-        self._new_window()
+        self._start_window()
 
     def _save_if_due(self) -> None:
-        self._saves.look()
-        if self._saves.are_made and self._due(self.config.checkpoint.interval):
+        self.checkpointer.poll()
+        if self.checkpointer.enabled and self._due_or_last(self.config.checkpoint.interval):
             self._save()
 
     def _save(self) -> None:
-        self._saves.save(self.step, snapshot.Position(self.samples, self.passed_over, *self._health.memory))
-        self._new_window()
+        progress = RunProgress(
+            consumed_samples=self.consumed_samples,
+            skipped_sample_ranges=self.skipped_ranges,
+            recent_losses=self.health.recent_losses,
+            consecutive_skips=self.health.consecutive_skips,
+        )
+        self.checkpointer.save(self.step, progress)
+        self._start_window()
 
-    def _new_window(self) -> None:
-        self._window = Window()
-        self.engine.where.take_waited()
+    def _start_window(self) -> None:
+        self._window = ThroughputWindow()
+        self.phase.take_wait_seconds()
 
-    def _due(self, interval: int | None) -> bool:
-        return self.step == self.total_steps or (interval is not None and self.step % interval == 0)
-
-
-class Window:
-    """The steps since the last report: what evaluations and saves take is not in their time."""
-
-    def __init__(self) -> None:
-        self.start, self.steps, self.tokens = time.monotonic(), 0, 0
-        self.seconds_waited = 0.0
-        """For data, on this rank."""
-        self.batch_size = 0
-        """Of the last step, sequences."""
+    def _due_or_last(self, interval: int | None) -> bool:
+        return self.step == self.total_steps or _is_due(self.step, interval)
 
 
-def total_steps(config: Config, datasets: Datasets, step: int = 0, samples: int = 0) -> int:
-    """Length of the run in optimizer steps, of which `step` are made and read `samples`, maybe with other batch sizes.
+def total_steps(config: Config, datasets: Datasets, step: int = 0, consumed_samples: int = 0) -> int:
+    """Return the length of the run in optimizer steps.
 
-    Raises ConfigError where an epoch is less than one step.
+    `step` and `consumed_samples`: progress so far, maybe with other batch sizes.
+    Raises ConfigError if an epoch is shorter than one step.
     """
     training = config.training
     if training.steps is not None:
         return training.steps
     if training.tokens is not None:
-        wanted = -(-training.tokens // config.model.n_positions)
-        return step + steps_between(samples, wanted, training)[0]
+        target = -(-training.tokens // config.model.n_positions)
+        return step + steps_between(consumed_samples, target, training)[0]
     assert training.epochs is not None
-    wanted = int(training.epochs * datasets.train.samples_per_epoch)
-    more, end = steps_between(samples, wanted, training)
-    steps = step + more - (more > 0 and end > wanted)
+    target = int(training.epochs * datasets.train.samples_per_epoch)
+    more, end = steps_between(consumed_samples, target, training)
+    steps = step + more - (more > 0 and end > target)
     if steps == 0:
         key = "global_batch_size" if training.batch_ramp.start is None else "batch_ramp.start"
         raise ConfigError(
@@ -316,3 +320,7 @@ def total_steps(config: Config, datasets: Datasets, step: int = 0, samples: int 
             f"one step of training.{key} {batch_size(0, training)}"
         )
     return steps
+
+
+def _is_due(step: int, interval: int | None) -> bool:
+    return interval is not None and step % interval == 0

@@ -1,6 +1,7 @@
-"""Our one-pass writer against the safetensors package, which reads it."""
+"""The one-pass safetensors writer, compared with the safetensors package, which reads its files."""
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from megagpt.checkpoint.files import Spec, digest, write_durably, write_safetensors
+from megagpt.checkpoint.files import TensorSpec, sha256_of_file, write_durably, write_safetensors
 
 
-def test_the_safetensors_package_reads_what_was_written_bit_for_bit(tmp_path: Path) -> None:
+def test_the_safetensors_package_reads_every_bit_that_was_written(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = {
         "a/b@0,3": torch.randn(3, 5, generator=generator),
@@ -21,7 +22,7 @@ def test_the_safetensors_package_reads_what_was_written_bit_for_bit(tmp_path: Pa
         "empty": torch.empty(0, 4),
         "scalar": torch.tensor(3.5),
     }
-    specs = [Spec(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()]
+    specs = [TensorSpec(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()]
     written = write_safetensors(tmp_path / "f.safetensors", specs, tensors.values(), {"step": "7"})
     loaded = load_file(tmp_path / "f.safetensors")
     assert loaded.keys() == tensors.keys()
@@ -31,15 +32,15 @@ def test_the_safetensors_package_reads_what_was_written_bit_for_bit(tmp_path: Pa
         assert file.metadata() == {"step": "7"}
     content = (tmp_path / "f.safetensors").read_bytes()
     assert written == (len(content), hashlib.sha256(content).hexdigest())
-    assert digest(tmp_path / "f.safetensors", from_disk=True) == written.sha256
+    assert sha256_of_file(tmp_path / "f.safetensors", from_disk=True) == written.sha256
 
 
-def test_a_tensor_is_taken_only_when_its_turn_comes(tmp_path: Path) -> None:
-    """So that a large model can be written from a generator."""
-    specs = [Spec(str(number), torch.float32, (2**20,)) for number in range(4)]
+def test_a_tensor_is_requested_only_after_the_previous_one_is_written(tmp_path: Path) -> None:
+    """A large model can therefore be written from a generator."""
+    specs = [TensorSpec(str(number), torch.float32, (2**20,)) for number in range(4)]
     sizes = []
 
-    def one_by_one():  # type: ignore[no-untyped-def]
+    def one_by_one() -> Iterator[torch.Tensor]:
         for number in range(4):
             sizes.append((tmp_path / "f").stat().st_size)
             yield torch.full((2**20,), float(number))
@@ -48,12 +49,12 @@ def test_a_tensor_is_taken_only_when_its_turn_comes(tmp_path: Path) -> None:
     assert [size // 2**22 for size in sizes] == [0, 1, 2, 3]
 
 
-def test_a_tensor_of_another_shape_than_told_is_a_mistake(tmp_path: Path) -> None:
+def test_a_tensor_with_another_shape_than_its_spec_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="w: "):
-        write_safetensors(tmp_path / "f", [Spec("w", torch.float32, (2, 3))], [torch.zeros(3, 2)])
+        write_safetensors(tmp_path / "f", [TensorSpec("w", torch.float32, (2, 3))], [torch.zeros(3, 2)])
 
 
-def test_a_small_file_is_replaced_whole(tmp_path: Path) -> None:
+def test_a_small_file_is_replaced_and_no_temporary_file_is_left(tmp_path: Path) -> None:
     write_durably(tmp_path / "latest", "one\n")
     write_durably(tmp_path / "latest", "two\n")
     assert (tmp_path / "latest").read_text() == "two\n"

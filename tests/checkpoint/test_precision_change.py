@@ -1,85 +1,98 @@
-"""bf16 to fp32 and back: the fp32 weights and moments keep every bit, and what is lost is said once."""
+"""bf16 to fp32 and back: fp32 weights and moments keep every bit, and what is lost is reported once."""
 
 import contextlib
 import io
+import itertools
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from checkpoint.test_resharding import config_of, held, whole
+from support.checkpoints import LayoutCase, LocalTensor, full_state, layout_config, local_state
 from support.pool import Pool
-from support.runs import Tree, corpus, open_trainer
+from support.runs import corpus, open_trainer
 
 from megagpt.config import Config
-from megagpt.parallel.shard import shard_of
+from megagpt.parallel.parameter import shard_of
 
-SHARDED = (4, {"tensor": 2}, 2)
-ALONE = (1, {}, 1)
+SHARDED = LayoutCase(4, {"tensor": 2}, 2)
+ALONE = LayoutCase(1, {}, 1)
+DECAY_STEPS = 15
 
 
-def train_and_tell(config: Config) -> tuple[object, str, bool]:
-    """What this rank holds before the steps that are left, what was said, and whether forwards see the weights rounded."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+class Resumed(NamedTuple):
+    """A rank of a run that was resumed and trained to its last step."""
+
+    state_before: list[LocalTensor]
+    """State after loading, before the remaining steps."""
+    state_after: list[LocalTensor]
+    output: str
+    is_rounded: bool
+    """Whether the weights of the forwards are the fp32 weights, rounded to the training precision."""
+
+
+def resume_and_train(config: Config) -> Resumed:
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
         trainer = open_trainer(config)
-        found = held(trainer)
+        parameters = trainer.engine.parameters
+        before = local_state(trainer.engine, with_moments=trainer.step > 0)
         dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.training.precision]
-        masters = {
-            shard_of(p).name: next(v for n, _, v in found if n == shard_of(p).name)["master"] for p in trainer.engine.parameters
-        }
-        rounded = all(
-            torch.equal(
-                p.detach().float().reshape(-1), torch.from_numpy(masters[shard_of(p).name]).to(dtype).float().reshape(-1)
-            )
-            for p in trainer.engine.parameters
+        masters = {tensor.name: torch.from_numpy(tensor.values["master"]) for tensor in before}
+        is_rounded = all(
+            torch.equal(p.detach().float().reshape(-1), masters[shard_of(p).name].to(dtype).float().reshape(-1))
+            for p in parameters
         )
         trainer.train()
-        after = held(trainer)
+        after = local_state(trainer.engine)
         trainer.close()
-    return (found, after), said.getvalue(), rounded
+    return Resumed(before, after, output.getvalue(), is_rounded)
 
 
 @pytest.mark.parametrize(("first", "second"), [("fp32", "bf16"), ("bf16", "fp32")])
-def test_weights_and_moments_keep_their_bits(first: str, second: str, ranks: Pool, tmp_path: Path) -> None:
+def test_weights_and_moments_keep_their_bits_in_both_directions(first: str, second: str, ranks: Pool, tmp_path: Path) -> None:
     data, checkpoint = corpus(tmp_path), {"dir": str(tmp_path / "c")}
 
-    def config(layout: tuple[int, Tree, int], precision: str, steps: int) -> Config:
-        length = {"steps": steps, "precision": precision}
-        # One micro-batch of the least work: bf16 products are slow on a CPU.
-        tree = config_of(layout, data, steps, checkpoint=checkpoint, model={"n_layer": 2, "n_positions": 8})
-        return tree.model_copy(update={"training": tree.training.model_copy(update=length)})
+    def config(layout: LayoutCase, precision: str, steps: int) -> Config:
+        # Little work per micro-batch: bf16 products are slow on a CPU.
+        model = {"n_layer": 2, "n_positions": 8}
+        training = {"precision": precision}
+        return layout_config(layout, data, steps, DECAY_STEPS, checkpoint=checkpoint, model=model, training=training)
 
-    before = ranks.run(4, train_and_tell, config(SHARDED, first, 2))
-    after = ranks.run(1, train_and_tell, config(ALONE, second, 3))
-    back = ranks.run(4, train_and_tell, config(SHARDED, first, 4))
-    ended = {"first": before, "second": after}
-    for earlier, later in ((ended["first"], after), (ended["second"], back)):
-        expected, loaded = whole([told[1] for told, _, _ in earlier]), whole([told[0] for told, _, _ in later])
-        assert all(np.array_equal(loaded[key], values) for key, values in expected.items())
-        assert all(rounded for _, _, rounded in later)
-    there, again = after[0][1], back[0][1]
+    runs = [
+        ranks.run(4, resume_and_train, config(SHARDED, first, 2)),
+        ranks.run(1, resume_and_train, config(ALONE, second, 3)),
+        ranks.run(4, resume_and_train, config(SHARDED, first, 4)),
+    ]
+    for earlier, later in itertools.pairwise(runs):
+        saved = full_state([rank.state_after for rank in earlier])
+        loaded = full_state([rank.state_before for rank in later])
+        assert loaded.keys() == saved.keys()
+        assert all(np.array_equal(loaded[key], values) for key, values in saved.items())
+        assert all(rank.is_rounded for rank in later)
+    there, back = runs[1][0].output, runs[2][0].output
     assert there.count(f"training.precision {first} -> {second}:") == 1
-    assert again.count(f"training.precision {second} -> {first}:") == 1
-    assert sum(said.count("training.precision") for _, said, _ in back) == 1
-    kept = "nothing of the trained weights is lost"
-    assert kept in (there if second == "fp32" else again)
-    assert "forwards see them rounded to bf16" in (there if second == "bf16" else again)
+    assert back.count(f"training.precision {second} -> {first}:") == 1
+    assert sum(rank.output.count("training.precision") for rank in runs[2]) == 1
+    assert "nothing of the trained weights is lost" in (there if second == "fp32" else back)
+    assert "forwards use the weights rounded to bf16" in (there if second == "bf16" else back)
 
 
-def test_another_rule_is_said_and_its_moments_begin_at_zero(ranks: Pool, tmp_path: Path) -> None:
+def test_another_optimizer_is_reported_and_its_moments_start_at_zero(ranks: Pool, tmp_path: Path) -> None:
     data, checkpoint = corpus(tmp_path), {"dir": str(tmp_path / "c")}
     sgd = {"type": "sgd", "momentum": 0.9}
-    ranks.run(1, train_and_tell, config_of(ALONE, data, 2, checkpoint=checkpoint))
-    said = ranks.run(1, resumed_with_sgd, config_of(ALONE, data, 3, checkpoint=checkpoint, optimizer=sgd))[0]
-    assert "optimizer.type adamw -> sgd: moments that were not kept begin at 0" in said
+    ranks.run(1, resume_and_train, layout_config(ALONE, data, 2, DECAY_STEPS, checkpoint=checkpoint))
+    config = layout_config(ALONE, data, 3, DECAY_STEPS, checkpoint=checkpoint, optimizer=sgd)
+    output = ranks.run(1, resume_with_sgd, config)[0]
+    assert "optimizer.type adamw -> sgd: moments that were not saved start at 0" in output
 
 
-def resumed_with_sgd(config: Config) -> str:
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+def resume_with_sgd(config: Config) -> str:
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
         trainer = open_trainer(config)
         assert trainer.step == 2
         trainer.train()
         trainer.close()
-    return said.getvalue()
+    return output.getvalue()

@@ -9,8 +9,8 @@ import pytest
 
 from megagpt.commands import merge_datasets, preprocess_data
 from megagpt.commands.progress import LogLines
-from megagpt.data import merge
 from megagpt.data.indexed import IndexedCorpus, IndexedWriter
+from megagpt.data.offline import merge
 
 TEXTS = ["" if n % 7 == 3 else f"Grüße {n}, 世界! " * (n % 5 + 1) for n in range(40)]
 

@@ -49,7 +49,7 @@ def test_bytes_come_back_with_the_end_of_document_and_empty_ones_are_dropped(
 
 
 def test_workers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megagpt.data.preprocess.BATCH_BYTES", 200)
+    monkeypatch.setattr("megagpt.data.offline.preprocess.BATCH_BYTES", 200)
     path = jsonl(tmp_path, 100)
     for workers in ("1", "3"):
         arguments = [

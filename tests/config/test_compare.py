@@ -1,4 +1,4 @@
-"""A model that is another function of the same weights is another model, and every difference is named."""
+"""Two models differ if the same weights mean something else in them; every difference is named."""
 
 import pytest
 
@@ -28,15 +28,15 @@ def model(**keys: object) -> ModelConfig:
     return ModelConfig.model_validate({**BASE, **keys})
 
 
-def test_every_key_of_the_model_has_been_thought_of() -> None:
-    """A new key must be given another value here, and is compared unless it is declared free."""
+def test_every_key_of_the_model_is_in_this_test() -> None:
+    """A new key of the schema needs a value here; it is compared unless it is in FREE."""
     assert OTHER.keys() == ModelConfig.model_fields.keys()
 
 
 @pytest.mark.parametrize("key", OTHER)
-def test_each_key_counts_or_is_free(key: str) -> None:
-    found = model_differences(model(), model(**{key: OTHER[key]}))
-    named = {text.split()[0] for text in found}
+def test_each_key_is_compared_or_free(key: str) -> None:
+    differences = model_differences(model(), model(**{key: OTHER[key]}))
+    named = {text.split()[0] for text in differences}
     if key in FREE:
         assert named == set()
     else:
@@ -47,5 +47,5 @@ def test_all_differences_are_named_at_once() -> None:
     assert len(model_differences(model(), model(**OTHER))) == len(OTHER.keys() - FREE)
 
 
-def test_an_absent_width_is_the_width_that_it_stands_for() -> None:
+def test_an_absent_ffn_hidden_equals_its_default_value() -> None:
     assert model_differences(model(), model(ffn_hidden=128)) == []

@@ -1,4 +1,4 @@
-"""One JSON file is one run: what is read, what is refused, and in which words."""
+"""Config files: what is accepted, what is refused, and the messages."""
 
 import json
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_all_errors_are_listed_at_once_field_errors_and_broken_rules_alike() -> 
         "model.n_heads: no such key; did you mean n_head?",
         "did you mean 'gelu'?",
         "learning_rate: no such key; did you mean optimizer.learning_rate?",
-        "parallel.tensor: 3 does not divide model.n_head 4; tensor sizes that would: 1, 2, 4",
+        "parallel.tensor: 3 does not divide model.n_head 4; valid tensor sizes: 1, 2, 4",
     ):
         assert part in text
 
@@ -58,16 +58,16 @@ def test_all_errors_are_listed_at_once_field_errors_and_broken_rules_alike() -> 
 @pytest.mark.parametrize(
     "assignments, message",
     [
-        (["model.n_head=5"], "5 heads do not divide model.n_embd 32; 1, 2, 4, 8, 16, 32 would"),
+        (["model.n_head=5"], "5 heads do not divide model.n_embd 32; valid: 1, 2, 4, 8, 16, 32"),
         (["parallel.tensor=3", "model.n_head=8"], "3 does not divide model.vocab_multiple 128"),
         (
             ["parallel.tensor=4", "model.ffn_hidden=42"],
-            "4 does not divide model.ffn_hidden 42; tensor sizes that would: 1, 2, 3",
+            "4 does not divide model.ffn_hidden 42; valid tensor sizes: 1, 2, 3",
         ),
         (["parallel.sequence_parallel=true"], "parallel.tensor is 1"),
         (["parallel.sequence_parallel=true", "parallel.tensor=4", "model.n_positions=18"], "model.n_positions 18"),
         (["parallel.pipeline=5"], "5 stages for model.n_layer 4"),
-        (["parallel.pipeline=4", 'parallel.schedule="zbv"'], "8 stages for model.n_layer 4"),
+        (["parallel.pipeline=4", 'parallel.schedule="zbv"'], "8 stages (4 ranks x 2 chunks) for model.n_layer 4"),
         (["parallel.pipeline=2", 'parallel.schedule="interleaved_1f1b"'], "expected 2 or more"),
         (
             ["parallel.pipeline=2", "parallel.virtual_stages=2"],
@@ -77,7 +77,7 @@ def test_all_errors_are_listed_at_once_field_errors_and_broken_rules_alike() -> 
         (["parallel.context=3"], "parallel.context: 3 x parallel.tensor 1 does not divide model.n_head 4"),
         (
             ["parallel.context=4", "model.n_positions=18"],
-            "4 parts (with sequence parallelism) do not divide model.n_positions 18",
+            "4 shards (with sequence parallelism) do not divide model.n_positions 18",
         ),
         (["zero.stage=3", "parallel.pipeline=2"], "use zero.stage 1 or 2"),
         (["zero.stage=0", 'zero.offload_optimizer="cpu"'], "zero.offload_optimizer: needs zero.stage 1, 2 or 3"),
@@ -86,7 +86,8 @@ def test_all_errors_are_listed_at_once_field_errors_and_broken_rules_alike() -> 
         (["evaluation.micro_batch_size=3"], "evaluation.micro_batch_size: 3 does not divide"),
         (["training.tokens=100"], "exactly one of steps, tokens and epochs, not steps and tokens"),
         (["training.steps=null"], "not none"),
-        (['data.paths="a"'], "give both"),
+        (['data.paths="a"'], 'data.split: required together with data.paths, for example "969,30,1"; set both'),
+        (['data.split="1,2,3"'], "data.paths: required together with data.split; set both or neither"),
         (['data.paths="a"', 'data.split="1,2"'], "not three shares"),
         (['data.paths="a"', 'data.split="1,2,3"', 'data.train="b"'], "excludes data.train"),
         (['data.train={"a": -1}'], "a weight above 0"),
@@ -98,24 +99,33 @@ def test_all_errors_are_listed_at_once_field_errors_and_broken_rules_alike() -> 
         (["model.n_layer=null"], "valid integer"),
     ],
 )
-def test_each_rule_says_what_is_wrong_and_what_would_do(assignments: list[str], message: str) -> None:
+def test_each_rule_names_the_wrong_value_and_what_is_valid(assignments: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         build_config(with_keys(*assignments))
     assert message in str(error.value)
 
 
 @pytest.mark.parametrize("key", OWNED_BY_MEGAGPT)
-def test_every_deepspeed_key_that_megagpt_owns_is_refused_by_name(key: str) -> None:
+def test_every_deepspeed_key_that_megagpt_sets_is_refused_by_name(key: str) -> None:
     with pytest.raises(ConfigError) as error:
         build_config(with_keys(f"deepspeed.{key}=1"))
-    assert f"deepspeed.{key}: megagpt sets this key itself; use {OWNED_BY_MEGAGPT[key]}" in str(error.value)
+    assert f"deepspeed.{key}: megagpt sets this key itself; {OWNED_BY_MEGAGPT[key]}" in str(error.value)
 
 
-def test_other_deepspeed_keys_pass() -> None:
+def test_a_switch_for_deepspeeds_overlap_is_refused_because_megagpt_schedules_the_reduction() -> None:
+    with pytest.raises(ConfigError) as error:
+        build_config(with_keys("deepspeed.zero_optimization.overlap_comm=true"))
+    assert str(error.value) == (
+        "config: deepspeed.zero_optimization.overlap_comm: megagpt sets this key itself; "
+        "remove it: megagpt schedules the gradient reduction itself"
+    )
+
+
+def test_other_deepspeed_keys_are_accepted() -> None:
     assert build_config(with_keys("deepspeed.zero_optimization.reduce_bucket_size=7")).deepspeed
 
 
-def test_overrides_reach_any_field(tmp_path: Path) -> None:
+def test_overrides_can_set_any_key(tmp_path: Path) -> None:
     path = write(tmp_path, json.dumps(SMALL))
     config = load_config(path, ["parallel.tensor=4", "optimizer.learning_rate=3e-4", "data.tokenizer=data/gpt2"])
     assert (config.parallel.tensor, config.optimizer.learning_rate, config.data.tokenizer) == (4, 3e-4, "data/gpt2")
@@ -134,14 +144,14 @@ def test_a_key_given_twice_and_broken_json_are_errors(tmp_path: Path) -> None:
         load_config(write(tmp_path, "[]"))
 
 
-def test_what_is_printed_reads_back_equal_and_the_hash_tells_configs_apart() -> None:
+def test_printed_configs_read_back_equal_and_different_configs_have_different_hashes() -> None:
     config = build_config(SMALL)
     again = build_config(json.loads(to_json(config)))
     assert again == config and config_hash(again) == config_hash(config)
     assert config_hash(build_config(with_keys("training.seed=2"))) != config_hash(config)
 
 
-def test_the_flat_file_as_it_stands() -> None:
+def test_a_flat_file_is_read_unchanged() -> None:
     config = load_config(FLAT)
     model = config.model
     assert (model.n_embd, model.n_layer, model.n_head, model.activation) == (768, 12, 12, "gelu")
@@ -153,19 +163,43 @@ def test_the_flat_file_as_it_stands() -> None:
     assert all(key in FLAT.read_text() for key in FLAT_KEYS)
 
 
-def test_a_misspelt_flat_key(tmp_path: Path) -> None:
+def test_a_misspelt_flat_key_is_refused_with_the_nearest_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="max_epoch: no such key; did you mean max_epochs"):
         load_config(write(tmp_path, '{"n_embd": 8, "max_epoch": 1}'))
+
+
+def test_one_mistake_gives_one_message() -> None:
+    """Tensor size 3 does not divide the heads; the rule about context ranks must not repeat that."""
+    with pytest.raises(ConfigError) as error:
+        build_config(with_keys("parallel.tensor=3", "model.ffn_hidden=96", "model.vocab_multiple=96"))
+    assert str(error.value) == (
+        "config: parallel.tensor: 3 does not divide model.n_head 4; valid tensor sizes: 1, 2, 4; nearest model.n_head: 3"
+    )
+
+
+def test_too_many_stages_are_reported_beside_a_wrong_number_of_virtual_stages() -> None:
+    with pytest.raises(ConfigError) as error:
+        build_config(with_keys("parallel.pipeline=5", "parallel.virtual_stages=2"))
+    assert "2 problems" in str(error.value)
+    assert "parallel.virtual_stages: 2 with parallel.schedule 1f1b; expected 1" in str(error.value)
+    assert "5 stages for model.n_layer 4" in str(error.value)
+
+
+def test_the_data_parallel_size_is_the_world_divided_by_tensor_pipeline_and_context() -> None:
+    assert data_parallel_size(build_config(with_keys()), 8) == 8
+    assert data_parallel_size(build_config(with_keys("parallel.tensor=2", "parallel.context=2")), 8) == 2
+    assert data_parallel_size(build_config(with_keys("parallel.pipeline=2", "parallel.context=4")), 8) == 1
 
 
 def test_world_sizes_that_fit_are_named() -> None:
     config = build_config(with_keys("parallel.tensor=2", "parallel.pipeline=2"))
     assert data_parallel_size(config, 8) == 2
-    with pytest.raises(ConfigError, match="world sizes that fit: 4, 8, 16, 32"):
-        data_parallel_size(config, 12)
+    for world_size in (0, 2, 6, 12):
+        with pytest.raises(ConfigError, match=f"a world of {world_size} ranks .* world sizes that fit: 4, 8, 16, 32"):
+            data_parallel_size(config, world_size)
 
 
-def test_every_key_has_its_help() -> None:
+def test_every_key_has_a_help_text() -> None:
     def walk(section: type[BaseModel]) -> None:
         for name, field in section.model_fields.items():
             assert field.description, f"{section.__name__}.{name}"

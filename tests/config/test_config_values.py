@@ -1,4 +1,4 @@
-"""Values that look like numbers and are none, and DeepSpeed's short forms that would hide a key of ours."""
+"""Infinity and NaN are refused, and so are DeepSpeed's short forms, which would set a key that megagpt sets."""
 
 from typing import Any
 
@@ -22,13 +22,13 @@ SMALL: dict[str, Any] = {
         ("data.train", lambda value: {"data": {"train": {"corpus": value}}}),
     ],
 )
-def test_infinity_and_nan_are_refused_where_a_number_is_wanted(key: str, tree: Any, value: float) -> None:
+def test_infinity_and_nan_are_refused_as_numbers(key: str, tree: Any, value: float) -> None:
     with pytest.raises(ConfigError, match=key):
         build_config(SMALL | tree(value))
 
 
 @pytest.mark.parametrize("section, value", [("fp16", True), ("zero_optimization", 3)])
-def test_a_short_form_of_deepspeed_cannot_carry_a_key_of_ours(section: str, value: object) -> None:
+def test_deepspeeds_short_forms_are_refused(section: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"deepspeed.{section}: expected an object of settings, not {value}"):
         build_config(SMALL | {"deepspeed": {section: value}})
     assert build_config(SMALL | {"deepspeed": {section: {}}})

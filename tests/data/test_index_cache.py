@@ -14,7 +14,7 @@ from megagpt.data import index_cache
 from megagpt.data.gpt_dataset import PackedCorpus
 from megagpt.data.index_cache import IndexCache, fingerprint
 from megagpt.data.indexed import IndexedCorpus, IndexedWriter
-from megagpt.data.order import Order, epoch_order
+from megagpt.data.shuffle import Order, epoch_order
 from megagpt.errors import DataError
 
 

@@ -1,4 +1,4 @@
-"""The SLURM script's body, run by bash with stand-ins for `srun` and `scontrol` that start the ranks on this machine."""
+"""The commands of the SLURM script, with substitutes for `srun` and `scontrol` that start the ranks on this machine."""
 
 import json
 import math
@@ -10,22 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.commands import LAUNCHER_VARIABLES, ROOT
 
 pytestmark = pytest.mark.launch
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "slurm" / "pretrain.sbatch"
 TASKS = 2
 
 SRUN = f"""#!{sys.executable}
-# As srun: one process for each task, its rank in the environment; a failed one ends the others if that was asked for.
+# Like srun: start one process per task, with its rank in the environment; if the option says so, a failed task ends the others.
 import os, signal, subprocess, sys
 options = [word for word in sys.argv[1:] if word.startswith("--kill")]
 command = sys.argv[1 + len(options):]
 pids = set()
 for rank in range(int(os.environ["SLURM_NTASKS"])):
-    place = {{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}}
-    pids.add(subprocess.Popen(command, env=os.environ | place).pid)
+    variables = {{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}}
+    pids.add(subprocess.Popen(command, env=os.environ | variables).pid)
 worst = 0
 while pids:
     pid, status = os.wait()
@@ -43,18 +43,19 @@ test "$*" = "show hostnames here,elsewhere" || exit 1
 echo 127.0.0.1
 echo elsewhere.invalid
 """
-LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> dict[str, str]:
-    """The environment of a job of TASKS tasks, with the stand-ins first on PATH."""
+    """The environment of a job of `TASKS` tasks, with the substitutes first in PATH."""
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
-    inherited = {key: value for key, value in os.environ.items() if key not in LAUNCHERS and not key.startswith("SLURM_")}
+    inherited = {
+        key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES and not key.startswith("SLURM_")
+    }
     return {
         **inherited,
         "PATH": os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]),
@@ -67,7 +68,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
 
 
 def submit(slurm: dict[str, str], folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """Run the script's body as a job submitted from `folder`."""
+    """Run the commands of the script like a job that was submitted from `folder`."""
     return subprocess.run(
         ["bash", str(SCRIPT), *arguments],
         env=slurm | {"SLURM_SUBMIT_DIR": str(folder)},
@@ -79,10 +80,10 @@ def submit(slurm: dict[str, str], folder: Path, *arguments: str) -> "subprocess.
     )
 
 
-def write_corpus(prefix: Path, vocabulary: int) -> None:
-    """40 documents of 100 random tokens, uint16, in the Megatron .bin/.idx format, byte by byte."""
+def write_corpus(prefix: Path, vocab_size: int) -> None:
+    """Write 40 documents of 100 random uint16 tokens in the Megatron .bin/.idx format, without megagpt."""
     documents, length = 40, 100
-    np.random.default_rng(0).integers(vocabulary, size=documents * length, dtype=np.uint16).tofile(f"{prefix}.bin")
+    np.random.default_rng(0).integers(vocab_size, size=documents * length, dtype=np.uint16).tofile(f"{prefix}.bin")
     sizes = np.full(documents, length, dtype=np.int32)
     pointers = np.arange(documents, dtype=np.int64) * length * 2
     header = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, documents, documents + 1)
@@ -90,11 +91,11 @@ def write_corpus(prefix: Path, vocabulary: int) -> None:
     Path(f"{prefix}.idx").write_bytes(header + sizes.tobytes() + pointers.tobytes() + ends.tobytes())
 
 
-def test_the_job_trains_over_its_tasks(slurm: dict[str, str], tmp_path: Path) -> None:
-    vocabulary = 64
-    write_corpus(tmp_path / "corpus", vocabulary)
+def test_the_tasks_of_a_job_train_together(slurm: dict[str, str], tmp_path: Path) -> None:
+    vocab_size = 64
+    write_corpus(tmp_path / "corpus", vocab_size)
     config = {
-        "model": {"n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 16, "vocab_size": vocabulary},
+        "model": {"n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 16, "vocab_size": vocab_size},
         "parallel": {"tensor": TASKS},
         "data": {"train": str(tmp_path / "corpus")},
         "training": {"steps": 5, "micro_batch_size": 2, "global_batch_size": 4},
@@ -105,11 +106,11 @@ def test_the_job_trains_over_its_tasks(slurm: dict[str, str], tmp_path: Path) ->
     assert job.returncode == 0, job.stdout + job.stderr
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = {record["step"]: record["loss"] for record in records if "loss" in record}
-    assert list(losses) == [1, 2]  # one line for each step, from one rank, and as many steps as --set asked for
-    assert losses[1] == pytest.approx(math.log(vocabulary), rel=0.05)  # a new model knows nothing
+    assert list(losses) == [1, 2]  # one record per step, from one rank, and the number of steps of --set
+    assert losses[1] == pytest.approx(math.log(vocab_size), rel=0.05)  # the loss of an untrained model
 
 
-def test_every_task_learns_its_place_and_gets_the_arguments(slurm: dict[str, str], tmp_path: Path) -> None:
+def test_every_task_gets_its_rank_the_address_and_the_arguments(slurm: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "pretrain_gpt.py").write_text(
         "import json, os, sys\n"
         "names = ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID', 'MASTER_ADDR', 'MASTER_PORT')\n"
@@ -119,22 +120,22 @@ def test_every_task_learns_its_place_and_gets_the_arguments(slurm: dict[str, str
     assert job.returncode == 0, job.stderr
     port = str(20000 + os.getpid() % 10000)
     for rank in range(TASKS):
-        arguments, *place = json.loads((tmp_path / f"task{rank}").read_text())
+        arguments, *variables = json.loads((tmp_path / f"task{rank}").read_text())
         assert arguments == ["--config", "my.json", "--set", "data.paths=a b"]
-        assert place == [str(rank), str(TASKS), str(rank), "127.0.0.1", port]
+        assert variables == [str(rank), str(TASKS), str(rank), "127.0.0.1", port]
 
 
 def test_a_failed_task_ends_the_job_with_an_error(slurm: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "pretrain_gpt.py").write_text(
         "import os, signal, sys\n"
-        "sys.exit(3) if os.environ['SLURM_PROCID'] == '1' else signal.pause()\n"  # rank 0 waits for it for ever
+        "sys.exit(3) if os.environ['SLURM_PROCID'] == '1' else signal.pause()\n"  # rank 0 would wait forever
     )
     job = submit(slurm, tmp_path)
     assert job.returncode != 0
 
 
-def test_a_job_whose_time_is_over_saves_and_is_requeued_once(slurm: dict[str, str], tmp_path: Path) -> None:
-    """The ranks end one after the other, and srun ends those that are left by a signal: the code must be 75 all the same."""
+def test_a_job_that_reaches_its_time_limit_saves_and_is_requeued_once(slurm: dict[str, str], tmp_path: Path) -> None:
+    """The ranks end one after another, and srun sends a signal to the remaining ones: the exit code must still be 75."""
     write_corpus(tmp_path / "corpus", 64)
     config = {
         "model": {"n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 16, "vocab_size": 64},
@@ -157,16 +158,16 @@ def test_a_job_that_fails_is_not_requeued(slurm: dict[str, str], tmp_path: Path)
     assert not (tmp_path / "requeued").exists()
 
 
-def test_a_job_that_is_cancelled_lets_its_tasks_save_and_is_not_requeued(slurm: dict[str, str], tmp_path: Path) -> None:
-    """Slurm signals the tasks and the script; here the first task signals the script, which must wait for it."""
+def test_a_cancelled_job_lets_its_tasks_save_and_is_not_requeued(slurm: dict[str, str], tmp_path: Path) -> None:
+    """SLURM signals the tasks and the script. Here the first task signals the script, which must wait for the task."""
     (tmp_path / "pretrain_gpt.py").write_text(
         "import os, pathlib, signal, time\n"
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"  # as one that has saved
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"  # like a rank that has saved
         "if os.environ['SLURM_PROCID'] == '0':\n"
         "    os.kill(int(os.environ['SCRIPT']), signal.SIGTERM)\n"
         "    time.sleep(0.5)\n"
         "    pathlib.Path('saved').touch()\n"
-        "while not pathlib.Path('saved').exists():\n"  # ranks end together
+        "while not pathlib.Path('saved').exists():\n"  # the ranks end together
         "    time.sleep(0.01)\n"
         "raise SystemExit(75)\n"
     )

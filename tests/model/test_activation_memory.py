@@ -14,9 +14,9 @@ from support.runs import tiny_config
 
 from megagpt.model.block import Block
 from megagpt.model.gpt import MicroBatch, build_chunk
-from megagpt.parallel.shard import TensorParallel
+from megagpt.parallel.deferred_gradients import DeferredGradients
+from megagpt.parallel.parameter import ParallelContext
 from megagpt.parallel.topology import Topology
-from megagpt.parallel.weight_gradients import WeightGradients
 
 BATCH, SEQ, HIDDEN, HEADS = 2, 64, 64, 4
 NORMS = 2 * 2 * 4 / HIDDEN
@@ -36,10 +36,10 @@ def bytes_kept(recompute: str, dropout: float, tensor: int = 1) -> float:
         },
         training={"recompute": recompute},
     )
-    tp = TensorParallel(WeightGradients())
+    tp = ParallelContext(DeferredGradients())
     if tensor > 1:
         topology = Topology.create(tensor, 1)
-        tp = TensorParallel(WeightGradients(), topology.tensor_group, topology.at.tensor, tensor, True)
+        tp = ParallelContext(DeferredGradients(), topology.tensor_group, topology.tp_rank, tensor, True)
     block = Block(0, config, tp).to(torch.bfloat16).train()
     weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -68,7 +68,7 @@ def test_memory_efficient_attention_keeps_no_square_even_without_recompute() -> 
 @pytest.mark.parametrize("together, inputs", [(1, 4), (2, 2), (3, 2), (4, 1)])
 def test_full_recompute_keeps_one_input_for_each_group_of_blocks(together: int, inputs: int) -> None:
     config = tiny_config(training={"recompute": "full", "recompute_layers": together})
-    chunk = build_chunk(config, TensorParallel(WeightGradients()), range(1, 5)).train()
+    chunk = build_chunk(config, ParallelContext(DeferredGradients()), range(1, 5)).train()
     chunk.is_last = False
     kept: dict[int, torch.Tensor] = {}
     x = torch.randn(2, 16, 32, requires_grad=True)

@@ -8,8 +8,8 @@ import torch
 from support.runs import tiny_config
 
 from megagpt.model.gpt import GPTChunk, MicroBatch, build_chunk
-from megagpt.parallel.shard import TensorParallel, shard_of
-from megagpt.parallel.weight_gradients import WeightGradients
+from megagpt.parallel.deferred_gradients import DeferredGradients
+from megagpt.parallel.parameter import ParallelContext, shard_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -69,7 +69,7 @@ def models() -> tuple[GPTChunk, "transformers.GPT2LMHeadModel", dict[str, torch.
     )
     for parameter in theirs.parameters():  # norms and biases too
         parameter.data += 0.1 * torch.randn_like(parameter)
-    ours = build_chunk(config, TensorParallel(WeightGradients()), range(model.n_layer))
+    ours = build_chunk(config, ParallelContext(DeferredGradients()), range(model.n_layer))
     named = {shard_of(parameter).name: parameter for parameter in ours.parameters()}
     values = to_ours(theirs.state_dict(), model.n_head, model.n_layer)
     assert named.keys() == values.keys()

@@ -12,9 +12,9 @@ from support.runs import Tree, tiny_config
 from torch import Tensor
 
 from megagpt.model.gpt import GPTChunk, MicroBatch, build_chunk
+from megagpt.parallel.deferred_gradients import DeferredGradients
 from megagpt.parallel.embedding import IGNORED
-from megagpt.parallel.shard import TensorParallel, shard_of
-from megagpt.parallel.weight_gradients import WeightGradients
+from megagpt.parallel.parameter import ParallelContext, shard_of
 
 LENGTHS = [[1, 6, 1, 1, 8], [3, 14]]
 """Of the documents in rows of 17 tokens: 16 inputs and the last label."""
@@ -22,7 +22,7 @@ LENGTHS = [[1, 6, 1, 1, 8], [3, 14]]
 
 def model(**sections: Tree) -> GPTChunk:
     config = tiny_config(**{**sections, "model": {"init_std": 0.3, **sections.get("model", {})}})
-    return build_chunk(config, TensorParallel(WeightGradients()), range(config.model.n_layer))
+    return build_chunk(config, ParallelContext(DeferredGradients()), range(config.model.n_layer))
 
 
 def rows() -> Tensor:

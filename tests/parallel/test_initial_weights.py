@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 from support.pool import Pool
-from support.runs import Tree, local_weights, tiny_config, whole_weights
+from support.runs import Tree, local_weights, tiny_config, full_weights
 
 from megagpt.config import Config
-from megagpt.parallel.shard import TensorParallel, shard_of
+from megagpt.engine.engine import Engine
+from megagpt.parallel.deferred_gradients import DeferredGradients
+from megagpt.parallel.parameter import ParallelContext, shard_of
 from megagpt.parallel.topology import Topology
-from megagpt.parallel.weight_gradients import WeightGradients
-from megagpt.training.engine import Engine
 
 
 def begin(config: Config) -> Tree:
@@ -24,8 +24,8 @@ BIG: Tree = {"model": {"n_embd": 96, "vocab_size": 300, "vocab_multiple": 64}}
 
 @pytest.mark.parametrize("world, parallel", [(2, {"tensor": 2}), (4, {"tensor": 4}), (8, {"tensor": 2, "pipeline": 4})])
 def test_bit_equal_global_weights(world: int, parallel: Tree, ranks: Pool) -> None:
-    expected = whole_weights(ranks.run(1, begin, tiny_config(**BIG)))
-    weights = whole_weights(ranks.run(world, begin, tiny_config(parallel=parallel, **BIG)))
+    expected = full_weights(ranks.run(1, begin, tiny_config(**BIG)))
+    weights = full_weights(ranks.run(world, begin, tiny_config(parallel=parallel, **BIG)))
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], values) for name, values in expected.items())
 
@@ -35,7 +35,7 @@ def test_deviations_are_those_of_gpt2_and_names_and_seeds_matter() -> None:
 
     def build(seed: int) -> dict[str, torch.Tensor]:
         config = tiny_config(training={"seed": seed}, **BIG)
-        chunk = build_chunk(config, TensorParallel(WeightGradients()), range(4))
+        chunk = build_chunk(config, ParallelContext(DeferredGradients()), range(4))
         return {shard_of(p).name: p.detach() for p in chunk.parameters()}
 
     first, other = build(1), build(2)

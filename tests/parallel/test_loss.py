@@ -14,10 +14,10 @@ from support.runs import tiny_config, train
 from torch import Tensor
 
 from megagpt.parallel import embedding
+from megagpt.parallel.deferred_gradients import DeferredGradients
 from megagpt.parallel.embedding import IGNORED, VocabParallelEmbedding, VocabParallelLoss
-from megagpt.parallel.shard import TensorParallel
+from megagpt.parallel.parameter import ParallelContext
 from megagpt.parallel.topology import Topology
-from megagpt.parallel.weight_gradients import WeightGradients
 
 WIDTH, PADDED = 16, 64
 
@@ -35,13 +35,13 @@ def inputs(vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
 def ours(vocab_size: int, smoothing: float, tensor: int, training: bool) -> dict[str, Any]:
     """Loss and gradients by the module, on `tensor` ranks; seven rows of logits at a time, so that chunks are ragged."""
     topology = Topology.create(tensor, 1)
-    tp = TensorParallel(WeightGradients(), topology.tensor_group, topology.at.tensor, tensor)
+    tp = ParallelContext(DeferredGradients(), topology.tensor_group, topology.tp_rank, tensor)
     hidden, weight, labels = inputs(vocab_size)
     table = VocabParallelEmbedding("w", vocab_size, PADDED, WIDTH, tp, 0.0)
     rows = PADDED // tensor
     with torch.no_grad():  # what a checkpoint cannot bring is in the padding rows: it must not matter
         table.weight.fill_(3.0)
-        mine = weight.float()[topology.at.tensor * rows :][:rows]
+        mine = weight.float()[topology.tp_rank * rows :][:rows]
         table.weight[: len(mine)] = mine
     module = VocabParallelLoss(table.weight, tp, smoothing).train(training)
     leaf = hidden.float().requires_grad_()

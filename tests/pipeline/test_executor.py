@@ -3,13 +3,13 @@
 import pytest
 import torch
 from support.pool import Pool
-from support.runs import Tree, tiny_config, train, whole_weights
+from support.runs import Tree, tiny_config, train, full_weights
 
-import megagpt.training.engine as engine_module
+import megagpt.engine.engine as engine_module
 from megagpt.config import Config
 from megagpt.parallel import linear
-from megagpt.pipeline.plan import split_backward
-from megagpt.pipeline.schedule import make_plan
+from megagpt.schedules.plan import split_backward
+from megagpt.schedules.registry import make_plan
 
 
 def train_split(config: Config, steps: int, split: bool) -> Tree:
@@ -31,7 +31,7 @@ def test_a_split_backward_gives_the_same_bits_with_as_many_products(recompute: s
     split = ranks.run(8, train_split, config, 3, True)
     assert [r["products"] for r in split] == [r["products"] for r in whole]
     assert split[0]["losses"] == whole[0]["losses"]
-    expected = whole_weights(whole)
-    assert all(torch.equal(values, expected[name]) for name, values in whole_weights(split).items())
+    expected = full_weights(whole)
+    assert all(torch.equal(values, expected[name]) for name, values in full_weights(split).items())
     micro_batches_per_rank, layers_per_rank = 4, 2
     assert whole[0]["products"] == 3 * micro_batches_per_rank * layers_per_rank * 4  # qkv, proj, up, down

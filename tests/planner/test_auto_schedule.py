@@ -1,44 +1,55 @@
-""" "auto" becomes the schedule that simulates fastest within the memory given."""
+"""The schedule "auto" is replaced by the fastest one in simulation that fits in the given memory."""
+
+from typing import Any
 
 import pytest
-from support.runs import tiny_config
 
+from megagpt.config import Config, build_config
 from megagpt.errors import ConfigError
-from megagpt.planner.schedule import resolve_schedule
+from megagpt.planner.auto_schedule import resolve_schedule
+
+
+def config_with(**parallel: Any) -> Config:
+    return build_config(
+        {
+            "model": {"n_layer": 8, "n_embd": 32, "n_head": 4, "n_positions": 16},
+            "training": {"steps": 10, "micro_batch_size": 2, "global_batch_size": 16},
+            "parallel": parallel,
+        }
+    )
 
 
 def chosen(micro_batches: int = 8, pipeline: int = 4, **costs: float) -> tuple[str, int, str]:
-    config = tiny_config(
-        model={"n_layer": 8}, parallel={"pipeline": pipeline, "schedule": "auto", "schedule_costs": costs}, zero={"stage": 1}
-    )
-    resolved, why = resolve_schedule(config, micro_batches)
+    """Return name, virtual stages and reason; check that nothing else in the config changes."""
+    config = config_with(pipeline=pipeline, schedule="auto", schedule_costs=costs)
+    resolved, reason = resolve_schedule(config, micro_batches)
     assert resolved.model_copy(update={"parallel": config.parallel}) == config
-    return resolved.parallel.schedule, resolved.parallel.virtual_stages, why
+    return resolved.parallel.schedule, resolved.parallel.virtual_stages, reason
 
 
-def test_with_equal_times_a_zero_bubble_schedule_wins_and_says_so() -> None:
-    name, _, why = chosen()
-    assert name in ("zbv", "interleaved_zero_bubble") and name in why and "Next best" in why
+def test_with_equal_times_a_zero_bubble_schedule_is_chosen_and_the_reason_names_it() -> None:
+    name, _, reason = chosen()
+    assert name in ("zbv", "interleaved_zero_bubble") and name in reason and "Next best" in reason
 
 
-def test_less_memory_takes_a_schedule_that_holds_less() -> None:
-    name, _, why = chosen(16, most_micro_batches=3.3)
-    assert name == "v_half" and "above the 3.3 that fit" in why
+def test_less_memory_chooses_a_schedule_that_needs_less() -> None:
+    name, _, reason = chosen(16, max_micro_batches=3.3)
+    assert name == "v_half" and "above the limit of 3.3" in reason
 
 
-def test_slow_messages_take_a_schedule_with_fewer_of_them() -> None:
+def test_slow_messages_change_the_choice() -> None:
     assert chosen(transfer=3.0)[:2] != chosen()[:2]
 
 
-def test_one_rank_waits_for_nobody() -> None:
+def test_one_pipeline_rank_gets_1f1b() -> None:
     assert chosen(pipeline=1)[:2] == ("1f1b", 1)
 
 
-def test_a_named_schedule_stays() -> None:
-    config = tiny_config(parallel={"pipeline": 2, "schedule": "gpipe"})
+def test_a_named_schedule_does_not_change() -> None:
+    config = config_with(pipeline=2, schedule="gpipe")
     assert resolve_schedule(config, 4) == (config, "")
 
 
-def test_memory_for_nothing_is_refused_with_what_there_is() -> None:
-    with pytest.raises(ConfigError, match="most_micro_batches: no schedule holds at most 0.1 .*the least: "):
-        chosen(most_micro_batches=0.1)
+def test_too_little_memory_for_any_schedule_is_refused_with_the_one_that_needs_least() -> None:
+    with pytest.raises(ConfigError, match="max_micro_batches: no schedule has at most 0.1 .*the lowest is v_min "):
+        chosen(max_micro_batches=0.1)

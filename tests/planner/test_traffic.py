@@ -6,17 +6,17 @@ from typing import Any, get_args
 import pytest
 import torch
 from support.pool import Pool
-from support.runs import Tree, micro_batches, tiny_config, token_count
+from support.runs import Tree, micro_batches, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from megagpt.config import Config
 from megagpt.config.rules import INTERLEAVED, chunks_per_rank
 from megagpt.config.schema import Schedule
-from megagpt.parallel.context import ContextParallel
+from megagpt.engine.engine import Engine
+from megagpt.parallel.context_parallel import ContextParallel
 from megagpt.parallel.topology import Topology
-from megagpt.parallel.traffic import counting
-from megagpt.planner.traffic import Amount, Place, rank_parameters, step_traffic
-from megagpt.training.engine import Engine
+from megagpt.planner.collective_counter import counting
+from megagpt.planner.traffic import Amount, Launcher, rank_parameters, step_traffic
 
 LAYOUTS: dict[str, tuple[int, Tree]] = {
     "tensor 2": (2, {"parallel": {"tensor": 2}}),
@@ -48,17 +48,17 @@ def measured(config: Config) -> Any:
     parallel = config.parallel
     topology = Topology.create(parallel.tensor, parallel.pipeline, context=parallel.context)
     engine = Engine(config, topology, torch.device("cpu"))
-    context = ContextParallel(rank=topology.context_rank, size=topology.layout.context)
+    context = ContextParallel(rank=topology.cp_rank, size=topology.layout.context)
     for step in range(2):
-        batches = micro_batches(config, step, topology.reader, topology.layout.readers)
+        batches = micro_batches(config, step, topology.dp_rank, topology.layout.data)
         batches = [replace(batch, tokens=context.part(batch.tokens), labels=context.part(batch.labels)) for batch in batches]
         with counting(topology) as traffic:
-            engine.train_step(batches, token_count(config, step), 1e-3)
+            engine.train_step(batches, count_labels(config, step), 1e-3)
     stages, held = tuple(engine.chunks), sum(parameter.numel() for parameter in engine.parameters)
     engine.close()
     found = {tuple(kind): Amount(traffic.calls[kind], traffic.bytes[kind]) for kind in traffic.calls}
     n_stages = parallel.pipeline * chunks_per_rank(config)
-    return found, Place(stages, n_stages, parallel.tensor, topology.layout.data, parallel.context), held
+    return found, Launcher(stages, n_stages, parallel.tensor, topology.layout.dp_cp, parallel.context), held
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -88,9 +88,9 @@ def tensor_traffic_and_products(config: Config) -> Any:
     """Of one step of this rank: calls and bytes in the tensor group, and floating-point operations of its products."""
     topology = Topology.create(config.parallel.tensor, config.parallel.pipeline)
     engine = Engine(config, topology, torch.device("cpu"))
-    batches = micro_batches(config, 0, topology.at.data, topology.layout.data)
+    batches = micro_batches(config, 0, topology.dp_cp_rank, topology.layout.dp_cp)
     with counting(topology) as traffic, FlopCounterMode(display=False) as flops:
-        engine.train_step(batches, token_count(config, 0), 1e-3)
+        engine.train_step(batches, count_labels(config, 0), 1e-3)
     engine.close()
     within = {kind.call: (traffic.calls[kind], traffic.bytes[kind]) for kind in traffic.calls if kind.group == "tensor"}
     return within, flops.get_total_flops()

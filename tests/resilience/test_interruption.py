@@ -1,120 +1,157 @@
-"""Signals and the end of the hours: saved at the next step, exit code 75, and the next start ends as an undisturbed run."""
+"""Signals and the time limit: the run saves after the current step, exits with 75, and resumes as if undisturbed."""
 
-import json
+import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from commands.test_pretrain import config_file
+from support.commands import config_file, records
 from support.job import Job
 
 from megagpt.checkpoint.boxes import Box
 from megagpt.checkpoint.load import Reader
-from megagpt.resilience.interruption import REQUEUE
+from megagpt.config import load_config
+from megagpt.errors import ConfigError
+from megagpt.resilience.interruption import REQUEUE, Interruption
 
-LONG = 1_000_000
+ENDLESS = 1_000_000
+"""Steps that no test waits for."""
 
 
-def slow_steps(rank: int) -> None:
-    """A tenth of a second in each step, so that there is time to interrupt a run of few."""
-    from megagpt.resilience.health import Verdict
-    from megagpt.training.trainer import Batch, Trainer
+def slow_forwards(rank: int) -> None:
+    """Make each step at least 0.1 s long (two micro-batches per rank), so that there is time to interrupt a short run."""
+    from megagpt.model.gpt import GPTChunk
 
-    advance = Trainer.advance
+    def wait(module: torch.nn.Module, args: object) -> None:
+        if isinstance(module, GPTChunk):
+            time.sleep(0.05)
 
-    def slower(self: Trainer, batch: Batch) -> Verdict:
-        time.sleep(0.1)
-        return advance(self, batch)
-
-    Trainer.advance = slower  # type: ignore[method-assign]
+    torch.nn.modules.module.register_module_forward_pre_hook(wait)
 
 
 def start(folder: Path, steps: int, logs: str = "logs", **sections: dict[str, object]) -> Job:
-    """Two ranks, data parallel with ZeRO-1."""
+    """Start a run of two data-parallel ranks with ZeRO-1."""
     folder.mkdir(exist_ok=True)
     checkpoint = {"dir": str(folder / "checkpoints"), **sections.pop("checkpoint", {})}
     config = config_file(folder, training={"steps": steps, **sections.pop("training", {})}, checkpoint=checkpoint, **sections)
-    return Job(2, ["--config", str(config)], folder / logs, slow_steps)
+    return Job(2, ["--config", str(config)], folder / logs, slow_forwards)
 
 
-def state(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
-    """Every tensor of the newest checkpoint."""
+def saved_tensors(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
+    """Return every tensor of the newest checkpoint."""
     reader = Reader(folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip())
     return {
-        (kind, name): reader.read(kind, name, Box((0,) * len(record.shape), tuple(record.shape)))
+        (state, name): reader.read(state, name, Box.full(tuple(record.shape)))
         for name, record in reader.manifest.tensors.items()
-        for kind in record.kinds
+        for state in record.kinds
     }
 
 
-@pytest.mark.parametrize(("number", "told"), [(signal.SIGTERM, [0, 1]), (signal.SIGUSR1, [1])])
-def test_a_signal_saves_at_the_next_step_and_the_run_goes_on_bit_for_bit(
-    number: signal.Signals, told: list[int], tmp_path: Path
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of 12 steps without an interruption."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert start(folder, 12).finish(60) == [0, 0]
+    return folder
+
+
+@pytest.mark.parametrize(("number", "receivers"), [(signal.SIGTERM, [0, 1]), (signal.SIGUSR1, [1])])
+def test_a_run_that_a_signal_stopped_resumes_bit_for_bit(
+    number: signal.Signals, receivers: list[int], undisturbed: Path, tmp_path: Path
 ) -> None:
-    assert start(tmp_path / "straight", 12).finish(60) == [0, 0]
-    job = start(tmp_path / "halves", 12)
+    job = start(tmp_path, 12)
     job.wait_for("step  4/12")
-    job.send(number, told)
+    job.send(number, receivers)
     assert job.finish(60) == [REQUEUE, REQUEUE]
-    assert "with exit code 75; started again it goes on from here" in job.output()
-    saved = int((tmp_path / "halves" / "checkpoints" / "latest").read_text().strip()[5:])
-    assert 4 <= saved < 12
-    again = start(tmp_path / "halves", 12, "again")
+    assert "with exit code 75; start again to resume from this step" in job.output()
+    step = int((tmp_path / "checkpoints" / "latest").read_text().strip()[5:])
+    assert 4 <= step < 12
+    again = start(tmp_path, 12, "again")
     assert again.finish(60) == [0, 0]
-    assert f"step_{saved:08d}: step {saved}, sample {saved * 8};" in again.output()
-    straight, halves = state(tmp_path / "straight"), state(tmp_path / "halves")
-    assert straight.keys() == halves.keys()
-    assert all(torch.equal(straight[key], halves[key]) for key in straight)
+    assert f"step_{step:08d}: step {step}, sample {step * 8};" in again.output()
+    expected, resumed = saved_tensors(undisturbed), saved_tensors(tmp_path)
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[key], resumed[key]) for key in expected)
+    assert [record["step"] for record in records(tmp_path)] == list(range(1, 13))
+    assert [record["loss"] for record in records(tmp_path)] == [record["loss"] for record in records(undisturbed)]
 
 
-def test_the_end_of_the_hours_does_the_same(tmp_path: Path) -> None:
-    begun = time.monotonic()
-    job = start(tmp_path, LONG, training={"max_hours": 6 / 3600})
+def test_the_time_limit_stops_a_run_like_a_signal(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    job = start(tmp_path, ENDLESS, training={"max_hours": 4 / 3600})
     assert job.finish(60) == [REQUEUE, REQUEUE]
-    assert time.monotonic() - begun > 6
-    assert "ends early (training.max_hours 0.00166667) with exit code 75" in job.output()
+    assert time.monotonic() - begin > 4
+    assert "stopping early (training.max_hours 0.00111111) with exit code 75" in job.output()
     assert (tmp_path / "checkpoints" / "latest").exists()
 
 
-def test_a_second_signal_ends_a_rank_at_once_even_in_a_collective_that_never_returns(tmp_path: Path) -> None:
-    job = start(tmp_path, LONG)
+def test_a_second_signal_ends_a_rank_immediately_even_in_a_collective_that_never_returns(tmp_path: Path) -> None:
+    job = start(tmp_path, ENDLESS)
     job.wait_for("step       2/")
     job.send(signal.SIGSTOP, [1])
-    job.ranks[0].join(1)  # it waits for rank 1 by now
+    job.ranks[0].join(1)  # by now it waits for rank 1
     job.send(signal.SIGTERM, [0])
     job.ranks[0].join(1)
     assert job.ranks[0].is_alive()
     job.send(signal.SIGTERM, [0])
     job.ranks[0].join(5)
     assert job.ranks[0].exitcode == 128 + signal.SIGTERM
-    assert "SIGTERM again: ending at once" in job.output()
+    assert "SIGTERM again: exiting immediately" in job.output()
     job.send(signal.SIGKILL, [1])
     job.finish(10)
 
 
-def test_without_a_folder_nothing_is_saved_and_the_exit_code_is_no_wish_to_go_on(tmp_path: Path) -> None:
-    job = start(tmp_path, LONG, checkpoint={"dir": None})
+def test_without_a_checkpoint_folder_nothing_is_saved_and_the_exit_code_is_that_of_the_signal(tmp_path: Path) -> None:
+    job = start(tmp_path, ENDLESS, checkpoint={"dir": None})
     job.wait_for("step       2/")
     job.send(signal.SIGTERM)
     assert job.finish(60) == [128 + signal.SIGTERM] * 2
-    assert "nothing is saved, since checkpoint.dir is not set" in job.output()
+    assert "nothing is saved, because checkpoint.dir is not set" in job.output()
 
 
-def test_a_limit_of_hours_needs_a_folder(tmp_path: Path) -> None:
-    from megagpt.config import load_config
-    from megagpt.errors import ConfigError
-
+def test_a_time_limit_without_a_checkpoint_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="training.max_hours: saves when the time is over, but checkpoint.dir is not set"):
         load_config(config_file(tmp_path), ["training.max_hours=1"])
 
 
-def test_metrics_of_an_interrupted_run_are_those_of_one(tmp_path: Path) -> None:
-    job = start(tmp_path, 8)
-    job.wait_for("step 3/8")
-    job.send(signal.SIGTERM)
-    assert job.finish(60) == [REQUEUE, REQUEUE]
-    assert start(tmp_path, 8).finish(60) == [0, 0]
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == list(range(1, 9))
+def test_the_time_limit_counts_from_the_start_time() -> None:
+    with Interruption(max_hours=1.0, start_time=time.monotonic()) as interruption:
+        assert interruption.reason is None
+    with Interruption(max_hours=1.0, start_time=time.monotonic() - 3601) as interruption:
+        assert interruption.reason == "training.max_hours 1"
+        assert interruption.exit_code == 1
+
+
+def test_signals_in_quick_succession_count_as_one_request(capfd: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with Interruption(None, 0.0) as interruption:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        end = time.monotonic() + 5
+        while interruption.reason is None and time.monotonic() < end:
+            time.sleep(0.01)
+        assert interruption.reason == "SIGTERM"
+        assert interruption.exit_code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_signals_after_the_state_is_saved_do_not_change_the_exit_code() -> None:
+    program = (
+        "import os, signal, sys, time\n"
+        "from megagpt.resilience.interruption import REQUEUE, Interruption\n"
+        "with Interruption(None, 0.0) as interruption:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    while interruption.reason is None: time.sleep(0.01)\n"
+        "    interruption.leave()\n"
+        "    time.sleep(0.6)\n"  # longer than the time in which signals count as one
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(0.1)\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "time.sleep(0.1)\n"
+        "sys.exit(REQUEUE)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=30).returncode == REQUEUE

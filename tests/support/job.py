@@ -1,8 +1,10 @@
-"""Runs of pretrain_gpt.py on several ranks, forked from a server that has imported everything: 3 s to start, not 40.
+"""Jobs of a megagpt command on several ranks, forked from a server that has imported everything.
 
-The ranks are processes like any launcher's: they meet at an address, have exit codes, and take signals.
+The ranks are processes like those of a launcher: they connect to an address, have exit codes and receive signals. A real
+launcher would import everything again in each process.
 """
 
+import importlib
 import multiprocessing as mp
 import os
 import signal
@@ -17,18 +19,31 @@ from support.pool import PRELOAD
 
 
 class Job:
-    """`world` ranks of `pretrain_gpt.py ARGUMENTS`, each of which writes what it prints to `folder`/rank_N.log."""
+    """`world` ranks of a command. Each rank writes its output to `folder`/rank_N.log."""
 
-    def __init__(self, world: int, arguments: Sequence[str], folder: Path, before: Callable[[int], None] | None = None) -> None:
-        """`before`: a function of a module, called with the rank before its work, to make something go wrong in it."""
+    def __init__(
+        self,
+        world: int,
+        arguments: Sequence[str],
+        folder: Path,
+        before: Callable[[int], None] | None = None,
+        command: str = "pretrain",
+    ) -> None:
+        """Start the ranks. `command`: a module of megagpt.commands, whose `main` gets the arguments.
+
+        `before`: a function of a module, which each rank calls with its number before its work, for example to make a
+        fault happen.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"rank_{rank}.log" for rank in range(world)]
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload([*PRELOAD, "megagpt.training.trainer", "megagpt.commands.pretrain"])
-        port = str(_free_port())
+        context.set_forkserver_preload(PRELOAD)
+        port = str(free_port())
         self.ranks = [
             context.Process(
-                target=_rank, args=(list(sys.path), rank, world, port, list(arguments), str(log), before), daemon=True
+                target=_rank,
+                args=(list(sys.path), rank, world, port, command, list(arguments), str(log), before),
+                daemon=True,
             )
             for rank, log in enumerate(self.logs)
         ]
@@ -36,16 +51,17 @@ class Job:
             process.start()
 
     def send(self, number: signal.Signals, ranks: Sequence[int] | None = None) -> None:
-        """A signal to some ranks, all if None."""
+        """Send a signal to some ranks; to all by default."""
         for rank in range(len(self.ranks)) if ranks is None else ranks:
             process = self.ranks[rank]
             if process.is_alive() and process.pid is not None:
                 os.kill(process.pid, number)
 
     def finish(self, timeout: float, grace: float = 20.0) -> list[int | None]:
-        """Exit codes by rank, negative for a signal. As launchers do, ranks are killed `grace` seconds after one has failed.
+        """Wait for the end; return the exit codes by rank, negative for a signal.
 
-        Raises TimeoutError, with what the ranks printed, where they do not end.
+        Like a launcher, kill the other ranks `grace` seconds after one has failed.
+        Raises TimeoutError with the output of the ranks if they do not end.
         """
         end, failed = time.monotonic() + timeout, False
         while any(process.is_alive() for process in self.ranks):
@@ -60,11 +76,11 @@ class Job:
         return [process.exitcode for process in self.ranks]
 
     def output(self) -> str:
-        """What all ranks have printed."""
+        """Return the output of all ranks so far."""
         return "".join(log.read_text(errors="replace") for log in self.logs if log.exists())
 
     def wait_for(self, text: str, timeout: float = 60.0) -> None:
-        """Until some rank has printed `text`. Raises TimeoutError, and AssertionError where the job ends before."""
+        """Wait until some rank has printed `text`. Raises TimeoutError, and AssertionError if the job ends before."""
         end = time.monotonic() + timeout
         while text not in self.output():
             assert any(process.is_alive() for process in self.ranks) or text in self.output(), self.output()
@@ -78,19 +94,20 @@ def _rank(
     rank: int,
     world: int,
     port: str,
+    command: str,
     arguments: list[str],
     log: str,
     before: Callable[[int], None] | None,
 ) -> Any:
+    """Run in the process of a rank."""
     sys.path[:] = path
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-    place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in place.items()} | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    from megagpt.commands.pretrain import main
-
+    variables = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in variables.items()} | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    main = importlib.import_module(f"megagpt.commands.{command}").main
     if before is not None:
         before(rank)
     code = main(arguments)
@@ -98,7 +115,8 @@ def _rank(
     os._exit(code)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of this machine that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

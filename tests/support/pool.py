@@ -1,6 +1,6 @@
-"""Eight ranks, forked once for the whole pytest session from a server that has imported everything.
+"""Eight rank processes, forked once per pytest session from a server that has imported everything.
 
-A world of any size up to 8 is carved from them for each call; starting ranks anew for every test would take 40 s each.
+Each call uses as many of them as its world needs. Starting new processes for every test would take seconds each.
 """
 
 import multiprocessing as mp
@@ -16,7 +16,7 @@ from typing import Any
 
 RANKS = 8
 AFTER_FAILURE = 5.0
-"""Seconds that the other ranks of a failed call are waited for."""
+"""Seconds to wait for the other ranks after one has failed."""
 PRELOAD = [
     "torch",
     "torch._dynamo",
@@ -25,8 +25,11 @@ PRELOAD = [
     "deepspeed.runtime.zero.stage3",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "safetensors.torch",
-    "megagpt.training.engine",
+    "megagpt.commands.pretrain",
+    "megagpt.resilience.watchdog",
+    "megagpt.training.trainer",
 ]
+"""Modules that the server imports before it forks ranks. Python starts one server per session, shared with `support.job`."""
 
 
 class RankError(Exception):
@@ -34,7 +37,7 @@ class RankError(Exception):
 
 
 class Pool:
-    """`run(world, function, *args)` calls `function(*args)` on `world` ranks with an open gloo group; results by rank."""
+    """Runs functions on several ranks. The processes start at the first call."""
 
     def __init__(self) -> None:
         self._context = mp.get_context("forkserver")
@@ -42,20 +45,25 @@ class Pool:
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+        """Call `function(*args)` on `world` ranks that share a gloo process group; return the results, ordered by rank.
+
+        Raises RankError if a rank raises, ends or does not answer in time. New processes then serve the next call.
+        """
         self._start()
         with tempfile.TemporaryDirectory() as folder:
             for rank in range(world):
                 self._workers[rank][1].send((list(sys.path), rank, world, f"{folder}/store", function, args))
             answers = self._answers(world, timeout)
-        failed = {rank: text for rank, (good, text) in answers.items() if not good}
+        failed = {rank: text for rank, (success, text) in answers.items() if not success}
         if failed or len(answers) < world:
-            self.close()  # what a failed rank left behind must not reach the next test
+            self.close()  # the state of a failed rank must not reach the next test
             silent = sorted(set(range(world)) - set(answers))
             texts = "\n".join(f"rank {rank}:\n{text}" for rank, text in failed.items())
             raise RankError(f"ranks {sorted(failed)} failed, ranks {silent} did not answer\n{texts}")
         return [answers[rank][1] for rank in range(world)]
 
     def close(self) -> None:
+        """End the processes."""
         for process, connection in self._workers:
             connection.close()
             process.terminate()
@@ -66,14 +74,14 @@ class Pool:
         if self._workers:
             return
         for _ in range(RANKS):
-            ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+            local, remote = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(remote,), daemon=True)
             process.start()
-            theirs.close()
-            self._workers.append((process, ours))
+            remote.close()
+            self._workers.append((process, local))
 
     def _answers(self, world: int, timeout: float) -> dict[int, tuple[bool, Any]]:
-        """By rank, in the order of their coming: after the first failure the others have a moment to tell theirs."""
+        """Return (success, result or traceback) by rank. After the first failure the others get `AFTER_FAILURE` seconds."""
         waiting = {self._workers[rank][1]: rank for rank in range(world)}
         answers: dict[int, tuple[bool, Any]] = {}
         end = time.monotonic() + timeout
@@ -111,13 +119,13 @@ def _in_world(rank: int, world: int, store: str, function: Callable[..., Any], a
     import deepspeed
     import torch.distributed as dist
 
-    from megagpt.training.processes import join_deepspeed
+    from megagpt.distributed.launcher import Launcher
+    from megagpt.engine.deepspeed_internals import init_deepspeed
 
     timeout = timedelta(seconds=120)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
     try:
-        join_deepspeed("gloo", timeout)
+        init_deepspeed(Launcher(rank, world, rank), "gloo", timeout)
         result = function(*args)
         dist.barrier()
         return result

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 from support.pool import Pool
-from support.runs import Tree, corpus, run_trainer, tiny_config, whole_weights
+from support.runs import Tree, corpus, run_trainer, tiny_config, full_weights
 
 from megagpt.config import Config
 from megagpt.data.blend import build_datasets
 from megagpt.data.indexed import IndexedWriter
 from megagpt.model.gpt import MicroBatch, build_chunk
-from megagpt.parallel.shard import TensorParallel
+from megagpt.parallel.deferred_gradients import DeferredGradients
+from megagpt.parallel.parameter import ParallelContext
 from megagpt.parallel.topology import Coordinates, Layout, Topology
-from megagpt.parallel.weight_gradients import WeightGradients
-from megagpt.training.batches import global_batches, to_micro_batches
+from megagpt.training.micro_batches import global_batches, to_micro_batches
 
 ALL: Tree = {"reset_positions": True, "reset_attention": True, "mask_document_ends": True}
 CPU = torch.device("cpu")
@@ -105,7 +105,7 @@ def test_the_first_loss_is_the_mean_over_documents_alone(reference: tuple[Path, 
     folder, results = reference
     config = config_of(folder, ALL)
     train = build_datasets(config.data, config.model.n_positions).train
-    model = build_chunk(config, TensorParallel(WeightGradients()), range(config.model.n_layer))
+    model = build_chunk(config, ParallelContext(DeferredGradients()), range(config.model.n_layer))
     total, count = 0.0, 0
     for sample in map(train.sample, range(8)):
         for document in np.split(sample.tokens, np.flatnonzero(sample.starts)):
@@ -148,8 +148,8 @@ def test_every_layout_equals_one_process(name: str, reference: tuple[Path, list[
     for key in ("loss", "grad_norm"):
         wanted = [record[key] for record in expected[0]["records"]]
         assert [record[key] for record in results[0]["records"]] == pytest.approx(wanted, rel=1e-5)
-    weights = whole_weights(results)
-    for parameter, values in whole_weights(expected).items():
+    weights = full_weights(results)
+    for parameter, values in full_weights(expected).items():
         torch.testing.assert_close(weights[parameter], values, rtol=0, atol=5e-6)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from support.pool import Pool
-from support.runs import Tree, compare, tiny_config, train, whole_weights
+from support.runs import Tree, compare, tiny_config, train, full_weights
 
 STEPS = 10
 LAYOUTS: dict[str, tuple[int, Tree, int]] = {
@@ -101,7 +101,7 @@ def test_layers_that_do_not_divide_are_spread_unevenly_and_none_is_lost(ranks: P
     reference = ranks.run(1, train, tiny_config(**odd), 3)
     results = ranks.run(2, train, tiny_config(parallel={"pipeline": 2}, **odd), 3)
     compare(results, reference)
-    assert {name for name in whole_weights(results) if ".mlp.up.weight" in name} == {
+    assert {name for name in full_weights(results) if ".mlp.up.weight" in name} == {
         f"layers.{i}.mlp.up.weight" for i in range(3)
     }
 

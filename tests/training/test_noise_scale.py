@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 from support.pool import Pool
-from support.runs import Tree, corpus, micro_batches, run_trainer, tiny_config, token_count
+from support.runs import Tree, corpus, micro_batches, run_trainer, tiny_config
 
 from megagpt.config import Config
+from megagpt.engine.engine import Engine, StepResult
 from megagpt.errors import ConfigError
 from megagpt.model.gpt import build_chunk
-from megagpt.parallel.context import ContextParallel
-from megagpt.parallel.shard import TensorParallel
+from megagpt.parallel.context_parallel import ContextParallel
+from megagpt.parallel.deferred_gradients import DeferredGradients
+from megagpt.parallel.parameter import ParallelContext
 from megagpt.parallel.topology import Topology
-from megagpt.parallel.weight_gradients import WeightGradients
-from megagpt.training.engine import Engine, StepResult
 from megagpt.training.noise_scale import NoiseScale, estimate
 
 
@@ -70,11 +70,11 @@ def measured(config: Config) -> dict[str, float]:
     parallel = config.parallel
     topology = Topology.create(parallel.tensor, parallel.pipeline, context=parallel.context)
     engine = Engine(config, topology, torch.device("cpu"))
-    context = ContextParallel(rank=topology.context_rank, size=topology.layout.context)
-    scale, n_tokens = NoiseScale(engine), token_count(config, 0)
+    context = ContextParallel(rank=topology.cp_rank, size=topology.layout.context)
+    scale, n_tokens = NoiseScale(engine), count_labels(config, 0)
     batches = [
         type(batch)(context.part(batch.tokens), context.part(batch.labels), batch.seed)
-        for batch in micro_batches(config, 0, topology.reader, topology.layout.readers)
+        for batch in micro_batches(config, 0, topology.dp_rank, topology.layout.data)
     ]
     result = engine.train_step(batches, n_tokens, 0.0, scale.look)
     scale.update(result, n_tokens, config.training.global_batch_size)
@@ -84,7 +84,7 @@ def measured(config: Config) -> dict[str, float]:
 
 def by_plain_loops(config: Config) -> dict[str, float]:
     """The same from gradients that autograd alone makes, a micro-batch at a time."""
-    chunk = build_chunk(config, TensorParallel(WeightGradients()), range(config.model.n_layer))
+    chunk = build_chunk(config, ParallelContext(DeferredGradients()), range(config.model.n_layer))
     batches = micro_batches(config, 0, 0, 1)
     gradients, counts = [], []
     for batch in batches:

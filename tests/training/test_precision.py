@@ -4,11 +4,11 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from support.pool import Pool
-from support.runs import Tree, micro_batches, tiny_config, token_count, train
+from support.runs import Tree, micro_batches, tiny_config, train
 
 from megagpt.config import Config
+from megagpt.engine.engine import Engine
 from megagpt.parallel.topology import Topology
-from megagpt.training.engine import Engine
 
 
 def allow_fp16() -> None:
@@ -49,7 +49,7 @@ def test_bf16_under_a_split_backward_and_two_chunks_is_that_of_1f1b(ranks: Pool)
 def sums_of_many(config: Config) -> Tree:
     """One weight's gradient over many micro-batches: as the engine sums it, in float64, and as sums in bf16 would have it."""
     engine = Engine(config, Topology.create(1, 1), torch.device("cpu"))
-    weight, scale = engine.chunks[0].layers["0"].mlp.up.weight, torch.tensor(1.0 / token_count(config, 0))
+    weight, scale = engine.chunks[0].layers["0"].mlp.up.weight, torch.tensor(1.0 / count_labels(config, 0))
     with engine.deepspeed.coalesce_grad_reduction():
         for batch in micro_batches(config, 0, 0, 1):
             engine.chunks[0](None, batch).backward(scale)
@@ -80,7 +80,9 @@ def overflow_on_one_rank(config: Config) -> Tree:
     if topology.rank == 0:
         block = engine.chunks[0].layers["0"]
         block.register_forward_hook(lambda *call: call[2].register_hook(lambda gradient: gradient * float("inf")) and None)
-    skipped = engine.train_step(micro_batches(config, 0, topology.at.data, topology.layout.data), token_count(config, 0), 0.1)
+    skipped = engine.train_step(
+        micro_batches(config, 0, topology.dp_cp_rank, topology.layout.dp_cp), count_labels(config, 0), 0.1
+    )
     same = all(torch.equal(old, new) for old, new in zip(before, engine.parameters, strict=True))
     return {"skipped": skipped.skipped, "same": same}
 

@@ -1,0 +1,221 @@
+"""One rank's part of the model under DeepSpeed ZeRO, executed by a pipeline schedule.
+
+A training step is `forward_backward`, then either `step` (update the weights) or `discard` (drop the gradients).
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from megagpt.config.schema import Config
+from megagpt.distributed.phase import PhaseTracker
+from megagpt.engine.deepspeed_config import deepspeed_config
+from megagpt.engine.deepspeed_internals import (
+    ZeroState,
+    build_reduction,
+    check_internals,
+    discard_gradients,
+    mark_for_gradient_norm,
+)
+from megagpt.engine.freezing import add_placeholder_parameters, freeze
+from megagpt.engine.gradient_sync import GradientSync, sum_gradients, sum_partial_gradients
+from megagpt.engine.mpu import DeepSpeedMPU
+from megagpt.engine.optimizer import build_optimizer
+from megagpt.errors import ConfigError
+from megagpt.model.forward_context import MicroBatch
+from megagpt.model.gpt import DTYPES, TOKEN_EMBEDDING, GPTChunk, build_chunk, share_tied_embedding
+from megagpt.model.meta_model import stage_layers
+from megagpt.parallel.deferred_gradients import DeferredGradients
+from megagpt.parallel.parallel_context import ParallelContext
+from megagpt.parallel.parameter import shard_of
+from megagpt.parallel.topology import Topology
+from megagpt.pipeline.executor import Executor
+from megagpt.schedules.plan import forward_plan
+from megagpt.schedules.registry import make_plan, placement
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Outcome of one optimizer step on this rank."""
+
+    grad_norm: float
+    """L2 norm over all parameters of all ranks, before clipping; NaN if the gradients were discarded."""
+    loss_scale: float
+    """Scale of the gradients under fp16; 1 for other precisions."""
+    skipped: bool
+    """No weight changed: the gradients overflowed or were discarded."""
+
+
+class Engine:
+    """Chunks of the model, their ZeRO optimizer, and the executors that run them."""
+
+    def __init__(self, config: Config, topology: Topology, device: torch.device, phase: PhaseTracker | None = None) -> None:
+        """Build this rank's chunks and optimizer. Collective. `phase` is updated with everything that the engine does.
+
+        Raises ConfigError if the device or the installed DeepSpeed cannot run the config.
+        """
+        self.config = config
+        self.topology = topology
+        self.device = device
+        self.phase = phase or PhaseTracker(device)
+        self.deferred_gradients = DeferredGradients()
+        parallel = config.parallel
+        if parallel.schedule == "auto":
+            raise ConfigError('parallel.schedule: "auto" must be resolved first (megagpt.planner.auto_schedule)')
+        self._rank_of_stage = placement(parallel.schedule, topology.layout.pipeline, parallel.virtual_stages)
+        self.chunks = self._build_chunks()
+        self.model = nn.ModuleList(self.chunks.values())
+        self.parameters = list(self.model.parameters())
+        tied_name = TOKEN_EMBEDDING if config.model.tie_embeddings else None
+        self.tied = [p for p in self.parameters if shard_of(p).name == tied_name]
+        """The tied embedding, if this rank has it."""
+        self._sync = GradientSync(self.chunks, self._rank_of_stage, topology, config.zero.stage, tied_name)
+        add_placeholder_parameters(self.model)
+        self.deepspeed = self._initialize_deepspeed()
+        self._reduction = build_reduction(self.deepspeed)
+        self._executors: dict[tuple[str | None, int, torch.Size], Executor] = {}
+
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], n_tokens: int | Tensor) -> Tensor | None:
+        """Run all forwards and backwards of a step and reduce the gradients. Collective.
+
+        `micro_batches`: this data-parallel rank's share of the global batch. `n_tokens`: unmasked tokens of the global
+        batch; the loss is divided by it, however the batch is divided. A scalar tensor on the engine's device avoids a
+        host synchronisation.
+        Returns the sum of this rank's token losses (fp32 scalar) on the last stage, None on other stages.
+        Call `step` or `discard` next.
+        """
+        # ZeRO averages over its shards; the sum is wanted.
+        shards = self.topology.layout.dp_cp if self.config.zero.stage > 0 else 1
+        self.model.train()
+        self._reduction.begin()
+        executor = self._executor(self.config.parallel.schedule, micro_batches)
+        loss_sum = executor.step(micro_batches, self._loss_gradient(n_tokens, self.loss_scale * shards), self._reduce_stage)
+        self.phase.enter("reduction of the last gradients")
+        with self.phase.waiting():
+            self._sync.sum_tied()
+            self._reduction.finish()
+        return loss_sum
+
+    def step(self, learning_rate: float) -> StepResult:
+        """Clip the gradients and update the weights; skip the update if the gradients overflowed. Collective."""
+        self.phase.enter("optimizer step")
+        loss_scale = self.loss_scale
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+        with self.phase.waiting():
+            self.deepspeed.step()
+        norm = self.deepspeed.get_global_grad_norm()
+        skipped = bool(getattr(self.deepspeed.optimizer, "overflow", False))
+        return StepResult(float("nan") if norm is None else float(norm), loss_scale, skipped)
+
+    def discard(self) -> StepResult:
+        """Drop the gradients of `forward_backward` without an update. Weights and loss scale do not change."""
+        discard_gradients(self.deepspeed)
+        return StepResult(float("nan"), self.loss_scale, skipped=True)
+
+    @contextmanager
+    def micro_batch_gradient(self, micro_batch: MicroBatch, n_tokens: int) -> Iterator[None]:
+        """Inside the block, `.grad` holds d(mean loss) x loss scale of one micro-batch of `n_tokens` tokens. Collective.
+
+        The ranks of one replica compute it together; other data-parallel ranks have gradients of their own. The gradients
+        are dropped at the end of the block.
+        """
+        self.model.train()
+        self._reduction.begin()
+        executor = self._executor(self.config.parallel.schedule, [micro_batch])
+        executor.step([micro_batch], self._loss_gradient(n_tokens, self.loss_scale))
+        self._sync.sum_over_ends()
+        sum_partial_gradients(self.parameters, self.topology.tensor_group)
+        sum_gradients(self.parameters, self.topology.context_group)
+        yield
+        for parameter in self.parameters:
+            parameter.grad = None
+        self._reduction.cancel()
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor | None:
+        """Return the sum of the token losses without dropout or gradients; None except on the last stage. Collective."""
+        self.model.eval()
+        return self._executor(None, micro_batches).step(micro_batches, None)
+
+    @property
+    def loss_scale(self) -> float:
+        """Scale of the gradients under fp16; 1 for other precisions."""
+        return float(self.deepspeed.optimizer.loss_scale) if self.config.training.precision == "fp16" else 1.0
+
+    def zero_state(self) -> ZeroState:
+        """Return the weights and optimizer states that this rank owns."""
+        optimizer = self.config.optimizer
+        return ZeroState(self.deepspeed, self.parameters, optimizer.type, optimizer.momentum > 0)
+
+    def close(self) -> None:
+        """Free DeepSpeed's resources."""
+        self.deepspeed.destroy()
+
+    def _build_chunks(self) -> dict[int, GPTChunk]:
+        """Build this rank's chunks, by stage."""
+        topology, config = self.topology, self.config
+        parallel = ParallelContext.of(topology, config.parallel.sequence_parallel, self.deferred_gradients)
+        layers = stage_layers(config, len(self._rank_of_stage))
+        local_stages = [stage for stage, rank in enumerate(self._rank_of_stage) if rank == topology.pp_rank]
+        chunks = {stage: build_chunk(config, parallel, layers[stage], self.device) for stage in local_stages}
+        share_tied_embedding(list(chunks.values()))
+        freeze(chunks.values(), config)
+        return chunks
+
+    def _initialize_deepspeed(self) -> Any:
+        config, topology = self.config, self.topology
+        if config.training.precision == "fp16" and not get_accelerator().is_fp16_supported():
+            raise ConfigError('training.precision: "fp16" is not supported on this device; "bf16" and "fp32" are')
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its notes are not for the user
+        mark_for_gradient_norm(self.parameters, topology.layout.tensor)
+        engine, *_ = deepspeed.initialize(
+            model=self.model,
+            optimizer=build_optimizer(config.optimizer, self.model.parameters()),
+            mpu=DeepSpeedMPU(topology, shard=config.zero.stage > 0),
+            config=deepspeed_config(config, topology.layout.dp_cp),
+        )
+        check_internals(engine, self.parameters)
+        for parameter in self.parameters:
+            # Micro-batches accumulate in fp32. DeepSpeed's own option for this (data_types.grad_accum_dtype) would use
+            # an optimizer that cannot leave the reduction to the end of the step.
+            parameter.grad_dtype = torch.float32
+        return engine
+
+    def _loss_gradient(self, n_tokens: int | Tensor, scale: float) -> Tensor:
+        """Return scale / n_tokens: the gradient of the sum of the token losses, an fp32 scalar on the device."""
+        if isinstance(n_tokens, Tensor):
+            return (scale / n_tokens.clamp(min=1)).to(torch.float32)
+        return torch.tensor(scale / max(1, n_tokens), dtype=torch.float32, device=self.device)
+
+    def _reduce_stage(self, stage: int) -> None:
+        """Reduce a chunk's gradients while other chunks still compute. The tied embedding waits for the other end."""
+        self.phase.enter(f"gradient reduction of stage {stage}")
+        with self.phase.waiting():
+            self._reduction.reduce(self._sync.sum_stage(stage))
+
+    def _executor(self, schedule: str | None, micro_batches: Sequence[MicroBatch]) -> Executor:
+        """Return the executor for these micro-batches, built on first use. Schedule None runs forwards only."""
+        key = (schedule, len(micro_batches), micro_batches[0].tokens.shape)
+        if key not in self._executors:
+            self._executors[key] = self._build_executor(*key)
+        return self._executors[key]
+
+    def _build_executor(self, schedule: str | None, n_micro_batches: int, shape: torch.Size) -> Executor:
+        parallel, (batch, seq) = self.config.parallel, shape
+        if schedule is None:
+            plan = forward_plan(self._rank_of_stage, n_micro_batches)
+        else:
+            plan = make_plan(schedule, parallel.pipeline, n_micro_batches, parallel.virtual_stages)
+        if parallel.sequence_parallel:
+            seq //= self.topology.layout.tensor
+        dtype = DTYPES[self.config.training.precision]
+        like = torch.empty(batch, seq, self.config.model.n_embd, dtype=dtype, device=self.device)
+        return Executor(plan, self.chunks, self.topology, self.deferred_gradients, like, self.phase)

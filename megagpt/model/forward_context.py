@@ -1,0 +1,41 @@
+"""Inputs of a model: what a pipeline stage gets per micro-batch, and what each layer gets per forward."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from megagpt.model.kv_cache import KVCache
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Input of one forward on all stages: the first reads tokens and positions, the last labels, all of them the rest."""
+
+    tokens: Tensor
+    """[batch, seq], int64; under context parallelism this rank's positions, [batch, seq / ranks]."""
+    labels: Tensor
+    """Shape of `tokens`; `IGNORED` at positions that do not count in the loss."""
+    seed: int = 0
+    """Dropout seed: different for every micro-batch of the run, equal under every layout."""
+    positions: Tensor | None = None
+    """[batch, seq], int64; 0 to seq - 1 if absent."""
+    documents: Tensor | None = None
+    """[batch, seq], int64, index of each token's document within its sample: attention stays inside a document.
+    If absent, a token attends to all earlier tokens."""
+
+
+@dataclass(frozen=True)
+class ForwardContext:
+    """What every layer may need in one forward pass."""
+
+    seed: int = 0
+    """Dropout seed of the micro-batch."""
+    positions: Tensor | None = None
+    """Position of each token of the full sequence, [batch, seq]; counted from `first_position` if absent."""
+    attention_mask: Tensor | None = None
+    """Added to the attention scores, [batch, 1, seq, seq]; plain causal attention if absent."""
+    first_position: int = 0
+    """Position of the first token: the number of cached tokens in generation."""
+    caches: Mapping[int, KVCache] = field(default_factory=dict)
+    """Keys and values of earlier tokens by layer, in generation."""

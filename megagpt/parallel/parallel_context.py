@@ -1,0 +1,39 @@
+"""What a parallel layer needs to know about this rank: one record, built once by the engine."""
+
+from dataclasses import dataclass, field
+
+from torch.distributed import ProcessGroup
+
+from megagpt.parallel.context_parallel import ContextParallel
+from megagpt.parallel.deferred_gradients import DeferredGradients
+from megagpt.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """Tensor and context parallelism of this rank, and the queue for weight gradients.
+
+    The default is a single process.
+    """
+
+    deferred_gradients: DeferredGradients = field(default_factory=DeferredGradients)
+    tp_group: ProcessGroup | None = None
+    """Tensor-parallel group; None for one rank."""
+    tp_rank: int = 0
+    tp_size: int = 1
+    sequence_parallel: bool = False
+    """Split the sequence over the tensor ranks outside of the matrix products."""
+    context: ContextParallel = field(default_factory=ContextParallel)
+    """Context-parallel group, independent of the tensor group."""
+
+    @classmethod
+    def of(cls, topology: Topology, sequence_parallel: bool, deferred_gradients: DeferredGradients) -> "ParallelContext":
+        """Return the context of this rank in `topology`."""
+        return cls(
+            deferred_gradients=deferred_gradients,
+            tp_group=topology.tensor_group,
+            tp_rank=topology.tp_rank,
+            tp_size=topology.layout.tensor,
+            sequence_parallel=sequence_parallel,
+            context=ContextParallel(topology.context_group, topology.cp_rank, topology.layout.context),
+        )

@@ -1,0 +1,62 @@
+"""Random numbers that depend on their purpose only, never on the layout or on earlier draws.
+
+Initial weights: drawn in fixed blocks along the dim that may be split; each block has its own seed, made from the run's
+seed, the parameter name and the block number. A rank draws only its own blocks, and every layout gets the same weights
+bit for bit.
+
+Dropout: the device's generator is seeded before each use from (run seed, step, micro-batch, layer, position in the
+layer). A resumed run needs no saved random state, and recomputation draws the same masks.
+"""
+
+import hashlib
+
+import torch
+from torch import nn
+
+from megagpt.parallel.parameter import Shard, shard_of
+
+_BLOCK = 64
+"""Entries along the split dim that share one seed: small, so that a shard draws little that it does not keep."""
+
+
+def stable_seed(*parts: int | str) -> int:
+    """Return a 63-bit seed that is equal on every machine and different for different `parts`."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def seed_dropout(device: torch.device, *parts: int | str) -> None:
+    """Seed the default generator of `device`, which dropout draws from.
+
+    Not torch.manual_seed: it seeds every visible device, and took 0.7 ms a call on a CPU against 1.5 us for this.
+    """
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(stable_seed(*parts))
+    elif device.type == "cpu":
+        torch.default_generator.manual_seed(stable_seed(*parts))
+
+
+@torch.no_grad()
+def initialize(parameter: nn.Parameter, seed: int) -> None:
+    """Fill `parameter` with its shard of the full parameter's initial values, drawn on the CPU in fp32."""
+    shard = shard_of(parameter)
+    parameter.fill_(shard.mean)
+    if shard.std == 0:
+        return
+    dim = shard.dim or 0
+    stop = min(shard.start + parameter.shape[dim], shard.shape[dim])  # entries beyond are padding
+    for block in range(shard.start // _BLOCK, -(-stop // _BLOCK)):
+        values = _draw_block(shard, dim, block, seed)
+        first, last = max(block * _BLOCK, shard.start), min((block + 1) * _BLOCK, stop)
+        local = values.narrow(dim, first - block * _BLOCK, last - first)
+        parameter.narrow(dim, first - shard.start, last - first).copy_(local)
+    if stop < shard.start + parameter.shape[dim]:
+        unpadded = max(0, stop - shard.start)
+        parameter.narrow(dim, unpadded, parameter.shape[dim] - unpadded).zero_()
+
+
+def _draw_block(shard: Shard, dim: int, block: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(stable_seed(seed, shard.name, block))
+    shape = (*shard.shape[:dim], _BLOCK, *shard.shape[dim + 1 :])
+    return torch.empty(shape).normal_(shard.mean, shard.std, generator=generator)

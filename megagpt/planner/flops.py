@@ -1,0 +1,19 @@
+"""Model FLOPs, for throughput and MFU. The numbers come from the modules (see `flops_per_token` in model/)."""
+
+from megagpt.config.schema import Config
+from megagpt.model.meta_model import meta_model
+
+
+def training_flops_per_token(config: Config) -> int:
+    """Return the model FLOPs of forward and backward for one token, as MFU is usually defined.
+
+    The convention of PaLM (Chowdhery et al., arXiv 2204.02311, appendix B), which nanoGPT and Megatron-LM use too:
+    6 FLOPs per matrix weight plus 12 x layers x width x sequence length for attention, which counts the full square of
+    attention scores although half of it is masked. Recomputation does not count. `model.vocab_size` must be known.
+    """
+    model, length = meta_model(config), config.model.n_positions
+    forward = model.loss.flops_per_token()
+    for block in model.blocks:
+        masked_half = block.attention.core_flops_per_token(length)
+        forward += block.flops_per_token(length) + masked_half
+    return 3 * forward

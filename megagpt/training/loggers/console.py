@@ -1,0 +1,48 @@
+"""Metrics as lines for people: progress, loss, speed, remaining time."""
+
+import math
+import sys
+from datetime import timedelta
+from typing import TextIO
+
+from megagpt.training.loggers.base import MetricsRecord
+
+
+class ConsoleLogger:
+    """Prints one line per record."""
+
+    def __init__(self, total_steps: int, stream: TextIO | None = None) -> None:
+        """`stream`: where to print; by default `sys.stdout` at the time of each record."""
+        self._total = total_steps
+        self._stream = stream
+
+    def step(self, record: MetricsRecord) -> None:
+        """Print `record`."""
+        split = next((split for split in ("eval", "test") if f"{split}_loss" in record), None)
+        parts = _evaluation_parts(record, split) if split else self._training_parts(record)
+        head = f"step {record['step']:>{len(str(self._total))}}/{self._total}"
+        print(" | ".join([head, *parts]), file=self._stream or sys.stdout, flush=True)
+
+    def rewind(self, step: int) -> None:
+        """Do nothing: printed lines stay."""
+
+    def close(self) -> None:
+        """Do nothing: the stream belongs to the process."""
+
+    def _training_parts(self, record: MetricsRecord) -> list[str]:
+        seconds_left = (self._total - record["step"]) * record["step_seconds"]
+        parts = [
+            f"loss {record['loss']:.4f}",
+            f"lr {record['learning_rate']:.3e}",
+            f"grad norm {record['grad_norm']:.3f}",
+            f"{record['tokens_per_second']:,.0f} tokens/s",
+            f"{record['step_seconds']:.3f} s/step",
+        ]
+        if "mfu" in record:
+            parts.append(f"{record['tflops_per_device']:.0f} TFLOP/s, MFU {record['mfu']:.1%}")
+        parts.append(f"{timedelta(seconds=round(seconds_left))} left" if math.isfinite(seconds_left) else "? left")
+        return parts
+
+
+def _evaluation_parts(record: MetricsRecord, split: str) -> list[str]:
+    return [f"{split} loss {record[f'{split}_loss']:.4f}", f"perplexity {record[f'{split}_perplexity']:.2f}"]

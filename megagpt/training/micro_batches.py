@@ -1,0 +1,118 @@
+"""Token batches of the data loader, converted to the model's micro-batches on the host and copied to the device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from megagpt.config.schema import Config
+from megagpt.data.blend import Dataset
+from megagpt.data.sampler import GlobalBatches, TokenBatch
+from megagpt.model.forward_context import MicroBatch
+from megagpt.parallel.context_parallel import ContextParallel
+from megagpt.parallel.embedding import IGNORED
+from megagpt.parallel.seeding import stable_seed
+from megagpt.parallel.topology import Topology
+
+
+def global_batches(dataset: Dataset, config: Config, topology: Topology, micro_batch_size: int) -> GlobalBatches:
+    """Return this data-parallel rank's share of a dataset's global batches; context ranks read the same samples."""
+    size, vocab_size = config.training.global_batch_size, config.model.tokens_in_vocab
+    return GlobalBatches(dataset, size, micro_batch_size, topology.dp_rank, topology.layout.data, vocab_size)
+
+
+@dataclass(frozen=True)
+class HostBatch:
+    """This rank's share of one global batch in host memory, pinned if it will be copied to a GPU."""
+
+    first_sample: int
+    """Index of the first sample of the global batch."""
+    size: int
+    """Sequences in the global batch."""
+    n_tokens: int
+    """Unmasked tokens of this rank."""
+    micro_batch_size: int
+    seeds: list[int]
+    """Dropout seed of each micro-batch."""
+    tokens: Tensor
+    """All micro-batches together, [micro-batches * batch, seq], as are the following."""
+    labels: Tensor
+    positions: Tensor | None
+    documents: Tensor | None
+
+    def to(self, device: torch.device) -> list[MicroBatch]:
+        """Copy to `device`, with one copy per tensor, and return the micro-batches."""
+        size = self.micro_batch_size
+        tokens = self.tokens.to(device, non_blocking=True).split(size)
+        labels = self.labels.to(device, non_blocking=True).split(size)
+        positions = documents = None
+        if self.positions is not None:
+            positions = self.positions.to(device, non_blocking=True).split(size)
+        if self.documents is not None:
+            documents = self.documents.to(device, non_blocking=True).split(size)
+        return [
+            MicroBatch(
+                tokens=tokens[index],
+                labels=labels[index],
+                seed=seed,
+                positions=positions[index] if positions is not None else None,
+                documents=documents[index] if documents is not None else None,
+            )
+            for index, seed in enumerate(self.seeds)
+        ]
+
+
+def to_host_batch(
+    batches: Sequence[TokenBatch],
+    config: Config,
+    topology: Topology,
+    step: int,
+    first_sample: int = 0,
+    size: int | None = None,
+    pin_memory: bool = False,
+) -> HostBatch:
+    """Convert token batches [batch, seq + 1] to inputs and labels [batch, seq], or to this context rank's positions.
+
+    Each micro-batch's dropout seed is made from (run seed, step, micro-batch index). Positions and attention restart at
+    each document, and a document's first token is no label, if the config says so.
+    `size`: sequences in the global batch; training.global_batch_size by default.
+    """
+    data = config.data
+    context = ContextParallel(rank=topology.cp_rank, size=topology.layout.context)
+    tokens = torch.from_numpy(np.concatenate([batch.tokens for batch in batches]))  # [micro-batches * batch, seq + 1]
+    starts = np.concatenate([batch.starts for batch in batches])
+    labels = tokens[:, 1:]
+    if data.mask_document_ends:
+        labels = labels.masked_fill(torch.from_numpy(starts[:, 1:]), IGNORED)
+    labels = context.local_positions(labels)
+    positions = documents = None
+    if data.reset_positions:
+        positions = _to_host(torch.from_numpy(positions_in_document(starts[:, :-1])), pin_memory)
+    if data.reset_attention:
+        documents = _to_host(torch.from_numpy(np.cumsum(starts[:, :-1], 1)), pin_memory)
+    return HostBatch(
+        first_sample=first_sample,
+        size=size or config.training.global_batch_size,
+        n_tokens=int((labels != IGNORED).sum()) if data.mask_document_ends else labels.numel(),
+        micro_batch_size=len(batches[0].tokens),
+        seeds=[stable_seed(config.training.seed, step, batch.index) for batch in batches],
+        tokens=_to_host(context.local_positions(tokens[:, :-1]), pin_memory),
+        labels=_to_host(labels, pin_memory),
+        positions=positions,
+        documents=documents,
+    )
+
+
+def positions_in_document(starts: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Return the tokens since the last document start, or since the start of the row. [batch, seq] -> [batch, seq]"""
+    index = np.arange(starts.shape[1])
+    return index - np.maximum.accumulate(np.where(starts, index, 0), 1)
+
+
+def _to_host(tensor: Tensor, pin_memory: bool) -> Tensor:
+    """Make the tensor contiguous, and pinned if asked: only copies from pinned memory overlap with the GPU's work."""
+    tensor = tensor.contiguous()
+    return tensor.pin_memory() if pin_memory else tensor

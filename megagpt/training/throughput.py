@@ -1,0 +1,80 @@
+"""Speed and memory of the training steps since the last report."""
+
+import resource
+import time
+
+import torch
+
+from megagpt.training.loggers.base import MetricsRecord
+
+PEAK_TFLOPS = {
+    "H200": 989.4,
+    "H100 PCIe": 756.5,
+    "H100 NVL": 835.5,
+    "H100": 989.4,
+    "A100": 312.0,
+    "A10G": 70.0,
+    "L40S": 362.1,
+    "V100": 125.0,
+    "B200": 2250.0,
+    "MI300X": 1307.4,
+    "MI250X": 191.5,  # one of the two dies that appear as devices
+}
+"""Dense bf16 or fp16 peak in TFLOP/s by a part of the device name, from the vendors' data sheets; first match counts."""
+
+
+def peak_tflops(device: torch.device, precision: str) -> float | None:
+    """Return the device's peak for bf16 or fp16 matrix products in TFLOP/s; None if unknown, and for fp32."""
+    if device.type != "cuda" or precision == "fp32":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the largest memory use so far in GiB: of torch's allocator on a GPU, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux reports KiB
+
+
+class ThroughputWindow:
+    """The steps since the last report. Time of evaluations and saves is not included."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+        self.steps = 0
+        self.tokens = 0
+        self.seconds_waited = 0.0
+        """Time that this rank waited for data."""
+        self.batch_size = 0
+        """Sequences in the last step."""
+
+    def add_step(self, n_tokens: int, batch_size: int, seconds_waited: float) -> None:
+        """Count one step."""
+        self.steps += 1
+        self.tokens += n_tokens
+        self.batch_size = batch_size
+        self.seconds_waited += seconds_waited
+
+    @property
+    def seconds(self) -> float:
+        """Time since the window started."""
+        return time.monotonic() - self.start
+
+    def record(self, flops_per_token: int, world_size: int, peak: float | None) -> MetricsRecord:
+        """Return the speed metrics.
+
+        tflops_per_device: model FLOPs (`flops_per_token` of forward and backward) per second and device. mfu: its share
+        of the device's `peak` in TFLOP/s (Chowdhery et al., arXiv 2204.02311, appendix B); left out if the peak is
+        unknown.
+        """
+        seconds = self.seconds
+        tflops = flops_per_token * self.tokens / seconds / world_size / 1e12
+        record = {
+            "tokens_per_second": self.tokens / seconds,
+            "step_seconds": seconds / self.steps,
+            "data_wait_fraction": self.seconds_waited / seconds,
+            "tflops_per_device": tflops,
+        }
+        return record if peak is None else record | {"mfu": tflops / peak}

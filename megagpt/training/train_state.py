@@ -1,0 +1,187 @@
+"""Convert the engine's and the run's state to checkpoint entries, and back."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+
+from megagpt.checkpoint.boxes import boxes_of_range
+from megagpt.checkpoint.format import MASTER
+from megagpt.checkpoint.load import Reader
+from megagpt.checkpoint.save import Entry
+from megagpt.config import upgrade_keys
+from megagpt.config.compare import model_differences
+from megagpt.config.schema import Config, ModelConfig
+from megagpt.distributed.object_collectives import all_gather_object, run_on_ranks
+from megagpt.engine.deepspeed_internals import ParameterPartition, ZeroState
+from megagpt.engine.engine import Engine
+from megagpt.errors import CheckpointError
+from megagpt.parallel.parameter import Shard, shard_of
+
+
+class RunProgress(BaseModel):
+    """Progress of a run. Checkpoints of megagpt 0.1 use the older names."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    consumed_samples: int = Field(validation_alias=AliasChoices("consumed_samples", "samples"))
+    """Samples trained on or skipped: the next batch starts here."""
+    skipped_sample_ranges: list[tuple[int, int]] = Field(
+        default=[], validation_alias=AliasChoices("skipped_sample_ranges", "passed_over")
+    )
+    """Ranges [first, end) that a rollback skips."""
+    recent_losses: list[float] = []
+    """Window of losses for spike detection."""
+    consecutive_skips: int = Field(default=0, validation_alias=AliasChoices("consecutive_skips", "skipped_in_a_row"))
+    """Last steps without an update."""
+
+
+class RunState(RunProgress):
+    """The `state` section of a checkpoint's manifest: everything but weights and optimizer states."""
+
+    model_config = ConfigDict(populate_by_name=True, extra="forbid")
+
+    optimizer_step: int
+    """Number of updates, which Adam's bias correction uses."""
+    optimizer: str
+    loss_scaler: dict[str, float]
+    """State of the fp16 loss scale; empty for other precisions."""
+
+
+class Restored(NamedTuple):
+    """Result of loading a checkpoint."""
+
+    step: int
+    state: RunState
+    total_bytes: int
+    bytes_read: list[int]
+    """Bytes of tensors read by each rank."""
+    notes: list[str]
+    """What differs from the saved run, one sentence each."""
+
+
+def run_state(engine: Engine, progress: RunProgress) -> dict[str, Any]:
+    """Return the `state` section of the manifest."""
+    zero = engine.zero_state()
+    state = RunState(
+        **progress.model_dump(),
+        optimizer_step=zero.step,
+        optimizer=engine.config.optimizer.type,
+        loss_scaler=zero.loss_scaler,
+    )
+    return state.model_dump()
+
+
+def entries(engine: Engine) -> Iterator[Entry]:
+    """Yield the boxes that this rank writes, as views. Of replicas only the first rank writes."""
+    topology = engine.topology
+    if engine.config.zero.stage == 0 and topology.dp_cp_rank > 0:
+        return
+    for partition in engine.zero_state().partitions():
+        shard = shard_of(partition.parameter)
+        if shard.second_copy or (shard.dim is None and topology.tp_rank > 0):
+            continue
+        values = {MASTER: partition.master, **partition.states}
+        end = partition.start + len(partition.master)
+        for piece in boxes_of_range(shard, partition.shape, partition.start, end):
+            flat_range = slice(piece.start, piece.start + piece.box.numel)
+            boxes = {name: flat[flat_range].view(piece.box.size) for name, flat in values.items()}
+            yield Entry(shard.name, shard.shape, piece.box, boxes)
+
+
+def restore(engine: Engine, folder: Path) -> Restored:
+    """Load a verified checkpoint, written under any layout, into the engine. Collective.
+
+    Raises CheckpointError if the checkpoint is of another model, with every difference.
+    """
+    reader = run_on_ranks(lambda: Reader(folder))
+    assert reader is not None
+    checked = run_on_ranks(lambda: _check(engine, reader))
+    assert checked is not None
+    saved_config, state = checked
+    zero = engine.zero_state()
+    run_on_ranks(lambda: _fill(engine, zero, reader))
+    zero.step = state.optimizer_step
+    if zero.loss_scaler and state.loss_scaler:
+        zero.loss_scaler = state.loss_scaler
+    return Restored(
+        step=reader.manifest.step,
+        state=state,
+        total_bytes=reader.manifest.total_bytes,
+        bytes_read=all_gather_object(reader.bytes_read),
+        notes=state_changes(saved_config, engine.config),
+    )
+
+
+def state_changes(saved: dict[str, Any], config: Config) -> list[str]:
+    """Return what is lost or reset when a run resumes with another precision or optimizer, one sentence each.
+
+    `saved`: the checkpoint's config.
+    """
+    notes = []
+    before, after = saved["training"]["precision"], config.training.precision
+    if before != after:
+        effect = {
+            "fp32": f"nothing of the trained weights is lost: fp32 weights were saved beside the {before} ones",
+            "bf16": "forwards use the weights rounded to bf16 (8 bits of precision)",
+            "fp16": "forwards use the weights rounded to fp16 (11 bits of precision), and the loss scale starts again",
+        }[after]
+        notes.append(
+            f"training.precision {before} -> {after}: the optimizer's fp32 weights and moments continue unchanged; {effect}"
+        )
+        if before == "fp16":
+            notes.append("the loss scale of fp16 is dropped")
+        if config.training.freeze and after != "fp32":
+            notes.append(f"frozen weights have no fp32 copy: they are rounded to {after} permanently")
+        if saved["training"]["freeze"] and before != "fp32":
+            notes.append(f"frozen weights had no fp32 copy: they stay rounded to {before}")
+    if saved["optimizer"]["type"] != config.optimizer.type:
+        notes.append(
+            f"optimizer.type {saved['optimizer']['type']} -> {config.optimizer.type}: moments that were not saved start at 0"
+        )
+    return notes
+
+
+def _check(engine: Engine, reader: Reader) -> tuple[dict[str, Any], RunState]:
+    """Return the checkpoint's config and state. Raises CheckpointError if they do not fit this engine's model."""
+    manifest = reader.manifest
+    try:
+        saved_config = upgrade_keys(manifest.config)
+        state = RunState.model_validate(manifest.state)
+        model = ModelConfig.model_validate_json(json.dumps(saved_config["model"]))
+        state_changes(saved_config, engine.config)
+    except (ValidationError, KeyError, TypeError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
+        raise CheckpointError(f"{reader.folder}: its config or state is of another version of megagpt: {reason}") from None
+    differences = model_differences(model, engine.config.model)
+    if differences:
+        raise CheckpointError(f"{reader.folder}: the checkpoint is of another model: {'; '.join(differences)}")
+    reader.check_shapes({shard_of(p).name: shard_of(p).shape for p in engine.parameters})
+    return saved_config, state
+
+
+@torch.no_grad()
+def _fill(engine: Engine, zero: ZeroState, reader: Reader) -> None:
+    """Fill this rank's weights and optimizer states; states that were not saved become zeros."""
+    for partition in zero.partitions():
+        shard = shard_of(partition.parameter)
+        zero.set_weights(partition, _read(reader, MASTER, shard, partition))
+        for name, values in partition.states.items():
+            if reader.has(name, shard.name):
+                values.copy_(_read(reader, name, shard, partition))
+            else:
+                values.zero_()
+    if engine.config.zero.stage != 3:  # below stage 3 every rank holds its full shard for the forwards
+        for parameter in engine.parameters:
+            reader.fill(parameter)
+
+
+def _read(reader: Reader, state: str, shard: Shard, partition: ParameterPartition) -> torch.Tensor:
+    """Return the values of a partition, flat; vocabulary padding is zero."""
+    flat = torch.zeros(len(partition.master))
+    for piece in boxes_of_range(shard, partition.shape, partition.start, partition.start + len(flat)):
+        flat[piece.start : piece.start + piece.box.numel] = reader.read(state, shard.name, piece.box).flatten()
+    return flat
