@@ -2,7 +2,7 @@
 
 from megagpt.config.schema import ModelConfig
 
-FREE = frozenset({"vocab_multiple", "embd_pdrop", "attn_pdrop", "resid_pdrop", "init_std"})
+FREE = frozenset({"vocab_multiple", "clf_pdrop", "embd_pdrop", "attn_pdrop", "resid_pdrop", "init_std"})
 """Keys that may change on resume: the saved weights mean the same with any value."""
 
 

@@ -13,10 +13,10 @@ _MODEL_KEYS = {
     "attn_pdrop": "attn_pdrop",
     "resid_pdrop": "resid_pdrop",
     "afn": "activation",
+    "clf_pdrop": "clf_pdrop",
 }
 FLAT_KEYS = (
     *_MODEL_KEYS,
-    "clf_pdrop",
     "learning_rate",
     "lr_decay",
     "lr_decay_steps",
@@ -39,7 +39,6 @@ def is_flat(tree: dict[str, Any]) -> bool:
 def from_flat(tree: dict[str, Any], source: str) -> dict[str, Any]:
     """Return the equivalent nested tree. `source` names the file in messages.
 
-    `clf_pdrop` is accepted without effect: it belongs to a classifier head, which a pretrained model does not have.
     `lr_decay: true` decays linearly to zero over `lr_decay_steps`. Raises ConfigError for an unknown key.
     """
     unknown = [key for key in tree if key not in FLAT_KEYS]

@@ -1,5 +1,6 @@
 """Rules that join several keys, and the world sizes that a layout fits. Pure functions of a `Config`."""
 
+import difflib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,6 +33,34 @@ OWNED_BY_MEGAGPT = {
     "pipeline": "use parallel.pipeline",
 }
 """DeepSpeed keys that the user must not set -> what to do instead."""
+
+DEEPSPEED_KEYS = (
+    "aio",
+    "checkpoint",
+    "comet",
+    "comms_logger",
+    "communication_data_type",
+    "compile",
+    "csv_monitor",
+    "disable_allgather",
+    "disable_python_gc",
+    "dump_state",
+    "flops_profiler",
+    "fp16",
+    "gradient_allreduce_op",
+    "gradient_predivide_factor",
+    "log_level",
+    "memory_breakdown",
+    "nebula",
+    "prescale_gradients",
+    "seq_parallel_communication_data_type",
+    "sparse_gradients",
+    "tensorboard",
+    "timers",
+    "wall_clock_breakdown",
+    "zero_optimization",
+)
+"""Top-level keys of DeepSpeed 0.19 that a user may set. DeepSpeed ignores unknown ones silently."""
 
 
 @dataclass(frozen=True)
@@ -298,6 +327,11 @@ def _optimizer(config: Config) -> Iterator[Problem]:
 
 
 def _deepspeed(config: Config) -> Iterator[Problem]:
+    owned_sections = {owned.partition(".")[0] for owned in OWNED_BY_MEGAGPT}
+    for key in list(config.deepspeed)[:100]:
+        if key not in DEEPSPEED_KEYS and key not in owned_sections:
+            (nearest,) = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=1, cutoff=0.0) or ["zero_optimization"]
+            yield Problem((f"deepspeed.{key}",), f"deepspeed.{key}: DeepSpeed has no such key; the nearest is {nearest}")
     for key in flat_keys(config.deepspeed):
         for owned, instead in OWNED_BY_MEGAGPT.items():
             if key == owned or key.startswith(owned + "."):
@@ -353,7 +387,8 @@ def _in_ramp(config: Config) -> str:
 
 def divisors(number: int) -> list[int]:
     """Return all divisors of `number`, ascending."""
-    return [size for size in range(1, number + 1) if number % size == 0]
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)})
 
 
 def _nearest_multiple(number: int, factor: int) -> int:
@@ -371,4 +406,6 @@ def _is_split(text: str) -> bool:
         shares = [float(share) for share in text.split(",")]
     except ValueError:
         return False
-    return len(shares) == 3 and min(shares) >= 0 and shares[0] > 0
+    if len(shares) != 3 or not all(math.isfinite(share) and 0 <= share <= 1e12 for share in shares):
+        return False
+    return shares[0] > 0

@@ -4,9 +4,11 @@ The docstring under a field is its help text; `docs/config.md` is generated from
 several keys, `load.py` reads files and overrides. This module does no I/O and does not import torch.
 """
 
-from typing import TYPE_CHECKING, Any, Literal
+import types
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator
 
 from megagpt.schedules.registry import SCHEDULES
 
@@ -14,8 +16,21 @@ if TYPE_CHECKING:
     ScheduleName = str
 else:
     ScheduleName = Literal[(*SCHEDULES, "auto")]
-Source = str | dict[str, float]
+
+
+def _expand_home(path: str) -> str:
+    """Replace a leading `~` by the home directory, as a shell does."""
+    if "\0" in path:
+        raise ValueError("a path cannot contain a NUL character")
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+PathText = Annotated[str, StringConstraints(min_length=1), AfterValidator(_expand_home)]
+"""A path of a file or folder; a leading `~` is the home directory."""
+Source = PathText | dict[PathText, float]
 """One prefix of a .bin/.idx pair, or several with their weights: {"data/web": 0.7, "data/books": 0.3}."""
+MAX_STEPS = 10**12
+MAX_SEED = 2**63 - 1
 
 
 class Section(BaseModel):
@@ -23,23 +38,49 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """Accept 1e6 for an integer and a list for a tuple; refuse true and false for a number (Python takes True for 1)."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        accepted = accepted_types(annotation)
+        if isinstance(value, list) and get_origin(annotation) is tuple:
+            return tuple(value)
+        if isinstance(value, bool) and bool not in accepted and accepted & {int, float}:
+            raise ValueError("expected a number, not true or false")
+        if isinstance(value, float) and int in accepted and float not in accepted and value.is_integer():
+            return int(value)
+        return value
+
+
+def accepted_types(annotation: Any) -> set[type]:
+    """Return the Python types of an annotation's members and literals."""
+    origin = get_origin(annotation)
+    if origin in (Union, types.UnionType):
+        return set().union(*(accepted_types(member) for member in get_args(annotation)))
+    if origin is Annotated:
+        return accepted_types(get_args(annotation)[0])
+    if origin is Literal:
+        return {type(choice) for choice in get_args(annotation)}
+    return {annotation} if isinstance(annotation, type) else set()
+
 
 class ModelConfig(Section):
     """Shape of the transformer. The names are those of GPT-2."""
 
-    n_layer: int = Field(ge=1)
+    n_layer: int = Field(ge=1, le=10_000)
     """Number of transformer blocks."""
-    n_embd: int = Field(ge=1)
+    n_embd: int = Field(ge=1, le=2**20)
     """Hidden size (width of the residual stream)."""
-    n_head: int = Field(ge=1)
+    n_head: int = Field(ge=1, le=2**16)
     """Number of attention heads; must divide n_embd."""
-    n_positions: int = Field(ge=1)
+    n_positions: int = Field(ge=1, le=2**27)
     """Sequence length in tokens."""
-    vocab_size: int | None = Field(default=None, ge=2)
+    vocab_size: int | None = Field(default=None, ge=2, le=2**31 - 1)
     """Number of tokens in the vocabulary; taken from data.tokenizer if absent."""
-    vocab_multiple: int = Field(default=128, ge=1)
+    vocab_multiple: int = Field(default=128, ge=1, le=2**20)
     """Pad the token embedding to a multiple of this. The padding is unused: it is never in the loss or in a checkpoint."""
-    ffn_hidden: int | None = Field(default=None, ge=1)
+    ffn_hidden: int | None = Field(default=None, ge=1, le=2**24)
     """Hidden size of the MLP; 4 x n_embd if absent."""
     activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = "gelu"
     """Activation function of the MLP: exact GELU, GELU's tanh approximation (GPT-2), ReLU or SiLU."""
@@ -49,6 +90,8 @@ class ModelConfig(Section):
     """Dropout probability of the attention weights."""
     resid_pdrop: float = Field(default=0.0, ge=0, lt=1)
     """Dropout probability before each residual addition."""
+    clf_pdrop: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout probability before a classification head. A pretrained model has no such head, so it has no effect there."""
     tie_embeddings: bool = True
     """Use the token embedding's weight for the output layer as well."""
     init_std: float = Field(default=0.02, gt=0)
@@ -97,22 +140,22 @@ class ScheduleCosts(Section):
 class ParallelConfig(Section):
     """Layout over the ranks. The data-parallel size is world size / (tensor x pipeline x context)."""
 
-    tensor: int = Field(default=1, ge=1)
+    tensor: int = Field(default=1, ge=1, le=2**20)
     """Tensor-parallel size: ranks that share each matrix. Best within one node."""
-    pipeline: int = Field(default=1, ge=1)
+    pipeline: int = Field(default=1, ge=1, le=2**20)
     """Pipeline-parallel size: ranks that share the layers."""
-    context: int = Field(default=1, ge=1)
+    context: int = Field(default=1, ge=1, le=2**20)
     """Context-parallel size: ranks that share each sequence, for long sequences."""
     schedule: ScheduleName = "1f1b"
     """Pipeline schedule: the order of forwards and backwards. docs/schedules.md compares them. "auto" simulates all of them
     with the costs in `schedule_costs`, picks the fastest that fits in memory, and logs the reason."""
     schedule_costs: ScheduleCosts = ScheduleCosts()
     """Costs that the "auto" schedule search uses."""
-    virtual_stages: int = Field(default=1, ge=1)
+    virtual_stages: int = Field(default=1, ge=1, le=10_000)
     """Chunks of layers on each pipeline rank. The interleaved schedules need 2 or more; zbv, v_half and v_min always have 2."""
     sequence_parallel: bool = False
     """Split norms and dropout along the sequence over the tensor ranks: reduce-scatter and all-gather replace all-reduce."""
-    timeout_seconds: float = Field(default=1800.0, gt=0)
+    timeout_seconds: float = Field(default=1800.0, gt=0, le=1e8)
     """Watchdog timeout: if a rank makes no progress for this long, the job exits and names the rank and the phase."""
 
 
@@ -141,12 +184,12 @@ class DataConfig(Section):
     """Data that `split` divides into train, valid and test by documents; same form as `train`."""
     split: str | None = None
     """Shares of train, valid and test in `paths`, for example "969,30,1"."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """A SentencePiece .model file, a Hugging Face tokenizer.json, a folder with vocab.json and merges.txt, or "byte".
     GPT-2's vocab.json and merges.txt: https://huggingface.co/openai-community/gpt2."""
-    seed: int = Field(default=1234, ge=0)
+    seed: int = Field(default=1234, ge=0, le=MAX_SEED)
     """Seed for the shuffle order of documents and samples."""
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     """Folder for the shuffle orders of large datasets (from one million documents and samples): 13 bytes per document and
     epoch. If absent, the data's folder, or the node's temporary folder if that one is read-only."""
     reset_positions: bool = False
@@ -184,9 +227,9 @@ class LRScheduleConfig(Section):
 
     type: Literal["cosine", "linear", "constant", "inverse-sqrt", "warmup-stable-decay"] = "cosine"
     """Shape after the warm-up."""
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0, le=MAX_STEPS)
     """Steps of linear warm-up from 0."""
-    decay_steps: int | None = Field(default=None, ge=1)
+    decay_steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     """cosine, linear: the number of steps after which min_lr is reached; the length of the run if absent.
     warmup-stable-decay: the number of decay steps at the end of the run; a tenth of the run if absent."""
     min_lr: float = Field(default=0.0, ge=0)
@@ -198,41 +241,41 @@ class BatchRampConfig(Section):
     a multiple of micro-batch size x data-parallel size. The LR schedule counts optimizer steps; a ramp increases their
     number."""
 
-    start: int | None = Field(default=None, ge=1)
+    start: int | None = Field(default=None, ge=1, le=2**30)
     """Global batch size of the first step, in sequences; no ramp if absent."""
-    increment: int = Field(default=1, ge=1)
+    increment: int = Field(default=1, ge=1, le=2**30)
     """Sequences that each increase adds."""
-    samples: int = Field(default=0, ge=0)
+    samples: int = Field(default=0, ge=0, le=10**15)
     """Length of the ramp in sequences; each size is used for an equal share of them."""
 
 
 class TrainingConfig(Section):
     """Length, batch size and precision of the run."""
 
-    steps: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     """Number of optimizer steps. Set exactly one of steps, tokens and epochs."""
-    tokens: int | None = Field(default=None, ge=1)
+    tokens: int | None = Field(default=None, ge=1, le=10**18)
     """Number of tokens to train on; rounded up to full steps."""
-    epochs: float | None = Field(default=None, gt=0)
+    epochs: float | None = Field(default=None, gt=0, le=1e6)
     """Passes over the training data; rounded down to full steps, at least one."""
-    max_hours: float | None = Field(default=None, gt=0)
+    max_hours: float | None = Field(default=None, gt=0, le=1e6)
     """Wall-clock limit of one start of the run, in hours. After it, the run saves a checkpoint at the end of the step and
     exits with code 75, so that a job script can restart it. Unlimited if absent."""
-    micro_batch_size: int = Field(ge=1)
+    micro_batch_size: int = Field(ge=1, le=2**20)
     """Sequences per micro-batch per data-parallel rank."""
-    global_batch_size: int = Field(ge=1)
+    global_batch_size: int = Field(ge=1, le=2**30)
     """Sequences per optimizer step, over all ranks."""
     batch_ramp: BatchRampConfig = BatchRampConfig()
     """Smaller batches in the first steps; null for none."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Data type of parameters and activations. Gradients are accumulated in fp32 and optimizer states stored in fp32 for
     every precision."""
-    seed: int = Field(default=1234, ge=0)
+    seed: int = Field(default=1234, ge=0, le=MAX_SEED)
     """Seed of the initial weights and of dropout."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward recomputes instead of storing: none, those of the attention core (selective), or those of
     entire blocks (full)."""
-    recompute_layers: int = Field(default=1, ge=1)
+    recompute_layers: int = Field(default=1, ge=1, le=10_000)
     """Consecutive blocks that full recompute treats as one group; only the input of each group is stored."""
     freeze: list[str] = []
     """Name patterns of weights that are not trained, for example "embedding.*", "layers.[0-3].*" or "layers.2.attention.*".
@@ -250,26 +293,26 @@ class TrainingConfig(Section):
 class EvaluationConfig(Section):
     """Loss on the validation data during training, and on the test data after the last step."""
 
-    interval: int | None = Field(default=None, ge=1)
+    interval: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     """Steps between evaluations; only after the last step if absent."""
-    steps: int = Field(default=10, ge=1)
+    steps: int = Field(default=10, ge=1, le=10**9)
     """Global batches per evaluation. If the data has fewer, its samples are used more than once."""
-    micro_batch_size: int | None = Field(default=None, ge=1)
+    micro_batch_size: int | None = Field(default=None, ge=1, le=2**20)
     """Sequences per micro-batch in evaluation; training.micro_batch_size if absent."""
 
 
 class CheckpointConfig(Section):
     """Saving checkpoints and resuming from them."""
 
-    dir: str | None = None
+    dir: PathText | None = None
     """Folder of the run's checkpoints; nothing is saved if absent."""
-    interval: int | None = Field(default=None, ge=1)
+    interval: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     """Steps between checkpoints; only after the last step if absent."""
-    keep: int = Field(default=0, ge=0)
+    keep: int = Field(default=0, ge=0, le=10**9)
     """Number of newest checkpoints to keep; 0 keeps all. The checkpoint that the run resumed from is never deleted."""
-    keep_every: int | None = Field(default=None, ge=1)
+    keep_every: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     """Also keep the checkpoints whose step is a multiple of this."""
-    resume: str = "auto"
+    resume: PathText = "auto"
     """"auto": resume from the newest complete checkpoint in dir, or start from scratch if there is none. "never": start from
     scratch; dir must have no checkpoints. A path: resume from that checkpoint."""
 
@@ -285,15 +328,15 @@ class ResilienceConfig(Section):
     on_spike: Literal["none", "stop", "skip", "rollback"] = "none"
     """The loss is a spike: more than `spike_num_std` standard deviations above the mean of the last `spike_window` losses. The
     standard deviation counts as at least 1% of the mean."""
-    spike_window: int = Field(default=100, ge=2)
+    spike_window: int = Field(default=100, ge=2, le=10**6)
     """Window of recent losses; spike detection starts once it is full."""
     spike_num_std: float = Field(default=6.0, gt=0)
     """Threshold for a spike, in standard deviations."""
-    max_skipped: int = Field(default=16, ge=1)
+    max_skipped: int = Field(default=16, ge=1, le=MAX_STEPS)
     """Maximum number of consecutive skipped steps; the run stops at the next one."""
-    max_rollbacks: int = Field(default=3, ge=0)
+    max_rollbacks: int = Field(default=3, ge=0, le=MAX_STEPS)
     """Maximum number of rollbacks in one start of the run; the run stops at the next one."""
-    replica_check_interval: int | None = Field(default=None, ge=1)
+    replica_check_interval: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     """Steps between checks that replicas of the same weights are bitwise equal; no checks if absent."""
     straggler_factor: float = Field(default=1.5, gt=1)
     """Report a rank whose compute time exceeds the median of its stage by this factor."""
@@ -302,22 +345,22 @@ class ResilienceConfig(Section):
 class WandbConfig(Section):
     """Weights & Biases. Only rank 0 writes."""
 
-    project: str | None = None
+    project: Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$")] | None = None
     """Project name; disabled if absent. Offline if there is no network or no API key."""
     name: str | None = None
     """Display name of the run."""
-    dir: str | None = None
+    dir: PathText | None = None
     """Folder of the local files; the current folder if absent."""
 
 
 class LoggingConfig(Section):
     """What a run reports."""
 
-    interval: int = Field(default=10, ge=1)
+    interval: int = Field(default=10, ge=1, le=MAX_STEPS)
     """Steps between log lines."""
-    metrics_file: str | None = None
+    metrics_file: PathText | None = None
     """File that gets one JSON line per logged step and per evaluation; none if absent."""
-    noise_scale_interval: int | None = Field(default=None, ge=1)
+    noise_scale_interval: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     """Steps between measurements of the gradient noise scale (McCandlish et al., arXiv 1812.06162); none if absent. Logged as
     noise_scale, in tokens, and suggested_batch_size, the same in sequences. A measurement costs one more forward and
     backward, with one micro-batch at a time in the pipeline. Its running mean restarts with each start of the run."""

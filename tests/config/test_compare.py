@@ -15,6 +15,7 @@ OTHER = {
     "vocab_multiple": 64,
     "ffn_hidden": 96,
     "activation": "relu",
+    "clf_pdrop": 0.1,
     "embd_pdrop": 0.1,
     "attn_pdrop": 0.1,
     "resid_pdrop": 0.1,
