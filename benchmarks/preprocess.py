@@ -1,11 +1,11 @@
-"""Text to tokens, whole processes on one file: ours, gigatoken alone, Hugging Face's tokenizers alone.
+"""Compare text-to-token programs on one file: megagpt, gigatoken alone, Hugging Face's tokenizers alone.
 
     python benchmarks/preprocess.py --tokenizer ../shared/data/gpt2 --input corpus.jsonl
     python benchmarks/preprocess.py --tokenizer ../shared/data/gpt2 --megabytes 30
 
-gigatoken alone reads the file and encodes it, and writes nothing: the bound for ours, which also parses in Python,
-compares a sample with the reference library and writes the pair of files. The runs take turns, so that a machine that
-slows down slows all of them.
+The time is that of the entire process. gigatoken alone reads and encodes the file and writes nothing. It is the lower bound
+for megagpt, which also parses in Python, compares a sample with the reference library and writes the pair of files. The
+programs run in turn, so that a change in the speed of the machine affects all of them.
 """
 
 import argparse
@@ -36,20 +36,20 @@ print(sum(len(tokenizer.encode_batch(texts[first : first + 1000])) for first in 
 
 
 def main() -> None:
-    """Print each program's seconds, least and median, and its rate."""
+    """Print median and minimum time of each program, and its rate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", required=True, help="a folder with vocab.json and merges.txt, or a tokenizer.json")
-    parser.add_argument("--input", help="a .jsonl (default: made of the text files of the Python installation)")
-    parser.add_argument("--megabytes", type=int, default=30, help="size of the file that is made")
-    parser.add_argument("--runs", type=int, default=5, help="runs of ours and of gigatoken")
+    parser.add_argument("--tokenizer", required=True, help="folder with vocab.json and merges.txt, or a tokenizer.json")
+    parser.add_argument("--input", help="a .jsonl (default: one of the text files of the Python installation)")
+    parser.add_argument("--megabytes", type=int, default=30, help="size of the default input, in 10^6 bytes")
+    parser.add_argument("--runs", type=int, default=5, help="runs of megagpt and of gigatoken")
     parser.add_argument("--reference-runs", type=int, default=1, help="runs of Hugging Face's tokenizers")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(args.input) if args.input else make_corpus(Path(folder) / "corpus.jsonl", args.megabytes * 10**6)
-        ours = [str(ROOT / "tools" / "preprocess_data.py"), "--input", str(path), "--tokenizer", args.tokenizer]
-        ours += ["--append-eod", "--output-prefix", str(Path(folder) / "out")]
+        path = Path(args.input) if args.input else write_corpus(Path(folder) / "corpus.jsonl", args.megabytes * 10**6)
+        megagpt = [str(ROOT / "tools" / "preprocess_data.py"), "--input", str(path), "--tokenizer", args.tokenizer]
+        megagpt += ["--append-eod", "--overwrite", "--output-prefix", str(Path(folder) / "out")]
         programs = {
-            "ours": (ours, args.runs),
+            "megagpt": (megagpt, args.runs),
             "gigatoken alone": (["-c", GIGATOKEN, args.tokenizer, str(path)], args.runs),
             "tokenizers alone": (["-c", TOKENIZERS, args.tokenizer, str(path)], args.reference_runs),
         }
@@ -62,28 +62,28 @@ def main() -> None:
 
 
 def report(seconds: dict[str, list[float]], n_bytes: int) -> None:
-    """One line for each program."""
+    """Print one line for each program."""
     bound = statistics.median(seconds["gigatoken alone"])
-    for name, found in seconds.items():
-        if not found:
+    for name, times in seconds.items():
+        if not times:
             continue
-        middle = statistics.median(found)
+        median = statistics.median(times)
         print(
-            f"{name}: median {middle:.2f} s, least {min(found):.2f} s of {len(found)}, {n_bytes / middle / 1e6:.1f} MB/s, "
-            f"{middle / bound:.2f} times gigatoken alone"
+            f"{name}: median {median:.2f} s, minimum {min(times):.2f} s of {len(times)} runs, "
+            f"{n_bytes / median / 1e6:.1f} MB/s, {median / bound:.2f} times gigatoken alone"
         )
 
 
 def run(command: list[str]) -> float:
-    """Seconds of a Python process from its start to its end."""
+    """Return the seconds of a Python process from start to end."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     start = time.perf_counter()
     subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL, env=environment)
     return time.perf_counter() - start
 
 
-def make_corpus(path: Path, n_bytes: int) -> Path:
-    """Documents out of the installation's sources and texts, each once while they last."""
+def write_corpus(path: Path, n_bytes: int) -> Path:
+    """Write the source and text files of the Python installation as documents, repeated if `n_bytes` needs it."""
     roots = [sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")]
     files = sorted(file for root in roots for kind in ("py", "txt", "md", "rst") for file in Path(root).rglob(f"*.{kind}"))
     written = 0

@@ -1,8 +1,9 @@
-"""Our whole training step against Hugging Face's GPT-2, one process, same shape, alternating runs, ratio of medians.
+"""The entire training step of megagpt beside Hugging Face's GPT-2: one process, same shape, alternating, ratio of medians.
 
-Ours goes through the real engine and loop: data from a memory-mapped corpus, DeepSpeed ZeRO-1, clipping, fused AdamW, a
-log line every step. Theirs is GPT2LMHeadModel with torch's fused AdamW and clip_grad_norm_, on a batch already in memory.
-Seconds per step; shape as in the options (12 layers, 256 wide, 8 heads, vocabulary 32,000, 8 x 256 tokens by default).
+megagpt's steps are those of a real run (`Trainer.train`): data from a memory-mapped corpus, DeepSpeed ZeRO-1, clipping,
+fused AdamW, a log line every step. Hugging Face's are GPT2LMHeadModel with torch's fused AdamW and clip_grad_norm_, on a
+batch already in memory. One runs after each log line of the other. Seconds per step; 12 layers, hidden size 256, 8 heads,
+vocabulary 32,000, 8 x 256 tokens.
 
   OMP_NUM_THREADS=1 python benchmarks/train_step.py --threads 1
 """
@@ -28,39 +29,43 @@ from megagpt.config import Config, build_config
 from megagpt.data.blend import build_datasets
 from megagpt.data.indexed import IndexedWriter
 from megagpt.distributed.launcher import Launcher
-from megagpt.distributed.process_group import start
+from megagpt.distributed.process_group import TIMEOUT, init_process_group
+from megagpt.engine.deepspeed_internals import init_deepspeed
 from megagpt.parallel.topology import Topology
-from megagpt.training.micro_batches import global_batches
-from megagpt.training.trainer import Batch, Trainer
+from megagpt.training.loggers.base import Logger, MetricsRecord
+from megagpt.training.trainer import Trainer
+
+WARM_UP = 2
+"""First steps, which are not counted."""
 
 
 def main() -> None:
+    """Print seconds per step of both, and the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1, help="of one process")
-    parser.add_argument("--rounds", type=int, default=8, help="alternating steps counted of each, after two not counted")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of the process")
+    parser.add_argument("--rounds", type=int, default=8, help=f"counted steps of each, after {WARM_UP} that are not counted")
     args = parser.parse_args()
-    device, _ = start(Launcher())
+    device = torch.device("cpu")
+    init_process_group(Launcher(), device)
+    init_deepspeed(Launcher(), "gloo", TIMEOUT)
     torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        config = shape(folder)
-        steps = {"megagpt": our_step(config, device), "Hugging Face": their_step(config)}
-        seconds: dict[str, list[float]] = {name: [] for name in steps}
-        for _ in range(args.rounds + 2):
-            for name, step in steps.items():
-                begin = time.perf_counter()
-                step()
-                seconds[name].append(time.perf_counter() - begin)
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
+        config = build_run(folder, WARM_UP + args.rounds)
+        trainer = Trainer(config, Topology(), build_datasets(config.data, config.model.n_positions), device)
+        timer = trainer.logger = AlternatingTimer(trainer.logger, hugging_face_step(config))
+        trainer.train()
+        trainer.close()
     tokens = config.training.global_batch_size * config.model.n_positions
-    medians = {name: statistics.median(times[2:]) for name, times in seconds.items()}
+    medians = {name: statistics.median(seconds[WARM_UP:]) for name, seconds in timer.seconds.items()}
     for name, median in medians.items():
-        counted = seconds[name][2:]
+        counted = timer.seconds[name][WARM_UP:]
         spread = f"{min(counted):.3f} to {max(counted):.3f}"
         print(f"{name:13s} {median:.3f} s/step ({spread}), {tokens / median:.0f} tokens/s")
     print(f"ratio of medians: {medians['Hugging Face'] / medians['megagpt']:.2f} with {args.threads} thread(s)")
 
 
-def shape(folder: str) -> Config:
-    """The config of the comparison, over random tokens."""
+def build_run(folder: str, steps: int) -> Config:
+    """Write a corpus of random tokens and return the config of a run on it."""
     with IndexedWriter(f"{folder}/random", np.dtype(np.uint16)) as writer:
         writer.add_documents(np.random.default_rng(0).integers(0, 32000, 200_000).astype(np.uint16), [200_000])
     model = {"n_layer": 12, "n_embd": 256, "n_head": 8, "n_positions": 256, "vocab_size": 32000, "activation": "gelu_tanh"}
@@ -68,41 +73,58 @@ def shape(folder: str) -> Config:
         {
             "model": model,
             "data": {"train": f"{folder}/random"},
-            "training": {"steps": 1000, "micro_batch_size": 8, "global_batch_size": 8},
+            "training": {"steps": steps, "micro_batch_size": 8, "global_batch_size": 8},
             "logging": {"interval": 1, "metrics_file": f"{folder}/metrics.jsonl"},
         }
     )
 
 
-def our_step(config: Config, device: torch.device) -> Callable[[], None]:
-    """One turn of the trainer's loop."""
-    with redirect_stdout(StringIO()):
-        trainer = Trainer(config, Topology.create(1, 1), build_datasets(config.data, config.model.n_positions), device)
-    batches = global_batches(trainer.datasets.train, config, trainer.topology, config.training.micro_batch_size)
+class AlternatingTimer:
+    """A logger that times the trainer's step, log line included, and then runs and times another step."""
 
-    def step() -> None:
-        with redirect_stdout(StringIO()):
-            trainer.advance(Batch(trainer.samples, batches.size, batches.at(trainer.samples)))
+    def __init__(self, logger: Logger, other_step: Callable[[], None]) -> None:
+        self._logger = logger
+        self._other_step = other_step
+        self._start = time.perf_counter()
+        self.seconds: dict[str, list[float]] = {"megagpt": [], "Hugging Face": []}
 
-    return step
+    def step(self, record: MetricsRecord) -> None:
+        """Log the record, then run the other step."""
+        self._logger.step(record)
+        end = time.perf_counter()
+        self.seconds["megagpt"].append(end - self._start)
+        self._other_step()
+        self._start = time.perf_counter()
+        self.seconds["Hugging Face"].append(self._start - end)
+
+    def rewind(self, step: int) -> None:
+        """Pass the call on."""
+        self._logger.rewind(step)
+
+    def close(self) -> None:
+        """Pass the call on."""
+        self._logger.close()
 
 
-def their_step(config: Config) -> Callable[[], None]:
-    """Hugging Face's model, plainly trained."""
+def hugging_face_step(config: Config) -> Callable[[], None]:
+    """Return a function that runs one training step of Hugging Face's model."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    model_config = config.model
-    theirs = GPT2Config(
-        vocab_size=model_config.tokens_in_vocab,
-        n_positions=model_config.n_positions,
-        n_embd=model_config.n_embd,
-        n_layer=model_config.n_layer,
-        n_head=model_config.n_head,
-        resid_pdrop=0,
-        embd_pdrop=0,
-        attn_pdrop=0,
+    shape = config.model
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=shape.tokens_in_vocab,
+            n_positions=shape.n_positions,
+            n_embd=shape.n_embd,
+            n_layer=shape.n_layer,
+            n_head=shape.n_head,
+            resid_pdrop=0,
+            embd_pdrop=0,
+            attn_pdrop=0,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
     )
-    model = GPT2LMHeadModel(theirs)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
     tokens = torch.randint(0, 32000, (8, 256))
 

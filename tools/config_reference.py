@@ -1,4 +1,4 @@
-"""Run in a clone: see megagpt/commands/config_reference.py."""
+"""Run megagpt.commands.config_reference from a clone of the repository; see `--help`."""
 
 import sys
 from pathlib import Path

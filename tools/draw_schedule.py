@@ -1,4 +1,4 @@
-"""Run in a clone: see megagpt/commands/draw_schedule.py."""
+"""Run megagpt.commands.draw_schedule from a clone of the repository; see `--help`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Run in a clone: see megagpt/commands/export_weights.py."""
+"""Run megagpt.commands.export_weights from a clone of the repository; see `--help`."""
 
 import sys
 from pathlib import Path

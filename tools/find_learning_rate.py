@@ -1,4 +1,4 @@
-"""Run in a clone: see megagpt/commands/find_learning_rate.py."""
+"""Run megagpt.commands.find_learning_rate from a clone of the repository; see `--help`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Run in a clone: see megagpt/commands/generate_text.py."""
+"""Run megagpt.commands.generate_text from a clone of the repository; see `--help`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Run in a clone: see megagpt/commands/inspect_dataset.py."""
+"""Run megagpt.commands.inspect_dataset from a clone of the repository; see `--help`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Run in a clone: see megagpt/commands/merge_datasets.py."""
+"""Run megagpt.commands.merge_datasets from a clone of the repository; see `--help`."""
 
 import sys
 from pathlib import Path

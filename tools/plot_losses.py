@@ -1,4 +1,4 @@
-"""Run in a clone: see megagpt/commands/plot_losses.py."""
+"""Run megagpt.commands.plot_losses from a clone of the repository; see `--help`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Run in a clone: see megagpt/commands/preprocess_data.py."""
+"""Run megagpt.commands.preprocess_data from a clone of the repository; see `--help`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Train a small GPT on this machine's CPU, from text to samples; see `--help`."""
+"""Run megagpt.commands.quickstart, as `make quickstart` does; see `--help`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Run in a clone: see megagpt/commands/train_tokenizer.py."""
+"""Run megagpt.commands.train_tokenizer from a clone of the repository; see `--help`."""
 
 import sys
 from pathlib import Path

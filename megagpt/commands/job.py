@@ -28,13 +28,18 @@ SECONDS_AFTER_WATCHDOG = 60.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of every command that runs a config: --config, --set, and the rank that launchers append."""
-    parser.add_argument("--config", required=True, help="JSON file of the run; comments and trailing commas are allowed")
+    parser.add_argument(
+        "--config",
+        required=True,
+        help="JSON file of the run (comments and trailing commas are allowed), or the name of a shipped config, such as 125M",
+    )
     parser.add_argument(
         "--set",
-        action="append",
+        action="extend",
+        nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help="override a key of the config, for example parallel.tensor=4",
+        help="override keys of the config, for example parallel.tensor=4 training.tokens=10B",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
 

@@ -1,4 +1,4 @@
-"""tools/merge_datasets.py: several pairs of token files into one, as if their texts had been preprocessed in one run."""
+"""tools/merge_datasets.py: merge pairs of token files into one pair, byte-identical to one preprocessing run on all texts."""
 
 import argparse
 import time
@@ -10,24 +10,24 @@ from megagpt.data.offline.merge import Pair, find_pairs, merge
 
 EXAMPLE = """example:
   python tools/merge_datasets.py --input data/part_*_text_document.idx --output-prefix data/corpus_text_document
-writes data/corpus_text_document.bin and .idx, whose prefix goes into the config's data section. The inputs stay as they
-are; the disk needs room for as many bytes again. A pair that is named twice is merged once."""
+It writes data/corpus_text_document.bin and .idx, whose prefix goes into a config's data section. The inputs are not changed.
+The output needs as many bytes on disk as the inputs. A pair that is named twice is merged once. Speed is printed in MB/s, of
+10^6 bytes."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="merge_datasets", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Run the command and return its exit code."""
+    parser = shell.command_parser("merge_datasets", __doc__, EXAMPLE)
     parser.add_argument(
         "--input",
         nargs="+",
         required=True,
         metavar="PREFIX",
-        help="pairs in the order of the result: prefixes, globs of .idx, or folders, whose pairs are taken in sorted order",
+        help="pairs in the order of the output: prefixes, globs of .idx files, or folders; the pairs of a glob or folder are "
+        "sorted by name",
     )
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists, once the new pair is whole")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output once the new pair is complete")
     return shell.run(_merge, parser, argv)
 
 

@@ -10,18 +10,23 @@ from megagpt.commands import shell
 from megagpt.errors import ConfigError, DataError
 
 EXAMPLE = """example:
-  python tools/plot_losses.py --metrics runs/quickstart/metrics.jsonl --output loss.png"""
+  python tools/plot_losses.py --metrics runs/quickstart/metrics.jsonl --output loss.png
+The x axis is the optimizer step, the y axis the loss in nats per token."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="plot_losses", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    """Run the command and return its exit code."""
+    parser = shell.command_parser("plot_losses", __doc__, EXAMPLE)
+    parser.add_argument(
+        "--metrics",
+        action="append",
+        required=True,
+        metavar="FILE",
+        help="metrics file of a run (logging.metrics_file); repeat the flag for more runs",
     )
-    parser.add_argument("--metrics", action="append", required=True, help="a run's metrics file; give it again for more runs")
-    parser.add_argument("--output", required=True, help="picture to write; .png, .svg or .pdf")
-    parser.add_argument("--hline", type=float, help="a loss to compare with, nats per token")
-    parser.add_argument("--hline-label", default="reference", help="what that loss is")
+    parser.add_argument("--output", required=True, metavar="FILE", help="image file to write: .png, .svg or .pdf")
+    parser.add_argument("--hline", type=float, metavar="LOSS", help="draw a line at a loss to compare with, in nats per token")
+    parser.add_argument("--hline-label", default="reference", metavar="TEXT", help="name of that loss (default: %(default)s)")
     return shell.run(_plot, parser, argv)
 
 
@@ -32,11 +37,13 @@ def _plot(args: argparse.Namespace) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
+    names = _run_names(args.metrics)
     for number, path in enumerate(args.metrics):
-        records, colour = read_metrics(path), f"C{number}"
-        name = f"{Path(path).parent.name}: " if len(args.metrics) > 1 else ""
-        axes.plot(*_curve(records, "loss"), color=colour, alpha=0.55, linewidth=1.2, label=f"{name}training")
-        axes.plot(*_curve(records, "eval_loss"), color=colour, marker="o", markersize=4, label=f"{name}validation")
+        records = read_metrics(path)
+        color = f"C{number}"
+        label = f"{names[number]}: " if len(names) > 1 else ""
+        axes.plot(*_curve(records, "loss"), color=color, alpha=0.55, linewidth=1.2, label=f"{label}training")
+        axes.plot(*_curve(records, "eval_loss"), color=color, marker="o", markersize=4, label=f"{label}validation")
     if args.hline is not None:
         axes.axhline(args.hline, color="0.45", linestyle="--", linewidth=1, label=f"{args.hline_label} ({args.hline:.2f})")
     axes.set(xlabel="optimizer step", ylabel="loss, nats per token")
@@ -50,10 +57,20 @@ def _plot(args: argparse.Namespace) -> None:
     print(f"{args.output}: the losses of {len(args.metrics)} run{'s' if len(args.metrics) > 1 else ''}")
 
 
-def read_metrics(path: str) -> list[dict[str, Any]]:
-    """The records of a metrics file; a last line that is still being written, or was torn, is left out.
+def _run_names(paths: Sequence[str]) -> list[str]:
+    """Return names that distinguish the runs: their folders if these differ, else their files, else their paths."""
+    folders = [Path(path).resolve().parent.name for path in paths]
+    files = [Path(path).stem for path in paths]
+    for names in (folders, files):
+        if len(set(names)) == len(paths):
+            return names
+    return list(paths)
 
-    Raises DataError where the file is missing, has no loss yet or holds something else.
+
+def read_metrics(path: str) -> list[dict[str, Any]]:
+    """Return the records of a metrics file. An incomplete last line, of a run that is being written, is ignored.
+
+    Raises DataError if the file is missing, is not a metrics file, or has no loss yet.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
@@ -78,5 +95,6 @@ def _record(path: str, number: int, line: str) -> dict[str, Any]:
 
 
 def _curve(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    found = [(record["step"], record[key]) for record in records if key in record]
-    return [step for step, _ in found], [value for _, value in found]
+    """Return the steps and the values of the records that have a value under `key`."""
+    points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+    return [step for step, _ in points], [value for _, value in points]

@@ -1,4 +1,4 @@
-"""tools/preprocess_data.py: text files to token files in Megatron's format."""
+"""tools/preprocess_data.py: convert text to token files in Megatron's format."""
 
 import argparse
 import os
@@ -10,119 +10,158 @@ from pathlib import Path
 
 from megagpt.commands import shell
 from megagpt.commands.progress import progress
-from megagpt.data.offline.documents import TEXT_KEY, input_files, stop
-from megagpt.data.offline.preprocess import Counts, Job, preprocess
+from megagpt.data.indexed import files_of
+from megagpt.data.offline.documents import TEXT_KEY, select_input_files, stop, unescape_separator
+from megagpt.data.offline.preprocess import Counts, PreprocessJob, preprocess
 from megagpt.data.tokenizer import HuggingFaceTokenizer, Tokenizer, gpt2_tokenizer, load_tokenizer
-from megagpt.errors import ConfigError, DataError
+from megagpt.errors import ConfigError, DataError, listed
 
-EXAMPLE = """example:
+EXAMPLE = r"""examples:
   python tools/preprocess_data.py --input corpus.jsonl --tokenizer data/gpt2 --output-prefix data/corpus --append-eod
-writes data/corpus_text_document.bin and .idx, whose prefix goes into the config's data section"""
+  python tools/preprocess_data.py --input novel.txt --text-separator '\n\n' --tokenizer byte --output-prefix data/novel
+The first writes data/corpus_text_document.bin and .idx. The prefix data/corpus_text_document goes into a config, as
+data.train or data.paths. Training splits data by documents, so divide long text files with --text-separator. Speed is
+printed in MB/s, of 10^6 bytes of text."""
+FEW_DOCUMENTS = 20
+"""Fewer documents than this may leave a share of data.split without any."""
 TYPES = ("GPT2BPETokenizer", "HFTokenizer", "SentencePieceTokenizer", "ByteTokenizer")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="preprocess_data", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Run the command and return its exit code."""
+    parser = shell.command_parser("preprocess_data", __doc__, EXAMPLE)
     parser.add_argument(
         "--input",
         nargs="+",
         required=True,
-        help="files, globs or folders: .jsonl, .parquet or plain UTF-8 text, also .gz, .zst",
+        metavar="PATH",
+        help="files, globs or folders: .jsonl, .parquet or plain UTF-8 text, also .gz and .zst; in a folder, hidden and "
+        "binary files and descriptions of the dataset, such as README, are skipped",
     )
-    parser.add_argument("--output-prefix", required=True, help="writes PREFIX_KEY_document.bin and .idx")
+    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX_KEY_document.bin and .idx")
     parser.add_argument(
         "--json-keys",
         "--jsonl-keys",
         nargs="+",
         default=[TEXT_KEY],
-        help="keys of a JSON line, or columns of Parquet, to tokenize (default: text)",
+        metavar="KEY",
+        help="keys of the JSON lines, or columns of Parquet, to tokenize; a.b names a nested key (default: text)",
     )
-    parser.add_argument("--text-separator", help="plain text: what stands between documents (default: one file, one document)")
-    parser.add_argument("--tokenizer", help="as data.tokenizer in a config: a .model, a tokenizer.json, a folder, or byte")
-    parser.add_argument("--tokenizer-type", choices=TYPES, help="Megatron's flag, with the files below")
-    parser.add_argument("--vocab-file", help="GPT2BPETokenizer: vocab.json; HFTokenizer: tokenizer.json")
-    parser.add_argument("--merge-file", help="GPT2BPETokenizer: merges.txt (default: beside the vocab file)")
-    parser.add_argument("--tokenizer-model", help="SentencePieceTokenizer: the .model; HFTokenizer: tokenizer.json")
+    parser.add_argument(
+        "--text-separator",
+        metavar="TEXT",
+        help=r"text between two documents of a plain-text file, for example '\n\n' for a blank line (default: each file is "
+        "one document)",
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="PATH", help="like data.tokenizer in a config: a .model, a tokenizer.json, a folder, or byte"
+    )
+    parser.add_argument("--tokenizer-type", choices=TYPES, help="Megatron's flag instead of --tokenizer, with the files below")
+    parser.add_argument("--vocab-file", metavar="FILE", help="GPT2BPETokenizer: vocab.json; HFTokenizer: tokenizer.json")
+    parser.add_argument("--merge-file", metavar="FILE", help="GPT2BPETokenizer: merges.txt (default: beside the vocab file)")
+    parser.add_argument(
+        "--tokenizer-model", metavar="FILE", help="SentencePieceTokenizer: the .model; HFTokenizer: tokenizer.json"
+    )
     parser.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
-    parser.add_argument("--workers", type=int, default=cores(), help="cores to tokenize on (default: all, here %(default)s)")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", default=available_cores(), help="CPU cores to use (default: all, %(default)s here)"
+    )
     parser.add_argument(
         "--on-error",
         choices=("stop", "skip"),
         default="stop",
-        help="a document that cannot be read ends the run (default), or is left out and counted",
+        help="what to do with a document that cannot be read: end the run, or skip and count it (default: %(default)s)",
     )
-    parser.add_argument("--resume", action="store_true", help="go on after the last input file that a stopped run had finished")
+    parser.add_argument("--resume", action="store_true", help="continue after the last input file that a stopped run finished")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing output files once the new ones are complete")
     parser.add_argument(
         "--check-share",
         type=float,
         default=0.001,
         metavar="SHARE",
-        help="share of documents, 0 to 1, that the reference library tokenizes again; a difference ends the run "
+        help="share of documents, 0 to 1, to compare with the reference library; a difference ends the run "
         "(default: %(default)s)",
     )
-    parser.add_argument("--reference", action="store_true", help="tokenize with the reference library alone: exact and slow")
+    parser.add_argument("--reference", action="store_true", help="tokenize with the reference library only: exact and slow")
     parser.add_argument("--split-sentences", action="store_true", help=argparse.SUPPRESS)
     return shell.run(_preprocess, parser, argv)
 
 
-def cores() -> int:
-    """Cores that this process may run on."""
+def available_cores() -> int:
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def _preprocess(args: argparse.Namespace) -> None:
     start = time.monotonic()
     _check(args)
-    load = _tokenizer(args)
+    load = _tokenizer_loader(args)
     tokenizer = load()
-    before, after = _framing(args, tokenizer)
-    files = input_files(args.input)
-    job = Job(
-        files=files,
+    before, after = _added_tokens(args, tokenizer)
+    selection = select_input_files(args.input)
+    if selection.skipped:
+        print(f"skipped {len(selection.skipped)} files that are not documents: {listed(map(str, selection.skipped))}")
+    job = PreprocessJob(
+        files=selection.files,
         tokenizer=tokenizer,
         load=load,
         output_prefix=args.output_prefix,
         keys=args.json_keys,
         before=before,
         after=after,
-        separator=args.text_separator,
+        separator=unescape_separator(args.text_separator) if args.text_separator is not None else None,
         workers=args.workers,
         check_share=args.check_share,
         reference=args.reference,
         resume=args.resume,
     )
-    with progress("tokenize", sum(path.stat().st_size for path in files)) as bar:
+    with progress("tokenize", sum(path.stat().st_size for path in selection.files)) as bar:
         counts = preprocess(job, bar, stop if args.on_error == "stop" else _warn)
     print(_summary(args.output_prefix, counts, time.monotonic() - start))
+    for prefix in _output_prefixes(args):
+        print(f"written: {prefix}.bin and .idx; in a config: data.train or data.paths = {prefix}")
+    for note in _notes(args, counts, len(selection.files)):
+        print(f"note: {note}")
 
 
 def _check(args: argparse.Namespace) -> None:
     if args.split_sentences:
-        raise ConfigError("--split-sentences: serves BERT's sentence pairs; GPT reads documents whole, so leave it out")
+        raise ConfigError("--split-sentences: is for BERT's sentence pairs; GPT reads entire documents, so leave it out")
     if args.workers < 1:
         raise ConfigError(f"--workers {args.workers}: expected 1 or more")
     if not 0 <= args.check_share <= 1:
         raise ConfigError(f"--check-share {args.check_share:g}: expected a share of the documents, 0 to 1")
-    if args.text_separator == "":
-        raise ConfigError("--text-separator: is empty; give the text that stands between documents, or leave it out")
     if len(set(args.json_keys)) < len(args.json_keys):
         raise ConfigError(f"--json-keys {' '.join(args.json_keys)}: names a key twice")
+    existing = [path for prefix in _output_prefixes(args) for path in files_of(prefix) if path.exists()]
+    if existing and not args.overwrite and not args.resume:
+        raise ConfigError(
+            f"{existing[0]}: already exists; choose another --output-prefix, or replace the files with --overwrite"
+        )
 
 
-def _framing(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Ids around every document: with Megatron's HFTokenizer what the file's post-processor adds, then the end of document."""
+def _output_prefixes(args: argparse.Namespace) -> list[str]:
+    return [f"{args.output_prefix}_{key}_document" for key in args.json_keys]
+
+
+def _added_tokens(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Return the ids to add before and after each document.
+
+    They are those that the tokenizer's post-processor adds, with Megatron's HFTokenizer only, and the end-of-document token
+    with --append-eod.
+    """
     before: list[int] = []
     after: list[int] = []
     if args.tokenizer_type == "HFTokenizer" and isinstance(tokenizer, HuggingFaceTokenizer):
         before, after = tokenizer.framing()
-    return before, [*after, tokenizer.eod_id] if args.append_eod else after
+    if args.append_eod:
+        after = [*after, tokenizer.eod_id]
+    return before, after
 
 
 def _summary(prefix: str, counts: Counts, seconds: float) -> str:
-    notes = [
+    """Return one line with what was read and written, and the speed."""
+    details = [
         (counts.dropped, "empty ones dropped"),
         (counts.skipped, "unreadable ones skipped"),
         (counts.checked, "compared with the reference library"),
@@ -130,15 +169,31 @@ def _summary(prefix: str, counts: Counts, seconds: float) -> str:
     ]
     megabytes = counts.text_bytes / 1e6
     return (
-        f"{prefix}: {counts.documents} documents{''.join(f', {count} {what}' for count, what in notes if count)}, "
+        f"{prefix}: {counts.documents} documents{''.join(f', {count} {what}' for count, what in details if count)}, "
         f"{counts.tokens} tokens from {megabytes:.1f} MB in {seconds:.1f} s ({megabytes / max(seconds, 1e-9):.1f} MB/s)"
     )
 
 
-def _tokenizer(args: argparse.Namespace) -> Callable[[], Tokenizer]:
-    """What loads the tokenizer named by our flag or by Megatron's."""
+def _notes(args: argparse.Namespace, counts: Counts, n_files: int) -> list[str]:
+    """Return hints about results that are probably not intended."""
+    notes = []
+    one_document_per_file = counts.documents <= n_files * len(args.json_keys)
+    if one_document_per_file and n_files < FEW_DOCUMENTS and args.text_separator is None:
+        notes.append(
+            f"only {counts.documents} document{'s' if counts.documents > 1 else ''}: data.split divides by documents, so a "
+            r"share may be empty; divide text files with --text-separator, for example '\n\n'"
+        )
+    if not args.append_eod:
+        notes.append(
+            "documents do not end with the end-of-document token; a model learns where documents end with --append-eod"
+        )
+    return notes
+
+
+def _tokenizer_loader(args: argparse.Namespace) -> Callable[[], Tokenizer]:
+    """Return a function that loads the tokenizer named by megagpt's flag or Megatron's flags. It must be picklable."""
     if (args.tokenizer is None) == (args.tokenizer_type is None):
-        raise ConfigError("--tokenizer: give either --tokenizer PATH, or --tokenizer-type with its files")
+        raise ConfigError("--tokenizer: set either --tokenizer PATH, or --tokenizer-type with its files")
     if args.tokenizer is not None:
         return partial(load_tokenizer, args.tokenizer)
     if args.tokenizer_type == "ByteTokenizer":

@@ -1,4 +1,4 @@
-"""Several corpora as one stream, and the datasets that a config names."""
+"""The datasets that a config names, and several corpora mixed into one stream."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 
 from megagpt.config.schema import DataConfig, Source
 from megagpt.data.gpt_dataset import PackedCorpus, Sample
-from megagpt.data.indexed import MOST_CHECKED, IndexedCorpus, check_corpus
+from megagpt.data.indexed import MAX_CHECKED_BYTES, IndexedCorpus, check_corpus
 from megagpt.data.interleave import Interleave
 from megagpt.errors import DataError
 
@@ -18,14 +18,14 @@ class Dataset(Protocol):
 
     @property
     def samples_per_epoch(self) -> int:
-        """Samples until every token was seen about once."""
+        """Samples until every token has been seen about once."""
 
     def sample(self, index: int) -> Sample:
-        """Sample `index` >= 0."""
+        """Return sample `index` >= 0."""
 
 
 class Datasets(NamedTuple):
-    """What the config names; valid and test may be absent."""
+    """The datasets of a run; valid and test may be absent."""
 
     train: Dataset
     valid: Dataset | None
@@ -33,10 +33,10 @@ class Datasets(NamedTuple):
 
 
 class Blend:
-    """Corpora mixed by weight: at every point of the stream each has given its share to within one sample."""
+    """Corpora mixed by weight: at every position of the stream each corpus has given its share, within one sample."""
 
     def __init__(self, corpora: Sequence[Dataset], weights: Sequence[float]) -> None:
-        """Raises DataError for a weight that is too small a share."""
+        """Raises DataError if a weight is too small a share."""
         self._corpora = corpora
         try:
             self._interleave = Interleave(weights)
@@ -45,25 +45,28 @@ class Blend:
         self.samples_per_epoch = sum(corpus.samples_per_epoch for corpus in corpora)
 
     def sample(self, index: int) -> Sample:
-        """Sample `index` >= 0."""
-        corpus, rank = self._interleave.at(index)
-        return self._corpora[corpus].sample(rank)
+        """Return sample `index` >= 0."""
+        corpus, corpus_index = self._interleave.at(index)
+        return self._corpora[corpus].sample(corpus_index)
 
 
 def build_datasets(data: DataConfig, sequence_length: int) -> Datasets:
-    """Open what `data` names. Raises DataError for files that are missing, damaged or too short, and where train is absent."""
+    """Open the datasets of `data`.
+
+    Raises DataError if files are missing, damaged or too short, and if there is no training data.
+    """
     if data.paths is not None and data.split is not None:
-        parts = [_split_part(data, data.paths, data.split, part, sequence_length) for part in range(3)]
+        datasets = [_split_dataset(data, data.paths, data.split, part, sequence_length) for part in range(3)]
     else:
-        parts = [_whole(data, source, sequence_length) for source in (data.train, data.valid, data.test)]
-    train, valid, test = parts
+        datasets = [_full_dataset(data, source, sequence_length) for source in (data.train, data.valid, data.test)]
+    train, valid, test = datasets
     if train is None:
-        raise DataError("data.train: no training data; give the prefix of a .bin/.idx pair, or data.paths with data.split")
+        raise DataError("data.train: no training data; set it to the prefix of a .bin/.idx pair, or set data.paths and split")
     return Datasets(train, valid, test)
 
 
 def split_ranges(n_sequences: int, split: str) -> list[range]:
-    """Contiguous ranges for train, valid and test, rounded as Megatron does."""
+    """Return the contiguous ranges of train, valid and test, rounded as Megatron does."""
     shares = [float(share) for share in split.split(",")]
     bounds = np.cumsum([0.0, *shares]) / sum(shares) * n_sequences
     cuts = [round(float(bound)) for bound in bounds]
@@ -71,17 +74,18 @@ def split_ranges(n_sequences: int, split: str) -> list[range]:
 
 
 def check_vocabulary(data: DataConfig, vocab_size: int) -> None:
-    """Raise DataError if a corpus has an id that the vocabulary has not (`indexed.check_corpus` says how far it looks).
+    """Raise DataError if a corpus has a token id outside the vocabulary.
 
-    However many corpora there are, no more is read than of one: the other ranks wait meanwhile.
+    Large corpora are checked in part, as `indexed.check_corpus` describes. The total that is read does not depend on the
+    number of corpora, because the other ranks wait meanwhile.
     """
     sources = (data.train, data.valid, data.test, data.paths)
     prefixes = list(dict.fromkeys(prefix for source in sources for prefix in _prefixes(source)))
     for prefix in prefixes:
-        check_corpus(IndexedCorpus(prefix), vocab_size, MOST_CHECKED // len(prefixes))
+        check_corpus(IndexedCorpus(prefix), vocab_size, MAX_CHECKED_BYTES // len(prefixes))
 
 
-def _split_part(data: DataConfig, source: Source, split: str, part: int, sequence_length: int) -> Dataset | None:
+def _split_dataset(data: DataConfig, source: Source, split: str, part: int, sequence_length: int) -> Dataset | None:
     if float(split.split(",")[part]) == 0:
         return None
     corpora = [IndexedCorpus(prefix) for prefix in _prefixes(source)]
@@ -89,7 +93,7 @@ def _split_part(data: DataConfig, source: Source, split: str, part: int, sequenc
     return _blend([_packed(data, c, r, sequence_length) for c, r in zip(corpora, ranges, strict=True)], source)
 
 
-def _whole(data: DataConfig, source: Source | None, sequence_length: int) -> Dataset | None:
+def _full_dataset(data: DataConfig, source: Source | None, sequence_length: int) -> Dataset | None:
     if not source:
         return None
     corpora = [IndexedCorpus(prefix) for prefix in _prefixes(source)]

@@ -1,6 +1,6 @@
-"""Fixed-length samples packed across documents, in an order that depends on nothing but seed, corpus and length.
+"""Samples of fixed length, packed across documents. Their order depends on seed, corpus and sequence length only.
 
-Any sample of any epoch is found without walking through those before.
+Any sample of any epoch is found directly, without reading the samples before it.
 """
 
 from functools import lru_cache
@@ -13,65 +13,71 @@ import numpy.typing as npt
 from megagpt.data import index_cache
 from megagpt.data.index_cache import IndexCache
 from megagpt.data.indexed import IndexedCorpus
-from megagpt.data.shuffle import Order, epoch_order, samples_of
+from megagpt.data.shuffle import EpochOrder, count_samples, epoch_order
 from megagpt.errors import DataError
 
 
 class Sample(NamedTuple):
-    """A piece of the stream, one token longer than the model reads: inputs and labels overlap by all but one."""
+    """A piece of the token stream, one token longer than the sequence length: inputs and labels overlap."""
 
     tokens: npt.NDArray[np.int64]
     """[seq + 1]"""
     starts: npt.NDArray[np.bool_]
-    """Where a document begins, [seq + 1]."""
+    """True at the first token of each document, [seq + 1]."""
 
 
 class PackedCorpus:
-    """A range of a corpus's sequences as an endless list of samples; every epoch has an order of its own."""
+    """A range of a corpus's sequences as an endless list of samples; every epoch has its own order."""
 
     def __init__(
         self, corpus: IndexedCorpus, sequences: range, sequence_length: int, seed: int, cache_dir: Path | None = None
     ) -> None:
-        """`cache_dir`: where a large order is kept. Raises DataError if the range has too few tokens for one sample."""
-        self.corpus, self.sequences, self.sequence_length, self.seed = corpus, sequences, sequence_length, seed
+        """`cache_dir`: folder for large shuffle orders. Raises DataError if the range is too short for one sample."""
+        self.corpus = corpus
+        self.sequences = sequences
+        self.sequence_length = sequence_length
+        self.seed = seed
         self._sizes = corpus.sizes[sequences.start : sequences.stop]
         tokens = int(self._sizes.sum(dtype=np.int64))
-        self.samples_per_epoch = samples_of(tokens, sequence_length)
+        self.samples_per_epoch = count_samples(tokens, sequence_length)
         if self.samples_per_epoch == 0:
             raise DataError(
                 f"{corpus.prefix}: {tokens} tokens in {len(sequences)} of its documents, too few for one sample of "
                 f"model.n_positions {sequence_length} + 1"
             )
         self._cache: IndexCache | None = None
-        if len(sequences) + self.samples_per_epoch >= index_cache.SMALLEST:
+        if len(sequences) + self.samples_per_epoch >= index_cache.MIN_SIZE:
             self._cache = IndexCache(corpus, cache_dir)
-        self._order = lru_cache(maxsize=2)(self._find_order)
+        self._order = lru_cache(maxsize=2)(self._epoch_order)
 
     def sample(self, index: int) -> Sample:
-        """Sample `index` >= 0; indices past an epoch go on into the next."""
+        """Return sample `index` >= 0; indices beyond an epoch continue in the next one."""
+        self.corpus.require_unchanged()
         epoch, position = divmod(index, self.samples_per_epoch)
         order = self._order(epoch)
         start = int(order.samples[position]) * self.sequence_length
-        out = np.empty(self.sequence_length + 1, np.int64)
-        starts = np.zeros(len(out), np.bool_)
-        filled, document = 0, int(np.searchsorted(order.ends, start, side="right"))
-        while filled < len(out):
+        tokens = np.empty(self.sequence_length + 1, np.int64)
+        starts = np.zeros(len(tokens), np.bool_)
+        filled = 0
+        document = int(np.searchsorted(order.ends, start, side="right"))
+        while filled < len(tokens):
             sequence = self.sequences.start + int(order.documents[document])
             size = int(self.corpus.sizes[sequence])
             offset = max(0, start - (int(order.ends[document]) - size))
-            part = self.corpus.read(sequence, offset, min(size - offset, len(out) - filled))
-            out[filled : filled + len(part)] = part
-            if offset == 0 and len(part):
+            piece = self.corpus.read(sequence, offset, min(size - offset, len(tokens) - filled))
+            tokens[filled : filled + len(piece)] = piece
+            if offset == 0 and len(piece):
                 starts[filled] = True
-            filled += len(part)
+            filled += len(piece)
             document += 1
-        return Sample(out, starts)
+        return Sample(tokens, starts)
 
-    def _find_order(self, epoch: int) -> Order:
-        def build() -> Order:
+    def _epoch_order(self, epoch: int) -> EpochOrder:
+        def build() -> EpochOrder:
             return epoch_order(self._sizes, self.sequence_length, self.seed, epoch)
 
         if self._cache is None:
             return build()
-        at = self.sequences
-        return self._cache.get(f"{at.start} {at.stop} {self.sequence_length} {self.seed} {epoch}", build)
+        sequences = self.sequences
+        key = f"{sequences.start} {sequences.stop} {self.sequence_length} {self.seed} {epoch}"
+        return self._cache.get(key, build)

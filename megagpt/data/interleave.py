@@ -1,8 +1,8 @@
-"""From which corpus each sample of a blend comes: at every point each corpus has given its share, to within one sample.
+"""Which corpus each sample of a blend comes from: at every position each corpus has given its share, within one sample.
 
-The j-th sample of a corpus with the share p may come from place floor(j / p) on and has to come before place
-ceil((j + 1) / p). Of those that may come, the one that has to come first is taken, which meets every deadline
-(Tijdeman 1980, the chairman assignment problem).
+Sample j of a corpus with share p may be at position floor(j / p) or later, and must be before position ceil((j + 1) / p).
+Among the samples that may come next, the one with the earliest deadline is taken; this meets every deadline (Tijdeman 1980,
+the chairman assignment problem).
 """
 
 import heapq
@@ -16,103 +16,107 @@ import numpy as np
 import numpy.typing as npt
 
 BLOCK = 2**14
-"""Places that are laid out at a time: about 20 ms."""
-FINEST = 2**36
-"""Shares are multiples of 1 / FINEST where they have no smaller common denominator: off by a sample in 10^11."""
-SMALLEST_SHARE = 2.0**-22
-"""Finding a place far into the stream takes time and memory in proportion to the reciprocal of the smallest share."""
+"""Positions that are computed together, in about 20 ms."""
+MAX_DENOMINATOR = 2**36
+"""Shares without a smaller common denominator are rounded to multiples of 1 / MAX_DENOMINATOR: one sample in 10^11."""
+MIN_SHARE = 2.0**-22
+"""Time and memory to find a far position grow with the reciprocal of the smallest share."""
 
 
 class _Block(NamedTuple):
-    choices: npt.NDArray[np.int16]
-    """Corpora, [BLOCK]."""
-    ranks: npt.NDArray[np.int64]
-    """How many samples their corpus gave before each, [BLOCK]."""
+    corpora: npt.NDArray[np.int16]
+    """Corpus of each position, [BLOCK]."""
+    indices: npt.NDArray[np.int64]
+    """Index of the sample within its corpus, [BLOCK]."""
 
 
 class Interleave:
-    """The order of corpora, for any place without walking through those before."""
+    """The order of the corpora; any position is found directly."""
 
     def __init__(self, weights: Sequence[float]) -> None:
-        """Raises ValueError for a share below `SMALLEST_SHARE`."""
-        self._parts, self._whole = shares(weights)
-        if min(self._parts) < SMALLEST_SHARE * self._whole:
-            raise ValueError(f"a share of {min(self._parts) / self._whole:.2g} is below {SMALLEST_SHARE:.2g}")
-        self._block = lru_cache(maxsize=2)(self._lay_out)
+        """Raises ValueError for a share below `MIN_SHARE`."""
+        self._numerators, self._denominator = shares(weights)
+        if min(self._numerators) < MIN_SHARE * self._denominator:
+            raise ValueError(f"a share of {min(self._numerators) / self._denominator:.2g} is below {MIN_SHARE:.2g}")
+        self._block = lru_cache(maxsize=2)(self._compute_block)
 
-    def at(self, place: int) -> tuple[int, int]:
-        """The corpus of the sample at `place`, and how many samples that corpus gave before it."""
-        number, offset = divmod(place, BLOCK)
+    def at(self, position: int) -> tuple[int, int]:
+        """Return the corpus at `position`, and the index of the sample within that corpus."""
+        number, offset = divmod(position, BLOCK)
         block = self._block(number)
-        return int(block.choices[offset]), int(block.ranks[offset])
+        return int(block.corpora[offset]), int(block.indices[offset])
 
-    def _lay_out(self, number: int) -> _Block:
+    def _compute_block(self, number: int) -> _Block:
         first = number * BLOCK
-        given = counts_before(first, self._parts, self._whole)
-        choices, ranks = np.empty(BLOCK, np.int16), np.empty(BLOCK, np.int64)
-        coming = [(*self._window(corpus, rank), corpus) for corpus, rank in enumerate(given)]
-        heapq.heapify(coming)
+        counts = counts_before(first, self._numerators, self._denominator)
+        corpora, indices = np.empty(BLOCK, np.int16), np.empty(BLOCK, np.int64)
+        waiting = [(*self._window(corpus, count), corpus) for corpus, count in enumerate(counts)]
+        heapq.heapify(waiting)
         ready: list[tuple[int, int]] = []
         for offset in range(BLOCK):
-            while coming and coming[0][0] <= first + offset:
-                _, deadline, corpus = heapq.heappop(coming)
+            while waiting and waiting[0][0] <= first + offset:
+                _, deadline, corpus = heapq.heappop(waiting)
                 heapq.heappush(ready, (deadline, corpus))
             _, corpus = heapq.heappop(ready)
-            choices[offset], ranks[offset] = corpus, given[corpus]
-            given[corpus] += 1
-            release, deadline = self._window(corpus, given[corpus])
-            heapq.heappush(coming, (release, deadline, corpus))
-        return _Block(choices, ranks)
+            corpora[offset], indices[offset] = corpus, counts[corpus]
+            counts[corpus] += 1
+            release, deadline = self._window(corpus, counts[corpus])
+            heapq.heappush(waiting, (release, deadline, corpus))
+        return _Block(corpora, indices)
 
-    def _window(self, corpus: int, rank: int) -> tuple[int, int]:
-        """The first place that a sample may come at, and the first that it may not."""
-        return window(rank, self._parts[corpus], self._whole)
+    def _window(self, corpus: int, index: int) -> tuple[int, int]:
+        """Return the first position of a sample and its deadline."""
+        return window(index, self._numerators[corpus], self._denominator)
 
 
-def window(rank: int, part: int, whole: int) -> tuple[int, int]:
-    """The places [first, end) between which sample `rank` of a corpus of the share part / whole comes."""
-    return rank * whole // part, -(-(rank + 1) * whole // part)
+def window(index: int, numerator: int, denominator: int) -> tuple[int, int]:
+    """Return the positions [first, end) between which sample `index` of a corpus with this share comes."""
+    return index * denominator // numerator, -(-(index + 1) * denominator // numerator)
 
 
 def shares(weights: Sequence[float]) -> tuple[list[int], int]:
-    """The shares as whole parts of a whole: exact where its size is at most `FINEST`, else rounded by largest remainder."""
+    """Return the shares as numerators over one denominator.
+
+    They are exact if the denominator is at most `MAX_DENOMINATOR`, else rounded by the largest-remainder method.
+    """
     exact = [Fraction(str(weight)) for weight in weights]
     exact = [weight / sum(exact) for weight in exact]
-    whole = math.lcm(*(share.denominator for share in exact))
-    if whole <= FINEST:
-        return [int(share * whole) for share in exact], whole
-    parts = [math.floor(share * FINEST) for share in exact]
-    by_need = sorted(range(len(parts)), key=lambda corpus: parts[corpus] - exact[corpus] * FINEST)
-    for corpus in by_need[: FINEST - sum(parts)]:
-        parts[corpus] += 1
-    return parts, FINEST
+    denominator = math.lcm(*(share.denominator for share in exact))
+    if denominator <= MAX_DENOMINATOR:
+        return [int(share * denominator) for share in exact], denominator
+    numerators = [math.floor(share * MAX_DENOMINATOR) for share in exact]
+    by_remainder = sorted(range(len(numerators)), key=lambda corpus: numerators[corpus] - exact[corpus] * MAX_DENOMINATOR)
+    for corpus in by_remainder[: MAX_DENOMINATOR - sum(numerators)]:
+        numerators[corpus] += 1
+    return numerators, MAX_DENOMINATOR
 
 
-def counts_before(place: int, parts: Sequence[int], whole: int) -> list[int]:
-    """Samples of each corpus before `place`, as the rule of this module gives them from place 0 on, without playing it.
+def counts_before(position: int, numerators: Sequence[int], denominator: int) -> list[int]:
+    """Return the samples of each corpus before `position`, as the rule of this module gives them, without running it.
 
-    Each has given the floor of its share or one more. To take the released sample with the first deadline is to be
-    greedy in a matroid: what has come before `place` is, taken by deadline, whatever still fits, together with what was
-    taken before it, between its release and `place`. It fits if for no earlier place the samples that are released from
-    it on outnumber the places from it on.
+    Each corpus has given the floor of its share, or one more. Taking the released sample with the first deadline is the
+    greedy algorithm of a matroid. So the samples before `position` are found by taking, in order of deadline, every sample
+    that still fits between its release and `position`, together with those taken before it. It fits if for no earlier
+    position the samples released from there on outnumber the positions from there on.
     """
-    given = [place * part // whole for part in parts]
+    counts = [position * numerator // denominator for numerator in numerators]
     releases = {}
-    for corpus, part in enumerate(parts):
-        if place * part % whole:
-            releases[corpus] = place - window(given[corpus], part, whole)[0]  # places from its release to `place`
+    for corpus, numerator in enumerate(numerators):
+        if position * numerator % denominator:
+            releases[corpus] = position - window(counts[corpus], numerator, denominator)[0]  # positions from its release on
     if not releases:
-        return given
-    # slack[t - 1]: of the last t places before `place`, those that the samples sure to come leave free.
+        return counts
+    # slack[t - 1]: of the last t positions before `position`, those that the samples sure to come leave free.
     spans = np.arange(1, max(releases.values()) + 1, dtype=np.int64)
     slack = spans.copy()
-    for part in parts:
-        slack -= np.maximum(0, (spans * part - place * part % whole) // whole)
-    missing = place - sum(given)
-    for corpus in sorted(releases, key=lambda corpus: (window(given[corpus], parts[corpus], whole)[1], corpus)):
+    for numerator in numerators:
+        slack -= np.maximum(0, (spans * numerator - position * numerator % denominator) // denominator)
+    missing = position - sum(counts)
+    by_deadline = sorted(releases, key=lambda corpus: (window(counts[corpus], numerators[corpus], denominator)[1], corpus))
+    for corpus in by_deadline:
         span = releases[corpus]
         if missing and slack[span - 1 :].min() > 0:
             slack[span - 1 :] -= 1
-            given[corpus] += 1
+            counts[corpus] += 1
             missing -= 1
-    return given
+    return counts

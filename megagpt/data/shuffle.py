@@ -1,4 +1,4 @@
-"""The order of one epoch: documents shuffled and joined, the stream cut into samples, the samples shuffled."""
+"""The order of one epoch: shuffle and join the documents, cut the stream into samples, shuffle the samples."""
 
 from typing import NamedTuple
 
@@ -6,39 +6,39 @@ import numpy as np
 import numpy.typing as npt
 
 
-class Order(NamedTuple):
-    """One epoch of a range of a corpus's sequences."""
+class EpochOrder(NamedTuple):
+    """The order of one epoch over a range of a corpus's sequences."""
 
     documents: npt.NDArray[np.unsignedinteger]
-    """Numbers of the sequences within the range, in the epoch's order."""
+    """Indices of the sequences within the range, in shuffled order."""
     ends: npt.NDArray[np.int64]
-    """Tokens of the epoch up to and with each of them."""
+    """Cumulative number of tokens, up to and including each of them."""
     samples: npt.NDArray[np.unsignedinteger]
-    """Which piece of the stream each sample is."""
+    """Position of each sample in the stream, in units of the sequence length."""
 
 
-def epoch_order(sizes: npt.NDArray[np.int32], sequence_length: int, seed: int, epoch: int) -> Order:
-    """The order that follows from `sizes`, the tokens of each sequence, and the numbers alone.
+def epoch_order(sizes: npt.NDArray[np.int32], sequence_length: int, seed: int, epoch: int) -> EpochOrder:
+    """Return the order that follows from the arguments only. `sizes`: tokens of each sequence.
 
-    Pieces overlap by one token, the last label of one being the first input of the next; what is left of the stream
-    after the last whole one is not used in this epoch.
+    Samples overlap by one token: the last label of one is the first input of the next. Tokens after the last full sample
+    are not used in this epoch.
     """
     documents = permutation(len(sizes), seed, epoch, 0)
     ends = np.cumsum(sizes[documents], dtype=np.int64)
-    return Order(documents, ends, permutation(samples_of(int(ends[-1]), sequence_length), seed, epoch, 1))
+    return EpochOrder(documents, ends, permutation(count_samples(int(ends[-1]), sequence_length), seed, epoch, 1))
 
 
-def samples_of(tokens: int, sequence_length: int) -> int:
-    """Whole samples in a stream of `tokens`: each needs a token more than its length, for its last label."""
+def count_samples(tokens: int, sequence_length: int) -> int:
+    """Return the number of full samples in a stream of `tokens`; each needs one more token than its length, as last label."""
     return max(0, tokens - 1) // sequence_length
 
 
 def permutation(n: int, *key: int) -> npt.NDArray[np.unsignedinteger]:
-    """The numbers below `n` in an order that depends on `n` and `key` alone, on every machine and under every numpy.
+    """Return the numbers below `n` in an order that depends on `n` and `key` only, on every machine and numpy version.
 
-    Sorts random numbers with n's bits below them: as fast as a sort of integers, without equals whose order a sort
-    could choose. The numbers are the raw ones of Philox (Salmon et al. 2011), which numpy keeps as they are, while
-    what its `permutation` makes of them may change (NEP 19).
+    Sorts random numbers that contain each n in their low bits: as fast as sorting integers, and without ties. The random
+    numbers are the raw output of Philox (Salmon et al. 2011), which numpy guarantees to keep; the result of numpy's own
+    `permutation` may change between versions (NEP 19).
     """
     bits = np.uint64(max(1, (n - 1).bit_length()))
     keys = np.random.Philox(np.random.SeedSequence(key)).random_raw(n)

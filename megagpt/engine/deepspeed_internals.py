@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from torch import Tensor, nn
 
 from megagpt.distributed.launcher import Launcher
@@ -39,6 +40,7 @@ STAGE_1_AND_2_ATTRIBUTES = (
     "bit16_groups",
     "cpu_offload",
     "get_gradient_for_reduction",
+    "micro_step_id",
     "overlapping_partition_gradients_reduce_epilogue",
     "reduce_ipg_grads",
     "reduce_ready_partitions_and_remove_grads",
@@ -46,7 +48,14 @@ STAGE_1_AND_2_ATTRIBUTES = (
     "setup_buckets",
     "single_partition_of_fp32_groups",
 )
-STAGE_3_ATTRIBUTES = ("fp32_partitioned_groups_flat", "get_param_id", "grad_position", "offload_optimizer")
+STAGE_3_ATTRIBUTES = (
+    "_partition_all_parameters",
+    "_pre_step",
+    "fp32_partitioned_groups_flat",
+    "get_param_id",
+    "grad_position",
+    "offload_optimizer",
+)
 PARAMETER_ATTRIBUTES = ("_hp_mapping",)
 STAGE_3_PARAMETER_ATTRIBUTES = ("ds_numel", "ds_shape", "ds_tensor", "partition_numel")
 
@@ -112,11 +121,14 @@ def discard_gradients(engine: Any) -> None:
     zero = engine.optimizer
     zero.zero_grad(set_to_none=True)
     if engine.zero_optimization_stage() == 3:
+        zero._pre_step()
+        zero._partition_all_parameters()  # else later forwards would not see weights that a rollback loads
         if zero.offload_optimizer:
             zero.reset_cpu_buffers()
         else:
             zero.averaged_gradients = {}
         return
+    zero.micro_step_id = INITIAL_MICRO_STEP_ID  # else offloaded gradients of the next step are added to these
     zero._release_preflattened_grad_buffers()
     if zero.cpu_offload:
         zero.reset_cpu_buffers()

@@ -182,7 +182,7 @@ class Engine:
             mpu=DeepSpeedMPU(topology, shard=config.zero.stage > 0),
             config=deepspeed_config(config, topology.layout.dp_cp),
         )
-        check_internals(engine, self.parameters)
+        check_internals(engine, self.model.parameters())  # with the placeholders, so at least one is trained
         for parameter in self.parameters:
             # Micro-batches accumulate in fp32. DeepSpeed's own option for this (data_types.grad_accum_dtype) would use
             # an optimizer that cannot leave the reduction to the end of the step.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 GradientJob = Callable[[], None]
-"""Computes one weight gradient and adds it to `.grad`."""
+"""Computes one weight gradient and adds it to `.grad`. Call it under `torch.no_grad()`, as a backward does."""
 
 
 class DeferredGradients:

@@ -4,9 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+
+# The name is bound here because DeepSpeed's ZeRO-3 replaces the attribute of torch.nn.functional in the entire process, by
+# a slower function that rounds twice in bf16.
+from torch.nn.functional import linear as torch_linear
 
 from megagpt.parallel.collectives import (
     all_gather_sequence,
@@ -27,7 +30,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, deferred: DeferredGradients) -> Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None)  # a frozen weight does not need it
         ctx.weight, ctx.bias, ctx.deferred = weight, bias, deferred
-        return F.linear(x, weight, bias)
+        return torch_linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
@@ -49,7 +52,7 @@ class _GatheredLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None)
         ctx.weight, ctx.bias, ctx.deferred, ctx.group = weight, bias, deferred, group
-        return F.linear(all_gather_sequence(x, group), weight, bias)
+        return torch_linear(all_gather_sequence(x, group), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:

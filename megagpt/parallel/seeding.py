@@ -45,15 +45,14 @@ def initialize(parameter: nn.Parameter, seed: int) -> None:
     if shard.std == 0:
         return
     dim = shard.dim or 0
-    stop = min(shard.start + parameter.shape[dim], shard.shape[dim])  # entries beyond are padding
+    end = shard.start + parameter.shape[dim]
+    stop = max(shard.start, min(end, shard.shape[dim]))  # entries beyond are padding, maybe all of this rank
     for block in range(shard.start // _BLOCK, -(-stop // _BLOCK)):
         values = _draw_block(shard, dim, block, seed)
         first, last = max(block * _BLOCK, shard.start), min((block + 1) * _BLOCK, stop)
         local = values.narrow(dim, first - block * _BLOCK, last - first)
         parameter.narrow(dim, first - shard.start, last - first).copy_(local)
-    if stop < shard.start + parameter.shape[dim]:
-        unpadded = max(0, stop - shard.start)
-        parameter.narrow(dim, unpadded, parameter.shape[dim] - unpadded).zero_()
+    parameter.narrow(dim, stop - shard.start, end - stop).zero_()
 
 
 def _draw_block(shard: Shard, dim: int, block: int, seed: int) -> torch.Tensor:

@@ -134,7 +134,7 @@ class Checkpointer:
 def format_bytes(n_bytes: float) -> str:
     """Format a number of bytes for people, in decimal units, for example "4.27 GB"."""
     for unit in ("B", "kB", "MB", "GB"):
-        if n_bytes < 1000:
+        if n_bytes < 999.5:  # less than 1000 when rounded
             return f"{n_bytes:.3g} {unit}"
         n_bytes /= 1000
     return f"{n_bytes:.4g} TB"

@@ -70,7 +70,7 @@ def run_state(engine: Engine, progress: RunProgress) -> dict[str, Any]:
         **progress.model_dump(),
         optimizer_step=zero.step,
         optimizer=engine.config.optimizer.type,
-        loss_scaler=zero.loss_scaler,
+        loss_scaler=zero.loss_scaler if engine.config.training.precision == "fp16" else {},
     )
     return state.model_dump()
 
@@ -105,7 +105,7 @@ def restore(engine: Engine, folder: Path) -> Restored:
     zero = engine.zero_state()
     run_on_ranks(lambda: _fill(engine, zero, reader))
     zero.step = state.optimizer_step
-    if zero.loss_scaler and state.loss_scaler:
+    if saved_config["training"]["precision"] == engine.config.training.precision == "fp16":
         zero.loss_scaler = state.loss_scaler
     return Restored(
         step=reader.manifest.step,

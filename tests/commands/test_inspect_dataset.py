@@ -1,4 +1,4 @@
-"""Inspecting by the command: the report for people and for programs; what is wrong ends in one line and exit code 2."""
+"""tools/inspect_dataset.py reports to people and to programs; an error is one line with exit code 2."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from megagpt.data.tokenizer import load_tokenizer
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 MEGATRON = SHARED / "megatron_indexed"
 TEXTS = ["abcabca\n", "", "\U0001f600" * 30, "no end"]
-"""As documents of bytes: the first and third end in the end of document, the second is empty."""
+"""Documents of bytes: the first and the third end with the end-of-document token, the second is empty."""
 
 
 @pytest.fixture
@@ -25,11 +25,11 @@ def prefix(tmp_path: Path) -> str:
     return str(tmp_path / "a")
 
 
-def test_the_report_says_what_is_in_the_files(prefix: str, capsys: pytest.CaptureFixture) -> None:
+def test_the_report_has_sizes_lengths_frequencies_and_samples(prefix: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect_dataset.main([prefix, "--tokenizer", "byte", "--top", "6", "--samples", "9", "--width", "8"]) == 0
     printed = capsys.readouterr().out
-    facts = dict(line[2:].split("  ", 1) for line in printed.splitlines()[1:9])
-    assert {name: value.strip() for name, value in facts.items()} == {
+    rows = dict(line[2:].split("  ", 1) for line in printed.splitlines()[1:9])
+    assert {name: value.strip() for name, value in rows.items()} == {
         "files": ".bin 272 bytes, .idx 122 bytes",
         "type": "uint16",
         "sequences": "4",
@@ -54,7 +54,7 @@ def test_the_report_says_what_is_in_the_files(prefix: str, capsys: pytest.Captur
     )
 
 
-def test_programs_get_the_same_as_json(prefix: str, capsys: pytest.CaptureFixture) -> None:
+def test_json_has_the_same_values(prefix: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect_dataset.main([prefix, "--tokenizer", "byte", "--top", "1", "--samples", "1", "--width", "3", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {
         "prefix": prefix,
@@ -76,33 +76,33 @@ def test_programs_get_the_same_as_json(prefix: str, capsys: pytest.CaptureFixtur
     }
 
 
-def test_without_a_tokenizer_nothing_is_decoded(prefix: str, capsys: pytest.CaptureFixture) -> None:
+def test_without_a_tokenizer_nothing_is_decoded(prefix: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect_dataset.main([prefix, "--vocab-size", "257"]) == 0
     printed = capsys.readouterr().out
     assert "piece" not in printed and "end of document" not in printed
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="../shared is absent")
-def test_a_piece_is_what_the_token_adds_to_a_text() -> None:
+def test_a_piece_is_the_text_that_the_token_adds_to_other_text() -> None:
     tokenizer = load_tokenizer(str(SHARED / "spm" / "test_model.model"))
     pieces = [piece_of(tokenizer, token) for token in tokenizer.encode("the thethe.")]
     assert "".join(pieces) == " the thethe." and pieces[0] == " the"
 
 
 @pytest.mark.skipif(not MEGATRON.exists(), reason="../shared is absent")
-def test_megatrons_own_pair_reads_as_text_that_ends(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_pair_written_by_megatron_is_reported_correctly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / name).symlink_to(MEGATRON / f"gpt2-tiny-{name}")
     arguments = [str(MEGATRON / "meg-gpt2-openwebtext_text_document"), "--tokenizer", str(tmp_path), "--samples", "2", "--json"]
     assert inspect_dataset.main(arguments) == 0
-    found = json.loads(capsys.readouterr().out)
+    report = json.loads(capsys.readouterr().out)
     tokens = np.fromfile(MEGATRON / "meg-gpt2-openwebtext_text_document.bin", np.uint16)
     ids, counts = np.unique(tokens, return_counts=True)
-    assert (found["tokens"], found["distinct_ids"], found["largest_id"]) == (len(tokens), len(ids), ids[-1])
-    assert [token["count"] for token in found["most_frequent"]] == np.sort(counts)[::-1][:10].tolist()
-    assert found["documents_ending_in_eod"] == found["documents"] == 1000
-    assert [token["piece"] for token in found["most_frequent"]][:3] == [",", " the", "\n"]
-    assert found["samples"][0]["text"].startswith("A magazine supplement with an image of Adolf Hitler")
+    assert (report["tokens"], report["distinct_ids"], report["largest_id"]) == (len(tokens), len(ids), ids[-1])
+    assert [token["count"] for token in report["most_frequent"]] == np.sort(counts)[::-1][:10].tolist()
+    assert report["documents_ending_in_eod"] == report["documents"] == 1000
+    assert [token["piece"] for token in report["most_frequent"]][:3] == [",", " the", "\n"]
+    assert report["samples"][0]["text"].startswith("A magazine supplement with an image of Adolf Hitler")
 
 
 @pytest.mark.parametrize(
@@ -114,12 +114,14 @@ def test_megatrons_own_pair_reads_as_text_that_ends(tmp_path: Path, capsys: pyte
         ),
         (["--vocab-size", "0"], "--vocab-size 0: expected 1 to"),
         (["--tokenizer", "gone.model"], "gone.model: no such tokenizer"),
-        (["--samples", "1"], "--samples 1: needs the --tokenizer"),
+        (["--samples", "1"], "--samples 1: needs a --tokenizer"),
         (["--top", "-1"], "--top -1: expected 0 or more"),
         (["--tokenizer", "byte", "--width", "0"], "--width 0: expected 1 or more"),
     ],
 )
-def test_what_is_wrong_ends_in_one_line(arguments: list[str], message: str, prefix: str, capsys: pytest.CaptureFixture) -> None:
+def test_a_wrong_argument_or_token_id_is_reported_in_one_line(
+    arguments: list[str], message: str, prefix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert inspect_dataset.main([prefix, *arguments]) == 2
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.count("\n") == 1 and printed.out == ""
@@ -130,11 +132,11 @@ def test_what_is_wrong_ends_in_one_line(arguments: list[str], message: str, pref
     [
         (".bin", 100, "a.bin: 100 bytes, shorter than the 272 that a.idx describes"),
         (".idx", 100, "a.idx: 100 bytes, but its header describes 122: it is truncated"),
-        (".idx", 0, "a.idx: not an index of Megatron's format"),
+        (".idx", 0, "a.idx: not an index file in Megatron's format"),
     ],
 )
-def test_a_damaged_pair_ends_in_one_line(
-    suffix: str, keep: int, message: str, prefix: str, capsys: pytest.CaptureFixture
+def test_a_damaged_pair_is_reported_in_one_line(
+    suffix: str, keep: int, message: str, prefix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with Path(f"{prefix}{suffix}").open("r+b") as file:
         file.truncate(keep)

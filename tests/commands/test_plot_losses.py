@@ -1,12 +1,16 @@
-"""tools/plot_losses.py: what is drawn, and what is refused in one line."""
+"""tools/plot_losses.py draws the losses of runs; an error is one line with exit code 2."""
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 import pytest
 
 from megagpt.commands.plot_losses import main, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def write(path: Path, records: list[dict], tail: str = "") -> str:
@@ -22,29 +26,67 @@ def metrics(tmp_path: Path) -> str:
     return write(tmp_path / "metrics.jsonl", records + evaluations)
 
 
-def test_the_picture_has_both_curves_and_the_reference(metrics: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> "list[Figure]":
+    """The figures that were saved."""
     from matplotlib.figure import Figure
 
-    drawn: list[Figure] = []
+    saved: list[Figure] = []
     save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kw: (drawn.append(figure), save(figure, *args, **kw)))
+
+    def record(figure: Figure, *args: object) -> None:
+        saved.append(figure)
+        save(figure, *args)
+
+    monkeypatch.setattr(Figure, "savefig", record)
+    return saved
+
+
+def test_the_image_has_both_curves_and_the_reference_line(metrics: str, tmp_path: Path, figures: "list[Figure]") -> None:
     output = tmp_path / "loss.png"
     assert main(["--metrics", metrics, "--output", str(output), "--hline", "5.9", "--hline-label", "unigram entropy"]) == 0
     assert output.read_bytes().startswith(b"\x89PNG")
-    training, validation, reference = drawn[0].axes[0].lines
+    training, validation, reference = figures[0].axes[0].lines
     assert len(training.get_xdata()) == 10
     assert (list(validation.get_xdata()), list(validation.get_ydata())) == ([5, 10], [6.1, 5.2])
     assert set(reference.get_ydata()) == {5.9}
     assert "unigram entropy" in str(reference.get_label())
 
 
-def test_the_suffix_decides_the_format(metrics: str, tmp_path: Path) -> None:
+def test_the_suffix_selects_the_image_format(metrics: str, tmp_path: Path) -> None:
     output = tmp_path / "loss.svg"
     assert main(["--metrics", metrics, "--metrics", metrics, "--output", str(output)]) == 0
     assert ElementTree.parse(output).getroot().tag.endswith("svg")
 
 
-def test_a_run_in_progress_can_be_drawn_its_unfinished_line_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "files, names",
+    [
+        (["a/metrics.jsonl", "b/metrics.jsonl"], ["a", "b"]),
+        (["a/one.jsonl", "a/two.jsonl"], ["one", "two"]),
+        (["a/one.jsonl", "b/one.jsonl", "b/two.jsonl"], ["a/one.jsonl", "b/one.jsonl", "b/two.jsonl"]),
+    ],
+)
+def test_runs_are_named_by_what_distinguishes_them(
+    files: list[str], names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figures: "list[Figure]"
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = []
+    for file in files:
+        Path(file).parent.mkdir(exist_ok=True)
+        arguments += ["--metrics", write(Path(file), [{"step": 1, "loss": 2.0}])]
+    assert main([*arguments, "--output", "loss.png"]) == 0
+    labels = [str(line.get_label()) for line in figures[0].axes[0].lines]
+    assert labels[::2] == [f"{name}: training" for name in names]
+
+
+def test_a_loss_that_is_null_is_not_drawn(tmp_path: Path, figures: "list[Figure]") -> None:
+    path = write(tmp_path / "m.jsonl", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}, {"step": 3, "loss": 1.0}])
+    assert main(["--metrics", path, "--output", str(tmp_path / "loss.png")]) == 0
+    assert list(figures[0].axes[0].lines[0].get_xdata()) == [1, 3]
+
+
+def test_the_incomplete_last_line_of_a_run_in_progress_is_ignored(tmp_path: Path) -> None:
     path = write(tmp_path / "m.jsonl", [{"step": 1, "loss": 2.0}], tail='{"step": 2, "lo')
     assert read_metrics(path) == [{"step": 1, "loss": 2.0}]
 
@@ -58,7 +100,7 @@ def test_a_run_in_progress_can_be_drawn_its_unfinished_line_left_out(tmp_path: P
         ("[1]\n", "line 1 is not a JSON record with a step"),
     ],
 )
-def test_a_file_that_is_no_metrics_file_is_refused_with_its_line(
+def test_a_file_that_is_not_a_metrics_file_is_refused_with_the_wrong_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
 ) -> None:
     path = tmp_path / "m.jsonl"

@@ -1,6 +1,6 @@
-"""Samples against plain loops: the same tokens, whatever the layout, from any step."""
+"""Samples are compared with plain loops over the documents; global batches are the same under every layout."""
 
-import itertools
+import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from megagpt.config.schema import DataConfig
 from megagpt.data.blend import build_datasets, check_vocabulary, split_ranges
 from megagpt.data.gpt_dataset import PackedCorpus
 from megagpt.data.indexed import IndexedCorpus, IndexedWriter
-from megagpt.data.sampler import GlobalBatches
+from megagpt.data.sampler import GlobalBatches, TokenBatch
 from megagpt.errors import DataError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -28,12 +28,12 @@ def write(prefix: Path, documents: list[list[int]]) -> str:
 def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
     generator = np.random.default_rng(1)
     sizes = generator.integers(1, 40, 50)
-    counter = iter(range(10_000))  # every token once, so that a sample shows where it is from
+    counter = iter(range(10_000))  # every token occurs once, so a token shows which document it comes from
     return write(tmp_path_factory.mktemp("data") / "c", [[next(counter) for _ in range(size)] for size in sizes])
 
 
 @pytest.mark.skipif(not PAIR.with_suffix(".idx").exists(), reason="../shared is absent")
-def test_a_pair_that_megatron_wrote_is_read_and_written_again_byte_for_byte(tmp_path: Path) -> None:
+def test_a_pair_written_by_megatron_is_read_and_written_again_byte_for_byte(tmp_path: Path) -> None:
     corpus = IndexedCorpus(PAIR)
     assert (len(corpus.sizes), corpus.n_tokens) == (1000, 1_361_845)
     with IndexedWriter(tmp_path / "again", corpus.dtype) as writer:
@@ -51,63 +51,88 @@ def test_an_epoch_is_the_shuffled_documents_cut_into_overlapping_samples(prefix:
         assert all(len(sample) == 8 for sample in samples)
         seen = [int(token) for sample in samples for token in sample[:-1]]
         assert len(seen) == len(set(seen))  # no token is an input twice
-        wanted = {int(token) for sequence in range(5, 45) for token in corpus.read(sequence)}
-        assert set(seen) <= wanted and len(wanted) - len(seen) <= 7
-        read = [corpus.read(sequence) for sequence in range(5, 45)]
-        follows = {int(a): int(b) for tokens in read for a, b in pairwise(tokens)}
-        ends = {int(corpus.read(sequence)[-1]) for sequence in range(5, 45)}
+        documents = [corpus.read(sequence).tolist() for sequence in range(5, 45)]
+        expected = {token for document in documents for token in document}
+        assert set(seen) <= expected and len(expected) - len(seen) <= 7
+        next_token = {a: b for document in documents for a, b in pairwise(document)}
+        last_tokens = {document[-1] for document in documents}
         for sample in samples:
-            for a, b in itertools.pairwise(sample):
-                assert int(a) in ends or follows[int(a)] == b
+            for a, b in pairwise(sample.tolist()):
+                assert a in last_tokens or next_token[a] == b
     assert not np.array_equal(packed.sample(0).tokens, packed.sample(packed.samples_per_epoch).tokens)
     assert np.array_equal(packed.sample(4).tokens, PackedCorpus(corpus, range(5, 45), 7, seed=3).sample(4).tokens)
 
 
-@pytest.mark.parametrize("data_size, micro", [(1, 4), (2, 2), (4, 1)])
-def test_the_global_batch_does_not_depend_on_the_layout(prefix: str, data_size: int, micro: int) -> None:
+@pytest.mark.parametrize("dp_size, micro_batch_size", [(1, 4), (2, 2), (4, 1)])
+def test_the_global_batch_does_not_depend_on_the_layout(prefix: str, dp_size: int, micro_batch_size: int) -> None:
     packed = PackedCorpus(IndexedCorpus(prefix), range(50), 7, seed=3)
     for step in (0, 5, 40):
         expected = np.stack([packed.sample(step * 8 + row).tokens for row in range(8)])
-        ranks = [GlobalBatches(packed, 8, micro, rank, data_size, 10_000).at(8 * step) for rank in range(data_size)]
-        rows = [batch for rank in ranks for batch in rank]
-        assert np.array_equal(np.concatenate([batch.tokens for batch in rows]), expected)
-        assert [batch.index for batch in rows] == list(range(8 // micro))
+        batches: list[TokenBatch] = []
+        for dp_rank in range(dp_size):
+            batches += GlobalBatches(packed, 8, micro_batch_size, dp_rank, dp_size, 10_000).micro_batches(8 * step)
+        assert np.array_equal(np.concatenate([batch.tokens for batch in batches]), expected)
+        assert [batch.index for batch in batches] == list(range(8 // micro_batch_size))
 
 
 @pytest.mark.parametrize("first", [0, 3, 10_001])
-def test_a_batch_may_begin_at_any_sample(prefix: str, first: int) -> None:
+def test_a_global_batch_may_start_at_any_sample(prefix: str, first: int) -> None:
     packed = PackedCorpus(IndexedCorpus(prefix), range(50), 7, seed=3)
-    (rows,) = GlobalBatches(packed, 4, 4, 0, 1, 10_000).at(first)
-    assert np.array_equal(rows.tokens, np.stack([packed.sample(first + row).tokens for row in range(4)]))
+    (batch,) = GlobalBatches(packed, 4, 4, 0, 1, 10_000).micro_batches(first)
+    assert np.array_equal(batch.tokens, np.stack([packed.sample(first + row).tokens for row in range(4)]))
 
 
-def test_an_id_above_the_vocabulary_is_named_with_its_sample(prefix: str) -> None:
+def test_a_global_batch_of_another_size_starts_at_the_same_sample(prefix: str) -> None:
+    packed = PackedCorpus(IndexedCorpus(prefix), range(50), 7, seed=3)
+    batches = [batch for dp_rank in range(2) for batch in GlobalBatches(packed, 4, 2, dp_rank, 2, 10_000).micro_batches(3, 12)]
+    expected = np.stack([packed.sample(3 + row).tokens for row in range(12)])
+    assert np.array_equal(np.concatenate([batch.tokens for batch in batches]), expected)
+    assert [batch.index for batch in batches] == list(range(6))
+
+
+def test_an_id_above_the_vocabulary_is_reported_with_its_sample(prefix: str) -> None:
     packed = PackedCorpus(IndexedCorpus(prefix), range(50), 7, seed=3)
     with pytest.raises(DataError, match=r"sample 8: token id \d+, but the vocabulary has the ids 0 to 4"):
-        GlobalBatches(packed, 4, 2, 0, 1, 5).at(8)
+        GlobalBatches(packed, 4, 2, 0, 1, 5).micro_batches(8)
 
 
-def test_samples_tell_where_documents_begin(prefix: str) -> None:
+def test_starts_is_true_exactly_at_the_first_token_of_each_document(prefix: str) -> None:
     corpus = IndexedCorpus(prefix)
     packed = PackedCorpus(corpus, range(50), 7, seed=3)
-    firsts = {int(corpus.read(sequence)[0]) for sequence in range(50)}
+    first_tokens = {int(corpus.read(sequence)[0]) for sequence in range(50)}
     for index in range(2 * packed.samples_per_epoch):
         sample = packed.sample(index)
-        assert [int(token) in firsts for token in sample.tokens] == sample.starts.tolist()
+        assert [int(token) in first_tokens for token in sample.tokens] == sample.starts.tolist()
 
 
 def test_splits_cover_every_document_once_in_order() -> None:
-    parts = split_ranges(1000, "969,30,1")
-    assert [(part.start, part.stop) for part in parts] == [(0, 969), (969, 999), (999, 1000)]
+    assert split_ranges(1000, "969,30,1") == [range(969), range(969, 999), range(999, 1000)]
 
 
-def test_valid_and_train_of_a_split_share_no_document(prefix: str) -> None:
+def test_an_index_that_was_changed_in_place_is_an_error(tmp_path: Path) -> None:
+    """A page of the mapped index that was truncated away would end the process with SIGBUS."""
+    corpus = IndexedCorpus(write(tmp_path / "c", [[1, 2, 3], [4, 5]]))
+    packed = PackedCorpus(corpus, range(2), 2, seed=3)
+    packed.sample(0)
+    os.truncate(tmp_path / "c.idx", 10)
+    with pytest.raises(DataError, match=r"c\.idx: changed since it was opened; write new pairs under another name"):
+        packed.sample(0)
+
+
+def test_an_index_that_was_replaced_by_another_file_can_still_be_read(tmp_path: Path) -> None:
+    packed = PackedCorpus(IndexedCorpus(write(tmp_path / "c", [[1, 2, 3], [4, 5]])), range(2), 2, seed=3)
+    before = packed.sample(0).tokens
+    write(tmp_path / "c", [[6, 7, 8, 9]])
+    assert np.array_equal(packed.sample(0).tokens, before)
+
+
+def test_train_and_valid_of_a_split_share_no_document(prefix: str) -> None:
     datasets = build_datasets(DataConfig(paths=prefix, split="80,20,0"), 7)
     assert datasets.valid is not None and datasets.test is None
-    inputs = [
+    train, valid = (
         {int(t) for i in range(d.samples_per_epoch) for t in d.sample(i).tokens} for d in (datasets.train, datasets.valid)
-    ]
-    assert not inputs[0] & inputs[1]
+    )
+    assert not train & valid
 
 
 @pytest.mark.parametrize(
@@ -121,14 +146,14 @@ def test_valid_and_train_of_a_split_share_no_document(prefix: str) -> None:
         (lambda p: p.with_suffix(".idx").write_bytes(b"foreign" * 10), "c.idx"),
     ],
 )
-def test_a_damaged_pair_is_named(tmp_path: Path, damage, message: str) -> None:
+def test_a_damaged_pair_is_an_error_that_names_the_file(tmp_path: Path, damage, message: str) -> None:
     write(tmp_path / "c", [[1, 2, 3], [4, 5]])
     damage(tmp_path / "c")
     with pytest.raises(DataError, match=message):
         IndexedCorpus(tmp_path / "c")
 
 
-def test_too_few_tokens_and_no_data_at_all(tmp_path: Path) -> None:
+def test_missing_data_too_few_tokens_and_ids_above_the_vocabulary_are_refused(tmp_path: Path) -> None:
     short = write(tmp_path / "c", [[1, 2, 3]])
     with pytest.raises(DataError, match="too few for one sample"):
         build_datasets(DataConfig(train=short), 7)
@@ -138,7 +163,7 @@ def test_too_few_tokens_and_no_data_at_all(tmp_path: Path) -> None:
         check_vocabulary(DataConfig(train=short), 3)
 
 
-def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
+def test_a_writer_that_fails_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), IndexedWriter(tmp_path / "c", np.dtype(np.uint16)) as writer:
         writer.add_document([1, 2])
         raise RuntimeError

@@ -1,5 +1,6 @@
-"""Tokenizer files by their own libraries' ids; what a file made for other ends must not change."""
+"""Ids equal those of the library that a tokenizer file belongs to; settings for fine-tuning do not change them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -19,52 +20,74 @@ def word_level(vocab: dict[str, int]) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def test_a_file_that_cuts_and_pads_encodes_documents_whole(tmp_path: Path) -> None:
-    cutting = word_level({"a": 0, "</s>": 1, "[UNK]": 2})
-    cutting.enable_truncation(3)
-    cutting.enable_padding(length=8)
-    cutting.save(str(tmp_path / "tokenizer.json"))
+def test_truncation_and_padding_declared_in_a_file_are_ignored(tmp_path: Path) -> None:
+    truncating = word_level({"a": 0, "</s>": 1, "[UNK]": 2})
+    truncating.enable_truncation(3)
+    truncating.enable_padding(length=8)
+    truncating.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
     assert tokenizer.encode_batch(["a a a a a", "a"]) == [[0] * 5, [0]]
     assert tokenizer.encode("a a") == [0, 0]
 
 
-def test_the_vocabulary_size_is_above_every_id_even_where_ids_have_gaps(tmp_path: Path) -> None:
+def test_the_vocabulary_size_is_above_every_id_even_if_ids_have_gaps(tmp_path: Path) -> None:
     word_level({"a": 0, "</s>": 1, "[UNK]": 9}).save(str(tmp_path / "tokenizer.json"))
     assert load_tokenizer(str(tmp_path / "tokenizer.json")).vocab_size == 10
 
 
 @pytest.mark.parametrize("name", ["<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>"])
-def test_the_end_of_document_is_found_by_its_usual_names(tmp_path: Path, name: str) -> None:
+def test_the_end_of_document_token_is_found_by_its_usual_names(tmp_path: Path, name: str) -> None:
     word_level({"[UNK]": 0, "a": 1, name: 2}).save(str(tmp_path / "tokenizer.json"))
     assert load_tokenizer(str(tmp_path / "tokenizer.json")).eod_id == 2
 
 
-def test_a_file_without_an_end_of_document_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("declared", ["<stop>", {"content": "<stop>", "lstrip": False}])
+def test_the_end_of_document_token_that_a_tokenizer_config_declares_comes_first(tmp_path: Path, declared: object) -> None:
+    word_level({"[UNK]": 0, "</s>": 1, "<stop>": 2}).save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(str(tmp_path)).eod_id == 1
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": declared}))
+    assert load_tokenizer(str(tmp_path)).eod_id == 2
+
+
+def test_a_declared_end_of_document_token_that_the_vocabulary_lacks_is_refused(tmp_path: Path) -> None:
+    word_level({"[UNK]": 0, "</s>": 1}).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<stop>"}')
+    with pytest.raises(DataError, match="no token that ends documents; expected <stop>"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_that_encodes_at_random_is_refused(tmp_path: Path) -> None:
+    vocab = {"a": 0, "b": 1, "ab": 2, "</s>": 3}
+    tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [("a", "b")], dropout=0.1)).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match=r"tokenizer.json: BPE dropout 0.1 encodes at random; remove it from the file"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"))
+
+
+def test_a_file_without_an_end_of_document_token_is_refused(tmp_path: Path) -> None:
     word_level({"[UNK]": 0}).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(DataError, match="no token that ends documents"):
         load_tokenizer(str(tmp_path / "tokenizer.json"))
 
 
 @pytest.mark.parametrize("name", ["broken.model", "broken.json"])
-def test_a_file_of_another_kind_is_named(tmp_path: Path, name: str) -> None:
+def test_a_file_that_is_not_a_tokenizer_is_an_error_that_names_the_file(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("not a tokenizer")
     with pytest.raises(DataError, match=name):
         load_tokenizer(str(tmp_path / name))
 
 
 @needs_shared
-def test_sentencepiece_ids_are_the_library_s_own() -> None:
+def test_sentencepiece_ids_equal_those_of_its_library() -> None:
     path = SHARED / "spm" / "test_model.model"
-    own = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    library = sentencepiece.SentencePieceProcessor(model_file=str(path))
     texts = (SHARED / "spm" / "botchan.txt").read_text().splitlines()[:50]
     tokenizer = load_tokenizer(str(path))
-    assert tokenizer.encode_batch(texts) == [own.encode(text) for text in texts]
-    assert (tokenizer.vocab_size, tokenizer.eod_id) == (1000, own.eos_id())
+    assert tokenizer.encode_batch(texts) == [library.encode(text) for text in texts]
+    assert (tokenizer.vocab_size, tokenizer.eod_id) == (1000, library.eos_id())
 
 
 @needs_shared
-def test_megatron_s_vocabulary_reads_its_corpus_back_into_english() -> None:
+def test_gpt2_files_of_megatron_decode_exactly_the_text_that_they_encoded() -> None:
     folder = SHARED / "megatron_indexed"
     tokenizer = gpt2_tokenizer(folder / "gpt2-tiny-vocab.json", folder / "gpt2-tiny-merges.txt")
     assert (tokenizer.vocab_size, tokenizer.eod_id) == (5000, 4999)

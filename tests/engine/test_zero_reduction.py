@@ -1,69 +1,80 @@
-"""A chunk's gradients leave as soon as they are whole; under ZeRO-2 a rank then keeps those of its own share alone."""
+"""A chunk's gradients are reduced as soon as they are complete; under ZeRO-2 a rank then keeps only its own share.
 
-from typing import Any
+A phase observer records each phase of a step and the bytes of gradients at its start.
+"""
+
+from typing import NamedTuple
 
 import pytest
 import torch
+from support.phases import PhaseObserver
 from support.pool import Pool
-from support.runs import micro_batches, tiny_config
+from support.runs import create_topology, local_micro_batches, tiny_config, train_step
 
 from megagpt.config import Config
 from megagpt.engine.engine import Engine
-from megagpt.parallel.topology import Topology
-from megagpt.pipeline.executor import _Step
 
 
-def watched(config: Config) -> Any:
-    """One step on this rank: at each stage's reduction the backwards that are still to come, the bytes of gradients
-    before and after it; and all gradients' bytes."""
-    topology = Topology.create(config.parallel.tensor, config.parallel.pipeline)
-    engine = Engine(config, topology, torch.device("cpu"))
-    batches = micro_batches(config, 0, topology.dp_cp_rank, topology.layout.dp_cp)
-    seen, backwards = [], [0]
-    reduce_stage, backward = engine._reduce_stage, _Step.backward
+class Reduction(NamedTuple):
+    """One chunk's reduction."""
 
-    def held() -> int:
-        return sum(p.grad.numel() * p.grad.element_size() for p in engine.parameters if p.grad is not None)
+    remaining_backwards: int
+    """Backwards of this rank that come after it."""
+    bytes_before: int
+    """Gradients of this rank."""
+    bytes_after: int
 
-    def counted(step: _Step, stage: int, index: int) -> None:
-        backwards[0] += 1
-        backward(step, stage, index)
 
-    def watched_stage(stage: int) -> None:
-        before = held()
-        reduce_stage(stage)
-        seen.append((len(engine.chunks) * len(batches) - backwards[0], before, held()))
+def reductions_of_a_step(config: Config) -> tuple[list[Reduction], int]:
+    """Return the reductions of one step on this rank, and the bytes of the gradients of all parameters."""
+    phase = PhaseObserver()
+    engine = Engine(config, create_topology(config), torch.device("cpu"), phase)
+    phases: list[tuple[str, int]] = []
 
-    engine._reduce_stage = watched_stage  # type: ignore[method-assign]
-    _Step.backward = counted  # type: ignore[method-assign]
-    try:
-        engine.train_step(batches, count_labels(config, 0), 1e-3)
-    finally:
-        _Step.backward = backward  # type: ignore[method-assign]
-    whole = sum(parameter.numel() * 4 for parameter in engine.parameters)
+    def observe(name: str) -> None:
+        gradients = [parameter.grad for parameter in engine.parameters if parameter.grad is not None]
+        phases.append((name, sum(gradient.numel() * gradient.element_size() for gradient in gradients)))
+
+    phase.observe = observe
+    train_step(engine, 0)
+    reductions = [
+        Reduction(sum(is_backward(name) for name, _ in phases[index:]), bytes_before, phases[index + 1][1])
+        for index, (name, bytes_before) in enumerate(phases)
+        if name.startswith("gradient reduction of stage")
+    ]
+    all_bytes = sum(parameter.numel() * 4 for parameter in engine.parameters)
+    n_micro_batches = len(local_micro_batches(config, 0, engine.topology))
+    assert sum(is_backward(name) for name, _ in phases) == len(engine.chunks) * n_micro_batches
     engine.close()
-    return seen, whole
+    return reductions, all_bytes
+
+
+def is_backward(phase: str) -> bool:
+    return phase.startswith(("backward of", "input backward of"))
 
 
 @pytest.mark.parametrize("schedule", ["interleaved_1f1b", "zbv"])
 def test_a_chunk_is_reduced_before_the_others_are_done(schedule: str, ranks: Pool) -> None:
     chunks = {"virtual_stages": 2} if schedule.startswith("interleaved") else {}
     config = tiny_config(parallel={"pipeline": 2, "schedule": schedule, **chunks}, zero={"stage": 2})
-    for seen, _ in ranks.run(4, watched, config):
-        assert len(seen) == 2
-        assert seen[-1][0] == 0
-    first = [seen[0][0] for seen, _ in ranks.run(4, watched, config)]
-    assert max(first) >= 1  # backwards of the other chunk, over which the reduction may run
+    results = [reductions for reductions, _ in ranks.run(4, reductions_of_a_step, config)]
+    for reductions in results:
+        assert len(reductions) == 2
+        assert reductions[-1].remaining_backwards == 0
+    # Backwards of the other chunk, during which the reduction may run.
+    assert max(reductions[0].remaining_backwards for reductions in results) >= 1
 
 
-def test_zero_2_frees_what_others_own_and_zero_1_does_not(ranks: Pool) -> None:
+def test_zero_2_frees_what_other_ranks_own_and_zero_1_does_not(ranks: Pool) -> None:
     for stage in (1, 2):
         config = tiny_config(zero={"stage": stage}, model={"tie_embeddings": False})
-        results = ranks.run(4, watched, config)
-        for seen, whole in results:
-            assert [before for _, before, _ in seen] == [whole]
-        left = [after for seen, _ in results for _, _, after in seen]
+        results = ranks.run(4, reductions_of_a_step, config)
+        all_bytes = results[0][1]
+        for reductions, own_bytes in results:
+            assert own_bytes == all_bytes
+            assert [reduction.bytes_before for reduction in reductions] == [all_bytes]
+        after = [reduction.bytes_after for reductions, _ in results for reduction in reductions]
         if stage == 1:
-            assert left == [results[0][1]] * 4
-        else:  # a parameter that two ranks share is held by both
-            assert sum(left) < 1.5 * results[0][1] and max(left) < results[0][1] / 2
+            assert after == [all_bytes] * 4
+        else:  # both ranks that share a parameter keep it
+            assert sum(after) < 1.5 * all_bytes and max(after) < all_bytes / 2

@@ -1,15 +1,15 @@
-"""One process against Hugging Face GPT2LMHeadModel with the same weights: logits, loss and gradients.
+"""One process equals Hugging Face's GPT2LMHeadModel with the same weights: logits, loss and gradients.
 
 fp32; the same sums in another order: 1e-5 relative to the largest value.
 """
 
 import pytest
 import torch
-from support.runs import tiny_config
+from support.runs import full_model, parameters_by_name, tiny_config
 
-from megagpt.model.gpt import GPTChunk, MicroBatch, build_chunk
-from megagpt.parallel.deferred_gradients import DeferredGradients
-from megagpt.parallel.parameter import ParallelContext, shard_of
+from megagpt.model.forward_context import MicroBatch
+from megagpt.model.gpt import GPTChunk
+from megagpt.model.kv_cache import KVCache
 
 transformers = pytest.importorskip("transformers")
 
@@ -33,24 +33,25 @@ ENDS = {
 }
 
 
-def to_ours(theirs: dict[str, torch.Tensor], heads: int, layers: int) -> dict[str, torch.Tensor]:
-    """Hugging Face's tensors under our names: Conv1D is transposed, and qkv stands head by head."""
-    ours = {name: theirs[other] for name, other in ENDS.items()}
+def to_megagpt(theirs: dict[str, torch.Tensor], heads: int, layers: int) -> dict[str, torch.Tensor]:
+    """Return Hugging Face's tensors by megagpt's names: Conv1D is transposed, and qkv is ordered by head."""
+    tensors = {name: theirs[other] for name, other in ENDS.items()}
     for layer in range(layers):
         for name, other in PAIRS.items():
             value = theirs[f"transformer.h.{layer}.{other}"]
-            ours[f"layers.{layer}.{name}"] = value.t() if value.dim() == 2 else value
+            tensors[f"layers.{layer}.{name}"] = value.t() if value.dim() == 2 else value
         weight = theirs[f"transformer.h.{layer}.attn.c_attn.weight"]  # [hidden, 3 * hidden]
         bias, hidden = theirs[f"transformer.h.{layer}.attn.c_attn.bias"], weight.shape[0]
-        head = hidden // heads
-        by_head = weight.t().view(3, heads, head, hidden).transpose(0, 1).reshape(3 * hidden, hidden)
-        ours[f"layers.{layer}.attention.qkv.weight"] = by_head
-        ours[f"layers.{layer}.attention.qkv.bias"] = bias.view(3, heads, head).transpose(0, 1).reshape(-1)
-    return ours
+        head_dim = hidden // heads
+        by_head = weight.t().view(3, heads, head_dim, hidden).transpose(0, 1).reshape(3 * hidden, hidden)
+        tensors[f"layers.{layer}.attention.qkv.weight"] = by_head
+        tensors[f"layers.{layer}.attention.qkv.bias"] = bias.view(3, heads, head_dim).transpose(0, 1).reshape(-1)
+    return tensors
 
 
 @pytest.fixture(scope="module")
 def models() -> tuple[GPTChunk, "transformers.GPT2LMHeadModel", dict[str, torch.nn.Parameter]]:
+    """megagpt's model, Hugging Face's model, and megagpt's parameters by name."""
     torch.manual_seed(0)
     config = tiny_config(model={"activation": "gelu_tanh", "init_std": 0.3})
     model = config.model
@@ -69,34 +70,34 @@ def models() -> tuple[GPTChunk, "transformers.GPT2LMHeadModel", dict[str, torch.
     )
     for parameter in theirs.parameters():  # norms and biases too
         parameter.data += 0.1 * torch.randn_like(parameter)
-    ours = build_chunk(config, ParallelContext(DeferredGradients()), range(model.n_layer))
-    named = {shard_of(parameter).name: parameter for parameter in ours.parameters()}
-    values = to_ours(theirs.state_dict(), model.n_head, model.n_layer)
-    assert named.keys() == values.keys()
+    chunk = full_model(config)
+    parameters = parameters_by_name(chunk)
+    values = to_megagpt(theirs.state_dict(), model.n_head, model.n_layer)
+    assert parameters.keys() == values.keys()
     with torch.no_grad():
-        for name, parameter in named.items():
-            rows = values[name].shape[0]
-            parameter[:rows] = values[name]  # the padding rows of the vocabulary stay
-    return ours, theirs, named
+        for name, parameter in parameters.items():
+            entries = values[name].shape[0]
+            parameter[:entries] = values[name]  # the padding entries of the vocabulary stay
+    return chunk, theirs, parameters
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
-def test_logits(models) -> None:
-    ours, theirs, _ = models
+def test_logits_are_equal(models) -> None:
+    chunk, theirs, _ = models
     tokens = torch.randint(0, 61, (3, 16))
-    close(ours.logits(tokens), theirs(tokens).logits)
+    close(chunk.logits(tokens), theirs(tokens).logits)
 
 
-def test_loss_and_every_gradient(models) -> None:
-    ours, theirs, named = models
+def test_the_loss_and_every_gradient_are_equal(models) -> None:
+    chunk, theirs, parameters = models
     tokens = torch.randint(0, 61, (3, 17))
     labels = tokens[:, 1:].clone()
     labels[0, :5] = -100
     count = int((labels != -100).sum())
-    loss = ours(None, MicroBatch(tokens[:, :-1], labels)) / count
+    loss = chunk(None, MicroBatch(tokens[:, :-1], labels)) / count
     loss.backward()
     logits = theirs(tokens[:, :-1]).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
@@ -104,21 +105,19 @@ def test_loss_and_every_gradient(models) -> None:
     expected.backward()
     close(loss.detach(), expected.detach())
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    for name, gradient in to_ours(gradients, 4, 4).items():
-        ours_gradient = named[name].grad
-        close(ours_gradient[: gradient.shape[0]], gradient)
-    assert not named["embedding.token.weight"].grad[61:].any()  # padding rows learn nothing
+    for name, gradient in to_megagpt(gradients, 4, 4).items():
+        close(parameters[name].grad[: gradient.shape[0]], gradient)
+    assert not parameters["embedding.token.weight"].grad[61:].any()  # padding entries learn nothing
 
 
-def test_the_cache_gives_the_logits_of_the_whole_text(models) -> None:
-    from megagpt.model.attention import KVCache
-
-    ours, _, _ = models
-    ours.eval()
+def test_the_cache_gives_the_logits_of_the_full_text(models) -> None:
+    chunk, _, _ = models
+    chunk.eval()
     tokens = torch.randint(0, 61, (1, 12))
     with torch.no_grad():
-        whole = ours.logits(tokens)
-        caches = {index: KVCache() for index in ours.layers}
-        parts = [ours.logits(tokens[:, :5], caches)]
-        parts += [ours.logits(tokens[:, i : i + 1], caches) for i in range(5, 12)]
-    close(torch.cat(parts, 1), whole)
+        full = chunk.logits(tokens)
+        caches = {int(index): KVCache() for index in chunk.layers}
+        pieces = [chunk.logits(tokens[:, :5], caches)]
+        pieces += [chunk.logits(tokens[:, i : i + 1], caches) for i in range(5, 12)]
+    close(torch.cat(pieces, 1), full)
+    assert [cache.length for cache in caches.values()] == [12] * 4

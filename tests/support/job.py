@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from support.pool import PRELOAD
+from support.pool import PRELOAD, skip_imported_objects_in_gc
 
 
 class Job:
@@ -100,6 +100,7 @@ def _rank(
     before: Callable[[int], None] | None,
 ) -> Any:
     """Run in the process of a rank."""
+    skip_imported_objects_in_gc()
     sys.path[:] = path
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)

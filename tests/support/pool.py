@@ -3,6 +3,7 @@
 Each call uses as many of them as its world needs. Starting new processes for every test would take seconds each.
 """
 
+import gc
 import multiprocessing as mp
 import os
 import sys
@@ -97,9 +98,15 @@ class Pool:
         return answers
 
 
+def skip_imported_objects_in_gc() -> None:
+    """Exclude what a forked process inherits from garbage collection, which would copy all of its memory: 0.3 s."""
+    gc.freeze()
+
+
 def _serve(connection: Connection) -> None:
     import torch
 
+    skip_imported_objects_in_gc()
     torch.set_num_threads(1)
     os.environ["DS_ACCELERATOR"] = "cpu"
     while True:

@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from megagpt.config import Config, build_config
 from megagpt.data.blend import build_datasets
 from megagpt.data.indexed import IndexedWriter
 from megagpt.engine.engine import Engine, StepResult
 from megagpt.model.forward_context import MicroBatch
+from megagpt.model.gpt import GPTChunk, build_chunk
 from megagpt.parallel.context_parallel import ContextParallel
+from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.parameter import shard_of
 from megagpt.parallel.seeding import stable_seed
 from megagpt.parallel.topology import Topology
@@ -42,6 +45,16 @@ def tiny_config(**sections: Tree) -> Config:
     for section, keys in sections.items():
         tree[section] = {**tree.get(section, {}), **keys}
     return build_config(tree)
+
+
+def full_model(config: Config) -> GPTChunk:
+    """Return the entire model of the config with its initial weights, as one chunk of a single process."""
+    return build_chunk(config, ParallelContext(), range(config.model.n_layer))
+
+
+def parameters_by_name(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters by the names that are the same under every layout."""
+    return {shard_of(parameter).name: parameter for parameter in module.parameters()}
 
 
 def micro_batches(config: Config, step: int, dp_rank: int, dp_size: int) -> list[MicroBatch]:
@@ -156,7 +169,9 @@ def run_trainer(config: Config) -> Tree:
     weights, step = local_weights(trainer.engine), trainer.step
     trainer.close()
     path = Path(config.logging.metrics_file or "/nowhere")
-    records = [json.loads(line) for line in path.read_text().splitlines()] if trainer.topology.rank == 0 and path.exists() else []
+    records = (
+        [json.loads(line) for line in path.read_text().splitlines()] if trainer.topology.rank == 0 and path.exists() else []
+    )
     return {"weights": weights, "step": step, "losses": [r["loss"] for r in records if "loss" in r], "records": records}
 
 

@@ -1,19 +1,23 @@
-"""bf16 and fp16: fp32 sums, masters and moments; overflow skips the step on every rank. CPU only, so tiny."""
+"""bf16 and fp16: sums, master weights and moments in fp32; an overflow skips the step on every rank. On a CPU, so tiny."""
 
 import pytest
 import torch
-from deepspeed.accelerator import get_accelerator
+from support.phases import PhaseObserver
 from support.pool import Pool
-from support.runs import Tree, micro_batches, tiny_config, train
+from support.precision import allow_fp16
+from support.runs import (
+    Tree,
+    count_labels,
+    create_engine,
+    create_topology,
+    micro_batches,
+    tiny_config,
+    train,
+    train_step,
+)
 
 from megagpt.config import Config
 from megagpt.engine.engine import Engine
-from megagpt.parallel.topology import Topology
-
-
-def allow_fp16() -> None:
-    """DeepSpeed refuses fp16 on a CPU, where it is merely slow."""
-    get_accelerator().is_fp16_supported = lambda: True
 
 
 def train_half(config: Config, steps: int) -> Tree:
@@ -36,8 +40,8 @@ def test_half_precision_follows_fp32(precision: str, stage: int, ranks: Pool) ->
     assert results[0]["norms"] == pytest.approx(exact[0]["norms"], rel=3e-2)
 
 
-def test_bf16_under_a_split_backward_and_two_chunks_is_that_of_1f1b(ranks: Pool) -> None:
-    """The same sums in fp32, in the same order of micro-batches: the same bits but for where chunks are cut."""
+def test_bf16_under_a_split_backward_and_two_chunks_trains_as_under_1f1b(ranks: Pool) -> None:
+    """The same sums in fp32, in the same order of micro-batches: they differ only where chunks are cut."""
     plain, split = (
         ranks.run(4, train, tiny_config(training={"precision": "bf16"}, parallel={"pipeline": 2, "schedule": name}), 3)
         for name in ("1f1b", "zbv")
@@ -46,45 +50,53 @@ def test_bf16_under_a_split_backward_and_two_chunks_is_that_of_1f1b(ranks: Pool)
     assert split[0]["norms"] == pytest.approx(plain[0]["norms"], rel=1e-3)
 
 
-def sums_of_many(config: Config) -> Tree:
-    """One weight's gradient over many micro-batches: as the engine sums it, in float64, and as sums in bf16 would have it."""
-    engine = Engine(config, Topology.create(1, 1), torch.device("cpu"))
-    weight, scale = engine.chunks[0].layers["0"].mlp.up.weight, torch.tensor(1.0 / count_labels(config, 0))
-    with engine.deepspeed.coalesce_grad_reduction():
-        for batch in micro_batches(config, 0, 0, 1):
-            engine.chunks[0](None, batch).backward(scale)
-        ours = weight.grad.clone()
-        exact, naive = torch.zeros_like(ours, dtype=torch.float64), torch.zeros_like(weight)
-        for batch in micro_batches(config, 0, 0, 1):
-            weight.grad = None
-            engine.chunks[0](None, batch).backward(scale)
+def sums_of_many_gradients(config: Config) -> Tree:
+    """Compare one weight's gradient over many micro-batches, as the engine sums it and as sums in bf16, with float64."""
+    phase = PhaseObserver()
+    engine = Engine(config, create_topology(config), torch.device("cpu"), phase)
+    weight = engine.chunks[0].blocks[0].mlp.up.weight
+    batches, n_tokens = micro_batches(config, 0, 0, 1), count_labels(config, 0)
+    exact, in_bf16 = torch.zeros(weight.shape, dtype=torch.float64), torch.zeros_like(weight)
+    for batch in batches:
+        with engine.micro_batch_gradient(batch, n_tokens):
             exact += weight.grad
-            naive += weight.grad.to(naive.dtype)
-    size = exact.abs().mean()
-    errors = {name: float((sum_ - exact).abs().mean() / size) for name, sum_ in {"ours": ours, "naive": naive}.items()}
-    return {"dtype": str(ours.dtype), "weights": str(weight.dtype), **errors}
+            in_bf16 += weight.grad.to(in_bf16.dtype)
+    sums: list[torch.Tensor] = []
+
+    def observe(name: str) -> None:
+        if name == "gradient reduction of stage 0":
+            sums.append(weight.grad.clone())
+
+    phase.observe = observe
+    train_step(engine, 0)
+    (by_engine,) = sums
+
+    def error(gradient: torch.Tensor) -> float:
+        return float((gradient - exact).abs().mean() / exact.abs().mean())
+
+    dtypes = (str(weight.dtype), str(by_engine.dtype))
+    engine.close()
+    return {"dtypes": dtypes, "engine": error(by_engine), "bf16": error(in_bf16)}
 
 
 def test_micro_batches_add_up_in_fp32_where_bf16_sums_drift(ranks: Pool) -> None:
     many: Tree = {"training": {"global_batch_size": 64, "micro_batch_size": 1, "precision": "bf16"}}
-    (result,) = ranks.run(1, sums_of_many, tiny_config(**many))
-    assert (result["weights"], result["dtype"]) == ("torch.bfloat16", "torch.float32")
-    assert result["ours"] < 1e-6 and result["naive"] > 1e-3
+    (result,) = ranks.run(1, sums_of_many_gradients, tiny_config(**many))
+    assert result["dtypes"] == ("torch.bfloat16", "torch.float32")
+    assert result["engine"] < 1e-6 and result["bf16"] > 1e-3
 
 
 def overflow_on_one_rank(config: Config) -> Tree:
+    """Run a step in which the gradients of rank 0 are infinite; return whether it is skipped and no weight changes."""
     allow_fp16()
-    topology = Topology.create(config.parallel.tensor, config.parallel.pipeline)
-    engine = Engine(config, topology, torch.device("cpu"))
+    engine = create_engine(config)
     before = [p.detach().clone() for p in engine.parameters]
-    if topology.rank == 0:
-        block = engine.chunks[0].layers["0"]
+    if engine.topology.rank == 0:
+        block = engine.chunks[0].blocks[0]
         block.register_forward_hook(lambda *call: call[2].register_hook(lambda gradient: gradient * float("inf")) and None)
-    skipped = engine.train_step(
-        micro_batches(config, 0, topology.dp_cp_rank, topology.layout.dp_cp), count_labels(config, 0), 0.1
-    )
+    _, result = train_step(engine, 0)
     same = all(torch.equal(old, new) for old, new in zip(before, engine.parameters, strict=True))
-    return {"skipped": skipped.skipped, "same": same}
+    return {"skipped": result.skipped, "same": same}
 
 
 def test_an_overflow_on_one_rank_skips_the_step_on_all(ranks: Pool) -> None:
@@ -95,12 +107,12 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(ranks: Pool) -> None:
         assert result == {"skipped": True, "same": True}
 
 
-def test_a_nan_loss_is_nan(ranks: Pool) -> None:
+def test_a_loss_that_is_nan_is_reported_as_nan(ranks: Pool) -> None:
     (result,) = ranks.run(1, train, tiny_config(model={"init_std": 1e30}), 1)
     assert result["losses"][0] != result["losses"][0]
 
 
-def test_offloaded_optimizer_gives_the_same_run(ranks: Pool) -> None:
+def test_an_offloaded_optimizer_trains_the_same(ranks: Pool) -> None:
     plain = ranks.run(2, train, tiny_config(), 3)
     offloaded = ranks.run(2, train, tiny_config(zero={"stage": 2, "offload_optimizer": "cpu"}), 3)
     assert offloaded[0]["losses"] == pytest.approx(plain[0]["losses"], rel=1e-5)

@@ -1,4 +1,4 @@
-"""A corpus from its first document to its last in bounded memory: blocks of documents, and their tokens as they are read."""
+"""Read a corpus from its first document to its last in bounded memory: blocks of documents, and their tokens."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ import numpy.typing as npt
 from megagpt.data.indexed import IndexedCorpus, Tokens, files_of
 from megagpt.errors import DataError
 
-_WINDOW = 1 << 16
-"""Documents whose sequences are added up at a time."""
+WINDOW_DOCUMENTS = 1 << 16
+"""Documents whose sequences are summed at a time."""
 
 
 @dataclass(frozen=True)
@@ -22,20 +22,20 @@ class DocumentBlock:
     sizes: npt.NDArray[Any]
     """Tokens in each sequence, [sequences]."""
     bounds: npt.NDArray[np.int64]
-    """The sequence of the block at which each document begins, then the number of sequences, [documents + 1]."""
+    """First sequence of each document within the block, then the number of sequences, [documents + 1]."""
     token_bounds: npt.NDArray[np.int64]
-    """The same in tokens of the block, [documents + 1]."""
+    """First token of each document within the block, then the number of tokens, [documents + 1]."""
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of all its documents."""
+        """Tokens of all documents in the block."""
         return int(self.token_bounds[-1])
 
 
 def document_blocks(corpus: IndexedCorpus, max_tokens: int) -> Iterator[DocumentBlock]:
-    """All documents in order, as many to a block as have `max_tokens` together; a longer one is a block by itself."""
-    for start in range(0, len(corpus.document_indices) - 1, _WINDOW):
-        bounds = corpus.document_indices[start : start + _WINDOW + 1]
+    """Yield all documents in order, in blocks of at most `max_tokens`; a longer document is a block of its own."""
+    for start in range(0, len(corpus.document_indices) - 1, WINDOW_DOCUMENTS):
+        bounds = corpus.document_indices[start : start + WINDOW_DOCUMENTS + 1]
         sizes = corpus.sizes[bounds[0] : bounds[-1]]
         bounds = bounds - bounds[0]
         tokens = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])[bounds]
@@ -43,27 +43,30 @@ def document_blocks(corpus: IndexedCorpus, max_tokens: int) -> Iterator[Document
         while first < n_documents:
             fitting = int(np.searchsorted(tokens, tokens[first] + max_tokens, side="right")) - 1
             end = max(first + 1, fitting)
-            cut = slice(first, end + 1)
-            yield DocumentBlock(sizes[bounds[first] : bounds[end]], bounds[cut] - bounds[first], tokens[cut] - tokens[first])
+            block = slice(first, end + 1)
+            yield DocumentBlock(
+                sizes[bounds[first] : bounds[end]], bounds[block] - bounds[first], tokens[block] - tokens[first]
+            )
             first = end
 
 
 class TokenReader:
-    """Reads the tokens of a corpus one after another.
+    """Reads the tokens of a corpus sequentially.
 
-    They are read and not mapped: what was read leaves memory again, and a disk that fails or a file that shrinks is
-    told, where the kernel ends a process that touches such a page. Raises DataError then.
+    It reads instead of mapping: memory is released after use, and a disk error or a file that shrinks raises DataError,
+    while the kernel would end a process that touches such a mapped page.
     """
 
     def __init__(self, corpus: IndexedCorpus) -> None:
-        self._path, self._dtype = files_of(corpus.prefix)[0], corpus.dtype
+        self._path = files_of(corpus.prefix)[0]
+        self._dtype = corpus.dtype
         try:
             self._file = self._path.open("rb")
         except OSError as error:
             raise self._unreadable(error.strerror) from None
 
     def take(self, n_tokens: int) -> Tokens:
-        """The next `n_tokens`, [n_tokens]."""
+        """Return the next `n_tokens`, [n_tokens]."""
         tokens = np.empty(n_tokens, self._dtype)
         try:
             n_bytes = self._file.readinto(tokens.data)

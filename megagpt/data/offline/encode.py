@@ -1,8 +1,8 @@
-"""Batches of texts to arrays of token ids: by gigatoken where it gives the reference library's ids, else by that library.
+"""Encode batches of texts: with gigatoken if it gives the same ids as the reference library, else with that library.
 
-gigatoken encodes a batch on all cores of one process, 20 to 100 times as fast as the reference libraries. It is a
-second implementation of each tokenizer, so it is tried against the first one before it is used (`PROBES`), and
-compared with it on a sample of the documents of every run (`SpotCheck`).
+gigatoken encodes a batch on all cores of one process, about 10 times as fast as the reference libraries on 2 cores. It is a
+second implementation of each tokenizer, so it is compared with the reference before it is used (`PROBES`), and again on a
+sample of the documents of every run (`SpotCheck`).
 """
 
 import json
@@ -17,20 +17,20 @@ import numpy.typing as npt
 from megagpt.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 from megagpt.errors import DataError
 
-LONGEST_CHECKED = 2**18
-"""Bytes of the longest document that a sample compares: the reference libraries take a second for a megabyte."""
+MAX_CHECKED_BYTES = 2**18
+"""Longest document that a spot check compares: the reference libraries need a second per megabyte."""
 
 
 class Encoded(NamedTuple):
-    """The tokens of a batch of documents, one document after another."""
+    """The token ids of a batch of documents, concatenated."""
 
     ids: npt.NDArray[Any]
-    """[tokens], of any integer type"""
+    """[tokens], any integer type"""
     sizes: npt.NDArray[np.int64]
-    """Tokens of each document, [documents]; 0 for an empty one."""
+    """Tokens of each document, [documents]; 0 for an empty document."""
 
     def document(self, number: int) -> list[int]:
-        """The ids of one document."""
+        """Return the ids of one document."""
         end = int(self.sizes[: number + 1].sum())
         return self.ids[end - int(self.sizes[number]) : end].tolist()
 
@@ -39,18 +39,18 @@ class Encoder(Protocol):
     """Encodes batches of UTF-8 texts."""
 
     def __call__(self, texts: list[bytes]) -> Encoded:
-        """No id is added to those of the texts."""
+        """Return the ids of the texts, without added tokens."""
 
 
 class ByteEncoder:
-    """The ids of a `ByteTokenizer`: the bytes."""
+    """Encodes as `ByteTokenizer` does: bytes are ids."""
 
     def __call__(self, texts: list[bytes]) -> Encoded:
         return Encoded(np.frombuffer(b"".join(texts), np.uint8), np.fromiter(map(len, texts), np.int64, len(texts)))
 
 
 class ReferenceEncoder:
-    """Any tokenizer, one core; `load` is called at the first batch, so that the encoder can be sent to a process."""
+    """Encodes with any tokenizer, on one core. `load` is called at the first batch, so the encoder can be sent to a process."""
 
     def __init__(self, load: Callable[[], Tokenizer]) -> None:
         self._load = load
@@ -66,7 +66,7 @@ class ReferenceEncoder:
 
 
 class GigatokenEncoder:
-    """A tokenizer of gigatoken, which spreads a batch over its own threads."""
+    """Encodes with gigatoken, which uses its own threads."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -78,7 +78,7 @@ class GigatokenEncoder:
 
 
 def fast_encoder(tokenizer: Tokenizer, threads: int) -> Encoder | None:
-    """An encoder of many cores for `tokenizer`; None where there is none that gives the same ids for all `PROBES`."""
+    """Return a multi-core encoder for `tokenizer`, or None if none gives the same ids for all `PROBES`."""
     if isinstance(tokenizer, ByteTokenizer):
         return ByteEncoder()
     encoder = _gigatoken(tokenizer, threads)
@@ -88,7 +88,7 @@ def fast_encoder(tokenizer: Tokenizer, threads: int) -> Encoder | None:
     try:
         encoded = encoder([probe.encode() for probe in probes])
     except Exception:
-        return None  # the package raises what it likes; a tokenizer that it fails on is one that it has not
+        return None  # the package raises any exception; it does not support this tokenizer
     if [encoded.document(number) for number in range(len(probes))] != tokenizer.encode_batch(probes):
         return None
     return encoder
@@ -104,33 +104,35 @@ def _gigatoken(tokenizer: Tokenizer, threads: int) -> GigatokenEncoder | None:
         if isinstance(tokenizer, SentencePieceTokenizer):
             return GigatokenEncoder(gigatoken.Tokenizer.from_json(_without_special(gigatoken, tokenizer.source)))
     except Exception:
-        return None  # as above; among them ImportError, where it has no wheel
+        return None  # as above; also ImportError, if there is no wheel for this platform
     return None
 
 
 def _without_special(gigatoken: Any, model: Path) -> str:
-    """gigatoken's tokenizer.json of a SentencePiece model, without <s> and its like: in a text they are text."""
+    """Return gigatoken's tokenizer.json of a SentencePiece model without special tokens: in a text, <s> is text."""
     converted = json.loads(gigatoken.Tokenizer.from_sentencepiece(model)._hf_json)
     converted["added_tokens"] = [token for token in converted["added_tokens"] if not token["special"]]
     return json.dumps(converted)
 
 
 class SpotCheck:
-    """Compares a share of all documents with the reference library's ids."""
+    """Compares a share of all documents with the ids of the reference library."""
 
     def __init__(self, reference: Tokenizer, share: float) -> None:
-        """`share` in 0 ... 1, of the documents; below 1, only of those up to `LONGEST_CHECKED` bytes."""
-        self._reference, self._share = reference, share
-        self._longest = LONGEST_CHECKED if share < 1 else None
+        """`share`: share of documents, 0 to 1; below 1, only documents of at most `MAX_CHECKED_BYTES` are compared."""
+        self._reference = reference
+        self._share = share
+        self._max_bytes = MAX_CHECKED_BYTES if share < 1 else None
         self._seen = 0
         self.checked = 0
         """Documents compared so far."""
 
     def __call__(self, texts: Sequence[bytes], encoded: Encoded) -> None:
-        """Look at every 1 / share-th document, the first among them. Raises DataError that shows one that differs."""
-        first, self._seen = self._seen, self._seen + len(texts)
+        """Compare the first document and then every (1 / share)-th. Raises DataError with the first difference."""
+        first = self._seen
+        self._seen += len(texts)
         due = [n for n in range(len(texts)) if self._due(first + n)]
-        chosen = [n for n in due if self._longest is None or len(texts[n]) <= self._longest]
+        chosen = [n for n in due if self._max_bytes is None or len(texts[n]) <= self._max_bytes]
         expected = self._reference.encode_batch([texts[n].decode() for n in chosen])
         for number, ids in zip(chosen, expected, strict=True):
             if encoded.document(number) != ids:
@@ -141,13 +143,14 @@ class SpotCheck:
         return int(document * self._share) != int((document - 1) * self._share) if document else self._share > 0
 
 
-def _difference(document: int, text: str, found: list[int], expected: list[int]) -> str:
-    same = next((n for n, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected)))
+def _difference(document: int, text: str, actual: list[int], expected: list[int]) -> str:
+    shorter = min(len(actual), len(expected))
+    position = next((n for n in range(shorter) if actual[n] != expected[n]), shorter)
     shown = text if len(text) <= 200 else f"{text[:200]}..."
     return (
-        f"document {document} (from 0): gigatoken and the reference library differ at its token {same}: "
-        f"{found[same : same + 5]} against {expected[same : same + 5]}; run again with --reference, which is slow and "
-        f"exact; the text: {shown!r}"
+        f"document {document} (counted from 0): gigatoken and the reference library differ at token {position}: "
+        f"{actual[position : position + 5]} instead of {expected[position : position + 5]}; run again with --reference, "
+        f"which is slow and exact; the text: {shown!r}"
     )
 
 
@@ -165,4 +168,4 @@ PROBES = (
     "https://example.org/a?b=c&d=%20#e user@example.org C++ U.S.A. $1,000.00 50% 10\u00b0C",
     "\U0001d400\U0001d7ce \u0130\u0131 \u1e9e\u00df \u01c5 \u03a3\u03c3\u03c2 \u0300\u0301\u0302 a\u0300\u0323",
 )
-"""Texts on which implementations of tokenizers have been seen to differ: spaces, digits, contractions, long words."""
+"""Texts on which tokenizer implementations are known to differ: spaces, digits, contractions, long words."""

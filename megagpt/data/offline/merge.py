@@ -1,4 +1,4 @@
-"""Several corpora into one, document after document."""
+"""Merge several corpora into one, document by document."""
 
 import glob
 import shutil
@@ -10,17 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from megagpt.data.indexed import IndexedCorpus, IndexedWriter, Position, Tokens, files_of
+from megagpt.data.indexed import IndexedCorpus, IndexedWriter, Tokens, WriterPosition, files_of
 from megagpt.data.offline.document_blocks import DocumentBlock, TokenReader, document_blocks
 from megagpt.errors import DataError
+from megagpt.progress import Progress
 
 BLOCK_BYTES = 1 << 24
-"""Tokens in memory at a time, in bytes; a longer document is held whole."""
+"""Bytes of tokens in memory at a time; a longer document is read in full."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A pair that was checked. It is not kept open: there may be more of them than a process may open files."""
+    """A valid pair. It is not kept open: there can be more pairs than a process may open files."""
 
     prefix: str
     dtype: np.dtype[Any]
@@ -29,30 +30,30 @@ class Pair:
 
     @classmethod
     def at(cls, prefix: str) -> "Pair":
-        """Raises DataError for what `IndexedCorpus` refuses."""
+        """Open and check the pair at `prefix`. Raises DataError as `IndexedCorpus` does."""
         dtype = IndexedCorpus(prefix).dtype
         tokens, index = files_of(prefix)
         return cls(prefix, dtype, tokens.stat().st_size, index.stat().st_size)
 
 
 def find_pairs(inputs: Sequence[str]) -> list[str]:
-    """Prefixes of the pairs that `inputs` name, each once, at its first place.
+    """Return the prefixes of the pairs that `inputs` name, each once, at its first position.
 
-    An input is a prefix, with or without .idx, a glob of such, or a folder, which stands for all pairs in it, not below
-    it; those of a glob or a folder are in sorted order. Raises DataError for one that names none.
+    An input is a prefix (with or without .idx), a glob, or a folder, which stands for the pairs directly in it. Pairs of a
+    glob or a folder are sorted. Raises DataError if an input names no pair.
     """
-    found: dict[Path, str] = {}
+    prefixes: dict[Path, str] = {}
     for item in inputs:
         for prefix in _prefixes(item):
-            found.setdefault(files_of(prefix)[1].resolve(), prefix)
-    return list(found.values())
+            prefixes.setdefault(files_of(prefix)[1].resolve(), prefix)
+    return list(prefixes.values())
 
 
-def merge(pairs: Sequence[Pair], output_prefix: str, progress: Any, overwrite: bool = False) -> Position:
-    """Write the documents of `pairs` in order, as preprocessing all their texts in one run would; returns the totals.
+def merge(pairs: Sequence[Pair], output_prefix: str, progress: Progress, overwrite: bool = False) -> WriterPosition:
+    """Write the documents of `pairs` in order, as one preprocessing run over all texts would, and return the totals.
 
-    `progress` has `update(bytes copied)`. Raises DataError where the types of tokens differ, the output is one of the
-    inputs or exists and `overwrite` is not given, or the disk is too full; an older pair stays until the new one is whole.
+    Raises DataError if the token types differ, if the output is one of the inputs, if it exists and `overwrite` is false,
+    or if the disk is too full. An existing pair stays until the new one is complete.
     """
     _check_types(pairs)
     _check_output(pairs, output_prefix, overwrite)
@@ -63,7 +64,7 @@ def merge(pairs: Sequence[Pair], output_prefix: str, progress: Any, overwrite: b
     return writer.position
 
 
-def _append(writer: IndexedWriter, corpus: IndexedCorpus, progress: Any) -> None:
+def _append(writer: IndexedWriter, corpus: IndexedCorpus, progress: Progress) -> None:
     with TokenReader(corpus) as reader:
         for block in document_blocks(corpus, BLOCK_BYTES // corpus.dtype.itemsize):
             tokens = reader.take(block.n_tokens)
@@ -86,7 +87,7 @@ def _check_types(pairs: Sequence[Pair]) -> None:
         if other.dtype != first.dtype:
             raise DataError(
                 f"{other.prefix}: its tokens are {other.dtype}, but those of {first.prefix} are {first.dtype}; preprocess "
-                "both texts with the same tokenizer, or train on both pairs by data.paths, where types may differ"
+                "both texts with the same tokenizer, or train on both pairs with data.paths, where types may differ"
             )
 
 
@@ -97,13 +98,13 @@ def _check_output(pairs: Sequence[Pair], prefix: str, overwrite: bool) -> None:
             raise DataError(f"--output-prefix {prefix}: is one of the inputs, {pair.prefix}; choose another name")
     existing = [path for path in outputs if path.exists()]
     if existing and not overwrite:
-        raise DataError(f"{existing[0]}: exists already; choose another --output-prefix, or replace the pair with --overwrite")
+        raise DataError(f"{existing[0]}: already exists; choose another --output-prefix, or replace the pair with --overwrite")
 
 
 def _check_room(pairs: Sequence[Pair], prefix: str) -> None:
     folder = next(parent for parent in Path(prefix).absolute().parents if parent.exists())
     free = shutil.disk_usage(folder).free
-    # What goes into the .idx stands on the disk twice while it is written.
+    # The content of the .idx is on disk twice while it is written.
     needed = sum(pair.bin_bytes + 2 * pair.idx_bytes for pair in pairs)
     if free < needed:
         raise DataError(f"--output-prefix {prefix}: needs {needed / 1e6:.1f} MB, but {folder} has {free / 1e6:.1f} MB free")
@@ -114,14 +115,14 @@ def _prefixes(item: str) -> list[str]:
     if any(path.is_file() for path in files_of(prefix)):
         return [prefix]
     if Path(item).is_dir():
-        # Of a pair either file will do, so that one without its partner is missed by nobody.
+        # Either file of a pair is enough here, so that a missing partner is reported and not ignored.
         files = [str(path) for path in Path(item).iterdir() if path.suffix in (".bin", ".idx") and path.is_file()]
     elif glob.has_magic(item):
         files = glob.glob(f"{prefix}.idx", recursive=True)  # noqa: PTH207
     else:
         return [prefix]
     if not files:
-        raise DataError(f"--input {item}: no pair of .bin and .idx there")
+        raise DataError(f"--input {item}: no pair of .bin and .idx files there")
     return sorted({_without_suffix(file) for file in files})
 
 

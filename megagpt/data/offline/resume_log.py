@@ -1,6 +1,6 @@
-"""What an unfinished preprocessing run has done: one line of JSON for its settings, then one for each point to resume at.
+"""The log of an unfinished preprocessing run: one JSON line with its settings, then one line per resume point.
 
-A line that was cut short by a crash is as if it had never been written.
+A line that a crash left incomplete is ignored.
 """
 
 import fcntl
@@ -11,14 +11,14 @@ from typing import Any
 
 from megagpt.errors import DataError
 
-Record = dict[str, Any]
+LogRecord = dict[str, Any]
 
 
-class Journal:
-    """The journal file beside an output that is being written; locked, so that two runs cannot write the same output."""
+class ResumeLog:
+    """The log file beside an unfinished output. It is locked, so two runs cannot write the same output."""
 
     def __init__(self, path: Path) -> None:
-        """Raises DataError where another run holds it, or the folder cannot be written."""
+        """Raises DataError if another run holds the lock, or if the folder cannot be written."""
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,35 +31,35 @@ class Journal:
             self._file.close()
             raise DataError(f"{path}: another run is writing this output; wait for it, or choose another prefix") from None
         except OSError:
-            pass  # a file system without locks: two runs at once are the user's to avoid
+            pass  # the file system has no locks: the user must avoid two runs at once
 
-    def read(self) -> list[Record]:
-        """The settings and the points, as far as they were written whole; empty for a new journal."""
+    def read(self) -> list[LogRecord]:
+        """Return the settings and the resume points that are complete; empty for a new log."""
         self._file.seek(0)
-        found: list[Record] = []
+        records: list[LogRecord] = []
         for line in self._file.read().split(b"\n")[:-1]:
             try:
-                found.append(json.loads(line))
+                records.append(json.loads(line))
             except ValueError:
                 break
-        return found
+        return records
 
-    def start(self, settings: Record) -> None:
-        """Begin anew."""
+    def start(self, settings: LogRecord) -> None:
+        """Empty the log and write the settings."""
         self._file.truncate(0)
         self.add(settings)
 
-    def add(self, record: Record) -> None:
-        """Append one line; on the disk when this returns."""
+    def add(self, record: LogRecord) -> None:
+        """Append one line and flush it to disk."""
         self._file.write(json.dumps(record).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Leave it for a later run."""
+        """Close the file and leave it for a later run."""
         self._file.close()
 
     def remove(self) -> None:
-        """The work is done."""
+        """Remove the file: the run is complete."""
         self.path.unlink(missing_ok=True)
         self._file.close()

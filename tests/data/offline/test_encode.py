@@ -1,9 +1,9 @@
-"""gigatoken's ids against the reference libraries' and tiktoken-like rules; a difference is never written."""
+"""gigatoken gives the ids of the reference libraries; a difference ends the run before it is written."""
 
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tokenizers
 from hypothesis import example, given, settings
@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 
 from megagpt.commands import train_tokenizer
 from megagpt.data.offline import encode
-from megagpt.data.offline.encode import Encoded, GigatokenEncoder, ReferenceEncoder, SpotCheck, fast_encoder
+from megagpt.data.offline.encode import PROBES, Encoded, GigatokenEncoder, ReferenceEncoder, SpotCheck, fast_encoder
 from megagpt.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from megagpt.errors import DataError
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+SHARED = Path(__file__).parents[4] / "shared" / "data"
 
 
 @pytest.fixture(scope="module")
 def bpe(tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceTokenizer:
-    """A byte-level BPE trained here, with a special token."""
+    """Train a byte-level BPE with a special token."""
     folder = tmp_path_factory.mktemp("bpe")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -44,8 +44,7 @@ def sentencepiece_bpe(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def assigned(character: str) -> bool:
-    """Libraries follow different versions of Unicode, whose newest letters are not yet letters in the older ones: what
-    every one of them knows was in version 3.2."""
+    """Return whether Unicode 3.2 has the character: the libraries implement different, newer versions of Unicode."""
     return unicodedata.ucd_3_2_0.category(character) not in ("Cn", "Cs")
 
 
@@ -96,7 +95,7 @@ def gigatoken_of(tokenizer: Tokenizer) -> GigatokenEncoder:
 @settings(max_examples=150, deadline=None)
 @given(DOCUMENTS)
 @example(["", "a", ""])
-def test_ids_are_the_reference_library_s_for_any_text(
+def test_ids_of_any_text_equal_those_of_the_reference_library(
     bpe: HuggingFaceTokenizer, fast_bpe: GigatokenEncoder, documents: list[str]
 ) -> None:
     encoded = fast_bpe([text.encode() for text in documents])
@@ -106,7 +105,7 @@ def test_ids_are_the_reference_library_s_for_any_text(
 @pytest.mark.skipif(not SHARED.exists(), reason="../shared is absent")
 @settings(max_examples=150, deadline=None)
 @given(DOCUMENTS)
-def test_ids_of_gpt2_are_the_reference_library_s_for_any_text(
+def test_gpt2_ids_of_any_text_equal_those_of_the_reference_library(
     gpt2: tuple[Tokenizer, GigatokenEncoder], documents: list[str]
 ) -> None:
     tokenizer, encoder = gpt2
@@ -121,14 +120,14 @@ def fast_sentencepiece(sentencepiece_bpe: Tokenizer) -> GigatokenEncoder:
 
 @settings(max_examples=100, deadline=None)
 @given(DOCUMENTS)
-def test_ids_of_a_sentencepiece_bpe_are_its_own_library_s_for_any_text(
+def test_sentencepiece_bpe_ids_of_any_text_equal_those_of_its_library(
     sentencepiece_bpe: Tokenizer, fast_sentencepiece: GigatokenEncoder, documents: list[str]
 ) -> None:
     encoded = fast_sentencepiece([text.encode() for text in documents])
     assert [encoded.document(n) for n in range(len(documents))] == sentencepiece_bpe.encode_batch(documents)
 
 
-def test_bytes_are_their_own_ids() -> None:
+def test_the_byte_encoder_uses_bytes_as_ids() -> None:
     encoder = fast_encoder(ByteTokenizer(), 1)
     assert encoder is not None
     encoded = encoder(["é".encode(), b"", b"ab"])
@@ -136,49 +135,45 @@ def test_bytes_are_their_own_ids() -> None:
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="../shared is absent")
-def test_a_unigram_model_is_left_to_its_own_library() -> None:
+def test_a_unigram_model_is_encoded_by_its_own_library() -> None:
     assert fast_encoder(load_tokenizer(str(SHARED / "spm" / "test_model.model")), 2) is None
 
 
-def test_a_tokenizer_that_gigatoken_reads_otherwise_is_left_to_its_own_library(
-    bpe: HuggingFaceTokenizer, monkeypatch: pytest.MonkeyPatch
+class DifferentTokenizer(HuggingFaceTokenizer):
+    """A tokenizer whose first id differs from its own file, and so from gigatoken, for texts that contain `character`."""
+
+    character: str
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        documents = super().encode_batch(texts)
+        return [[ids[0] + 1, *ids[1:]] if self.character in text else ids for text, ids in zip(texts, documents, strict=True)]
+
+
+def test_a_tokenizer_whose_ids_differ_from_gigatoken_on_a_probe_is_encoded_by_its_own_library(
+    bpe: HuggingFaceTokenizer,
 ) -> None:
-    monkeypatch.setattr(encode, "GigatokenEncoder", wrong_on("世", GigatokenEncoder))
-    monkeypatch.setattr(encode, "PROBES", ("Hello",))
-    assert fast_encoder(bpe, 2) is not None
-    monkeypatch.setattr(encode, "PROBES", ("Hello", "世"))
-    assert fast_encoder(bpe, 2) is None
+    different = DifferentTokenizer(tokenizers.Tokenizer.from_str(bpe.to_json()), bpe.source)
+    different.character = "世"
+    assert not any("世" in probe for probe in PROBES) and any("日" in probe for probe in PROBES)
+    assert fast_encoder(different, 2) is not None
+    different.character = "日"
+    assert fast_encoder(different, 2) is None
 
 
-def wrong_on(character: str, kind: type) -> type:
-    """The encoder, with another first id for texts that have `character`."""
-
-    class Wrong(kind):  # type: ignore[misc]
-        def __call__(self, texts: list[bytes]) -> Encoded:
-            encoded = super().__call__(texts)
-            ids, ends = encoded.ids.copy(), np.cumsum(encoded.sizes)
-            for number, text in enumerate(texts):
-                if character in text.decode():
-                    ids[ends[number] - encoded.sizes[number]] += 1
-            return Encoded(ids, encoded.sizes)
-
-    return Wrong
-
-
-def test_a_sample_with_another_id_is_refused_with_its_text(bpe: HuggingFaceTokenizer) -> None:
+def test_a_compared_document_with_another_id_is_an_error_that_shows_its_text(bpe: HuggingFaceTokenizer) -> None:
     texts = [b"one", b"two", "drei und ß".encode(), b"four"]
-    good = ReferenceEncoder(lambda: bpe)(texts)
+    correct = ReferenceEncoder(lambda: bpe)(texts)
     check = SpotCheck(bpe, 1.0)
-    check(texts, good)
+    check(texts, correct)
     assert check.checked == 4
-    ids = good.ids.copy()
-    ids[int(good.sizes[:2].sum()) + 1] += 1
-    with pytest.raises(DataError, match=r"document 6 .*differ at its token 1: .*--reference.*'drei und ß'"):
-        check(texts, Encoded(ids, good.sizes))
+    ids = correct.ids.copy()
+    ids[int(correct.sizes[:2].sum()) + 1] += 1
+    with pytest.raises(DataError, match=r"document 6 \(counted from 0\): .*differ at token 1: .*--reference.*'drei und ß'"):
+        check(texts, Encoded(ids, correct.sizes))
 
 
 @pytest.mark.parametrize("share, expected", [(0.0, 0), (0.25, 25), (1.0, 100), (0.001, 1)])
-def test_the_share_of_documents_asked_for_is_compared(bpe: HuggingFaceTokenizer, share: float, expected: int) -> None:
+def test_the_given_share_of_the_documents_is_compared(bpe: HuggingFaceTokenizer, share: float, expected: int) -> None:
     check, reference = SpotCheck(bpe, share), ReferenceEncoder(lambda: bpe)
     for size in (1, 30, 69):
         texts = [b"text %d" % n for n in range(size)]
@@ -186,10 +181,10 @@ def test_the_share_of_documents_asked_for_is_compared(bpe: HuggingFaceTokenizer,
     assert check.checked == expected
 
 
-def test_long_documents_are_left_out_of_a_sample_but_not_of_the_whole(
+def test_long_documents_are_compared_only_if_all_documents_are(
     bpe: HuggingFaceTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encode, "LONGEST_CHECKED", 10)
+    monkeypatch.setattr(encode, "MAX_CHECKED_BYTES", 10)
     texts = [b"short", b"short", b"a long document", b"short"]
     encoded = ReferenceEncoder(lambda: bpe)(texts)
     for share, expected in ((0.5, 1), (1.0, 4)):
