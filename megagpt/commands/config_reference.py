@@ -1,5 +1,6 @@
 """tools/config_reference.py: print docs/config.md, generated from the docstrings of megagpt/config/schema.py."""
 
+import argparse
 import inspect
 import json
 from collections.abc import Iterator, Sequence
@@ -38,10 +39,14 @@ Other keys of the config, or megagpt itself, decide these settings, so they are 
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "`true` or `false`", NoneType: "`null`"}
 
 
+def create_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's arguments."""
+    return shell.command_parser("config_reference", __doc__, EXAMPLE)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = shell.command_parser("config_reference", __doc__, EXAMPLE)
-    return shell.run(lambda args: print(reference(), end=""), parser, argv)
+    return shell.run(lambda args: print(reference(), end=""), create_parser(), argv)
 
 
 def reference() -> str:

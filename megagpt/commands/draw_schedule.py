@@ -21,8 +21,8 @@ DEFAULT_VIRTUAL_STAGES = 2
 """Chunks per rank of the interleaved schedules."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
+def create_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's arguments."""
     parser = shell.command_parser("draw_schedule", __doc__, EXAMPLE)
     parser.add_argument("--schedule", choices=list(SCHEDULES), help="schedule to draw; if absent, print a table of all")
     parser.add_argument("--stages", type=int, required=True, help="number of pipeline ranks (parallel.pipeline)")
@@ -39,7 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--transfer", type=float, default=0.0, help="travel time of a message (%(default)s)")
     parser.add_argument("--output", help="picture to write, .svg")
-    return shell.run(_run, parser, argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return shell.run(_run, create_parser(), argv)
 
 
 def _run(args: argparse.Namespace) -> None:

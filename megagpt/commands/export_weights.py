@@ -29,8 +29,8 @@ _BLOCK = 1 << 20
 """Number of values compared at a time."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
+def create_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's arguments."""
     parser = shell.command_parser("export_weights", __doc__, EXAMPLE)
     parser.add_argument("--checkpoint", required=True, help="folder of a checkpoint, or of a run (its newest is used)")
     parser.add_argument("--output", required=True, metavar="FILE", help="file to write, .safetensors")
@@ -39,7 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--skip-checksums", action="store_true", help="do not compare the checkpoint's files with their SHA-256"
     )
-    return shell.run(_export, parser, argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return shell.run(_export, create_parser(), argv)
 
 
 def _export(args: argparse.Namespace) -> None:

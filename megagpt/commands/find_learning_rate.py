@@ -32,8 +32,8 @@ OVERRIDES = (
 """Turn off everything of the run but its training steps. A spike is expected: its update is made."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
+def create_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's arguments."""
     parser = shell.command_parser("find_learning_rate", __doc__, EXAMPLE)
     job.add_arguments(parser)
     # Not --max: torchrun takes it for an abbreviation of its own option, even after the script's name.
@@ -41,7 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-rate", type=float, default=1.0, help="last learning rate (%(default)s)")
     parser.add_argument("--steps", type=int, default=100, help="steps from the first rate to the last (%(default)s)")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.csv and PREFIX.png")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    args = create_parser().parse_args(argv)
     return job.run(lambda launcher: _find(args, launcher), args.debug)
 
 

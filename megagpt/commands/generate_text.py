@@ -13,8 +13,8 @@ EXAMPLE = """example:
   python tools/generate_text.py --checkpoint runs/quickstart/checkpoints --prompt "def main(" --max-tokens 60"""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
+def create_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's arguments."""
     parser = shell.command_parser("generate_text", __doc__, EXAMPLE)
     parser.add_argument("--checkpoint", required=True, help="folder of a checkpoint, or of a run (its newest is used)")
     parser.add_argument("--prompt", required=True, help="text to continue")
@@ -23,7 +23,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--top-k", type=int, help="sample from the k most likely tokens (all)")
     parser.add_argument("--seed", type=int, default=1234, help="seed of the sampling (%(default)s)")
     parser.add_argument("--tokenizer", help="tokenizer path (the data.tokenizer that the model was trained with)")
-    return shell.run(_generate, parser, argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return shell.run(_generate, create_parser(), argv)
 
 
 def _generate(args: argparse.Namespace) -> None:

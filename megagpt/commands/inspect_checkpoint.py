@@ -17,8 +17,8 @@ or infinite. Every file is compared with its size and SHA-256, and the boxes of 
 otherwise the exit code is 2, with one line per problem."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
+def create_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's arguments."""
     parser = shell.command_parser("inspect_checkpoint", __doc__, EXAMPLE)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a checkpoint, or of a run (its newest is used)")
     parser.add_argument(
@@ -27,7 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--config", action="store_true", help="print the saved config as JSON, and check no files")
     output.add_argument("--json", action="store_true", help="print one JSON object, for programs; a norm that is NaN is null")
-    return shell.run(_inspect, parser, argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return shell.run(_inspect, create_parser(), argv)
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -22,8 +22,8 @@ TOKENS_PER_CHARACTER = 4
 """Tokens that are decoded for each character of a sample; more tokens than any text needs, in all usual tokenizers."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
+def create_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's arguments."""
     parser = shell.command_parser("inspect_dataset", __doc__, EXAMPLE)
     parser.add_argument("prefix", metavar="PREFIX", help="reads PREFIX.bin and PREFIX.idx")
     vocabulary = parser.add_mutually_exclusive_group()
@@ -46,7 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=1234, metavar="N", help="seed of the random samples (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
-    return shell.run(_inspect, parser, argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return shell.run(_inspect, create_parser(), argv)
 
 
 def _inspect(args: argparse.Namespace) -> None:

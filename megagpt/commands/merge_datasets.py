@@ -15,8 +15,8 @@ The output needs as many bytes on disk as the inputs. A pair that is named twice
 10^6 bytes."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
+def create_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's arguments."""
     parser = shell.command_parser("merge_datasets", __doc__, EXAMPLE)
     parser.add_argument(
         "--input",
@@ -28,7 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output once the new pair is complete")
-    return shell.run(_merge, parser, argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return shell.run(_merge, create_parser(), argv)
 
 
 def _merge(args: argparse.Namespace) -> None:

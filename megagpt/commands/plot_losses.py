@@ -14,8 +14,8 @@ EXAMPLE = """example:
 The x axis is the optimizer step, the y axis the loss in nats per token."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
+def create_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's arguments."""
     parser = shell.command_parser("plot_losses", __doc__, EXAMPLE)
     parser.add_argument(
         "--metrics",
@@ -27,7 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", required=True, metavar="FILE", help="image file to write: .png, .svg or .pdf")
     parser.add_argument("--hline", type=float, metavar="LOSS", help="draw a line at a loss to compare with, in nats per token")
     parser.add_argument("--hline-label", default="reference", metavar="TEXT", help="name of that loss (default: %(default)s)")
-    return shell.run(_plot, parser, argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return shell.run(_plot, create_parser(), argv)
 
 
 def _plot(args: argparse.Namespace) -> None:

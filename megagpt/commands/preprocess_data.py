@@ -27,8 +27,8 @@ FEW_DOCUMENTS = 20
 TYPES = ("GPT2BPETokenizer", "HFTokenizer", "SentencePieceTokenizer", "ByteTokenizer")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
+def create_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's arguments."""
     parser = shell.command_parser("preprocess_data", __doc__, EXAMPLE)
     parser.add_argument(
         "--input",
@@ -84,7 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--reference", action="store_true", help="tokenize with the reference library only: exact and slow")
     parser.add_argument("--split-sentences", action="store_true", help=argparse.SUPPRESS)
-    return shell.run(_preprocess, parser, argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return shell.run(_preprocess, create_parser(), argv)
 
 
 def available_cores() -> int:

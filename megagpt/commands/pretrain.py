@@ -17,12 +17,17 @@ EXAMPLE = """examples:
 docs/config.md describes every key of a config, with its unit and default."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
+def create_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's arguments."""
     parser = shell.command_parser("pretrain_gpt.py", __doc__, EXAMPLE)
     job.add_arguments(parser)
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and DeepSpeed's, then exit")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    args = create_parser().parse_args(argv)
     return job.run(lambda launcher: _pretrain(args, launcher), args.debug)
 
 

@@ -4,6 +4,7 @@ It runs the commands that a user would type, and writes everything to runs/quick
 tokenizer and the tokens are used again if the text has not changed.
 """
 
+import argparse
 import codecs
 import hashlib
 import json
@@ -15,7 +16,6 @@ import subprocess
 import sys
 import sysconfig
 import time
-import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -58,15 +58,15 @@ EXAMPLE = f"""examples:
   make quickstart
   make quickstart TEXT=notes/
 Both create .venv first. It takes a few minutes on 2 cores. Losses are in nats per token. The exit code is 0 if the held-out
-loss is below {MAX_LOSS_SHARE:.0%} of the unigram entropy, 1 if it is not or a step failed, and 130 after Ctrl-C."""
+loss is below {MAX_LOSS_SHARE:.0%} of the unigram entropy, 2 if it is not or a step failed, and 130 after Ctrl-C."""
 
 
 class StepError(MegagptError):
     """A step that failed, or a result that is not good enough."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the quickstart and return its exit code: 0 only if the model has learned."""
+def create_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's arguments."""
     parser = shell.command_parser("quickstart", __doc__, EXAMPLE)
     parser.add_argument(
         "--text",
@@ -75,19 +75,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"file or folder of UTF-8 text, at least {MIN_CHARACTERS:,} characters (default: the source code of Python's "
         "standard library)",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the quickstart and return its exit code: 0 only if the model has learned."""
+    return shell.run(_quickstart, create_parser(), argv)
+
+
+def _quickstart(args: argparse.Namespace) -> None:
     text = args.text.absolute() if args.text else None
     os.chdir(ROOT)  # the paths in the config are relative to the repository root
-    try:
-        run_all_steps(text)
-    except MegagptError as error:
-        if args.debug:
-            traceback.print_exc()
-        print(f"quickstart: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return shell.INTERRUPTED
-    return 0
+    run_all_steps(text)
 
 
 def run_all_steps(text: Path | None) -> None:

@@ -31,8 +31,8 @@ CHARACTER_PIECES = 2 / 3
 """Largest share of the other pieces that single characters may take, so that there is room for longer pieces."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
+def create_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's arguments."""
     parser = shell.command_parser("train_tokenizer", __doc__, EXAMPLE)
     parser.add_argument(
         "--input",
@@ -72,7 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="largest number of lines to learn from; of more lines a random sample is used (default: %(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing PREFIX.model")
-    return shell.run(_train, parser, argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return shell.run(_train, create_parser(), argv)
 
 
 def _train(args: argparse.Namespace) -> None:
