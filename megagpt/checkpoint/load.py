@@ -13,7 +13,7 @@ from megagpt.errors import CheckpointError, listed
 from megagpt.parallel.parameter import shard_of
 
 
-class Reader:
+class CheckpointReader:
     """An open checkpoint."""
 
     def __init__(self, folder: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from megagpt.checkpoint.boxes import Box
 from megagpt.checkpoint.files import TensorSpec, Written, fsync_folder, write_safetensors
 from megagpt.checkpoint.format import MASTER, WRITING, resolve_checkpoint
-from megagpt.checkpoint.load import Reader
+from megagpt.checkpoint.load import CheckpointReader
 from megagpt.checkpoint.report import require_valid
 from megagpt.commands import shell
 from megagpt.commands.progress import progress
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> None:
-    reader = Reader(resolve_checkpoint(args.checkpoint))
+    reader = CheckpointReader(resolve_checkpoint(args.checkpoint))
     output = Path(args.output)
     _check_output(output, reader.folder, args.force)
     tensors = reader.manifest.tensors
@@ -74,7 +74,7 @@ def _check_output(output: Path, checkpoint: Path, force: bool) -> None:
         raise ConfigError(f"--output {output}: exists already; choose another name, or replace it with --force")
 
 
-def _write(output: Path, specs: list[TensorSpec], reader: Reader, bar: Progress) -> Written:
+def _write(output: Path, specs: list[TensorSpec], reader: CheckpointReader, bar: Progress) -> Written:
     """Write the file atomically: to a temporary file, flushed to disk, then renamed."""
     try:
         metadata = {"megagpt_config": json.dumps(reader.manifest.config["model"]), "step": str(reader.manifest.step)}
@@ -94,7 +94,7 @@ def _write(output: Path, specs: list[TensorSpec], reader: Reader, bar: Progress)
     return written
 
 
-def _weights(specs: list[TensorSpec], reader: Reader, bar: Progress) -> Iterator[Tensor]:
+def _weights(specs: list[TensorSpec], reader: CheckpointReader, bar: Progress) -> Iterator[Tensor]:
     """Yield each weight, unsharded. Raises CheckpointError if a value is too large for the dtype."""
     for name, dtype, shape in specs:
         values = reader.read(MASTER, name, Box.full(shape))

@@ -237,7 +237,7 @@ def _noise_scale(config: Config) -> Iterator[Problem]:
     if config.zero.stage == 3:
         yield Problem(
             (key, "zero.stage"),
-            f"{key}: gradients of single micro-batches are not kept whole under zero.stage 3; use zero.stage 0, 1 or 2",
+            f"{key}: gradients of single micro-batches are not available under zero.stage 3; use zero.stage 0, 1 or 2",
         )
     smallest = training.batch_ramp.start or training.global_batch_size
     if smallest <= training.micro_batch_size:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megagpt.checkpoint.load import Reader
+from megagpt.checkpoint.load import CheckpointReader
 from megagpt.checkpoint.verify import local_problems, raise_all
 from megagpt.config import Config, build_config, upgrade_keys
 from megagpt.errors import ConfigError
@@ -19,7 +19,7 @@ from megagpt.parallel.parameter import shard_of
 def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[GPTChunk, Config]:
     """Load the full model of a checkpoint in fp32, as one chunk. Raises CheckpointError for any damage."""
     raise_all(folder, local_problems(folder))
-    reader = Reader(folder)
+    reader = CheckpointReader(folder)
     saved = build_config(upgrade_keys(reader.manifest.config), f"{folder}: config")
     training = saved.training.model_copy(update={"precision": "fp32", "recompute": "none"})
     config = saved.model_copy(update={"training": training})

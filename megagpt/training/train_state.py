@@ -10,7 +10,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from megagpt.checkpoint.boxes import boxes_of_range
 from megagpt.checkpoint.format import MASTER
-from megagpt.checkpoint.load import Reader
+from megagpt.checkpoint.load import CheckpointReader
 from megagpt.checkpoint.save import Entry
 from megagpt.config import upgrade_keys
 from megagpt.config.compare import model_differences
@@ -97,7 +97,7 @@ def restore(engine: Engine, folder: Path) -> Restored:
 
     Raises CheckpointError if the checkpoint is of another model, with every difference.
     """
-    reader = run_on_ranks(lambda: Reader(folder))
+    reader = run_on_ranks(lambda: CheckpointReader(folder))
     assert reader is not None
     checked = run_on_ranks(lambda: _check(engine, reader))
     assert checked is not None
@@ -145,7 +145,7 @@ def state_changes(saved: dict[str, Any], config: Config) -> list[str]:
     return notes
 
 
-def _check(engine: Engine, reader: Reader) -> tuple[dict[str, Any], RunState]:
+def _check(engine: Engine, reader: CheckpointReader) -> tuple[dict[str, Any], RunState]:
     """Return the checkpoint's config and state. Raises CheckpointError if they do not fit this engine's model."""
     manifest = reader.manifest
     try:
@@ -164,7 +164,7 @@ def _check(engine: Engine, reader: Reader) -> tuple[dict[str, Any], RunState]:
 
 
 @torch.no_grad()
-def _fill(engine: Engine, zero: ZeroState, reader: Reader) -> None:
+def _fill(engine: Engine, zero: ZeroState, reader: CheckpointReader) -> None:
     """Fill this rank's weights and optimizer states; states that were not saved become zeros."""
     for partition in zero.partitions():
         shard = shard_of(partition.parameter)
@@ -179,7 +179,7 @@ def _fill(engine: Engine, zero: ZeroState, reader: Reader) -> None:
             reader.fill(parameter)
 
 
-def _read(reader: Reader, state: str, shard: Shard, partition: ParameterPartition) -> torch.Tensor:
+def _read(reader: CheckpointReader, state: str, shard: Shard, partition: ParameterPartition) -> torch.Tensor:
     """Return the values of a partition, flat; vocabulary padding is zero."""
     flat = torch.zeros(len(partition.master))
     for piece in boxes_of_range(shard, partition.shape, partition.start, partition.start + len(flat)):

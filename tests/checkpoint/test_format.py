@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from megagpt.checkpoint.boxes import Box
 from megagpt.checkpoint.format import checkpoint_folders, resolve_checkpoint
-from megagpt.checkpoint.load import Reader
+from megagpt.checkpoint.load import CheckpointReader
 from megagpt.checkpoint.verify import local_problems
 from megagpt.commands.inspect_checkpoint import main
 from megagpt.errors import CheckpointError
@@ -52,7 +52,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def test_tensors_of_an_older_checkpoint_are_read(checkpoint: Path) -> None:
     assert local_problems(checkpoint) == []
-    reader = Reader(checkpoint)
+    reader = CheckpointReader(checkpoint)
     assert reader.has("exp_avg", "w") and not reader.has("exp_avg_sq", "w") and not reader.has("master", "v")
     assert torch.equal(reader.read("master", "w", Box.full((3, 4))), torch.arange(12.0).view(3, 4))
     assert torch.equal(reader.read("exp_avg", "w", Box((1, 1), (2, 2))), 2 * torch.tensor([[5.0, 6.0], [9.0, 10.0]]))
@@ -72,12 +72,12 @@ def test_an_older_checkpoint_is_inspected(checkpoint: Path, capsys: pytest.Captu
 def test_every_parameter_that_does_not_fit_is_named_up_to_eight(checkpoint: Path) -> None:
     shapes = {"w": (3, 5), **{f"v{number}": (2,) for number in range(9)}}
     with pytest.raises(CheckpointError) as error:
-        Reader(checkpoint).check_shapes(shapes)
+        CheckpointReader(checkpoint).check_shapes(shapes)
     text = str(error.value)
     assert "the checkpoint is of another model: v0 (saved: missing; model: [2]), v1 (" in text
     assert text.endswith("v7 (saved: missing; model: [2]) and 2 more")
     with pytest.raises(CheckpointError, match=r"another model: w \(saved: \[3, 4\]; model: \[3, 5\]\)$"):
-        Reader(checkpoint).check_shapes({"w": (3, 5)})
+        CheckpointReader(checkpoint).check_shapes({"w": (3, 5)})
 
 
 def test_the_checkpoint_that_latest_names_is_first_and_then_the_newest(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from support.pool import Pool, RankError
 from support.runs import Tree, corpus, run_trainer
 
 from megagpt.checkpoint.boxes import Box
-from megagpt.checkpoint.load import Reader
+from megagpt.checkpoint.load import CheckpointReader
 from megagpt.checkpoint.write import TensorSource, write_checkpoint
 
 LAYOUTS = {
@@ -106,7 +106,7 @@ def test_a_run_measured_in_tokens_ends_at_them_with_any_batch_size(ranks: Pool, 
 
 def test_a_checkpoint_that_a_converter_wrote_resumes_bit_for_bit(saved: tuple[Path, str], ranks: Pool, tmp_path: Path) -> None:
     """Copy every tensor by `write_checkpoint`, which knows no layout, and continue both runs."""
-    reader = Reader(saved[0] / "checkpoints" / "step_00000002")
+    reader = CheckpointReader(saved[0] / "checkpoints" / "step_00000002")
     manifest = reader.manifest
 
     def sources() -> Iterator[TensorSource]:

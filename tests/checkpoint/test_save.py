@@ -22,7 +22,7 @@ from support.runs import corpus, open_trainer
 
 from megagpt.checkpoint.boxes import Box
 from megagpt.checkpoint.files import write_safetensors
-from megagpt.checkpoint.load import Reader
+from megagpt.checkpoint.load import CheckpointReader
 from megagpt.checkpoint.save import AsyncSaver, Entry, SaveResult
 from megagpt.checkpoint.verify import local_problems
 from megagpt.checkpoint.write import WriteFile, commit
@@ -66,7 +66,7 @@ def change_during_the_write(folder: Path) -> tuple[torch.Tensor, bool]:
     result = saver.finish()
     assert result is not None and result.problem is None
     saver.close()
-    return Reader(folder / "step_00000003").read("master", "w", FULL), unfinished
+    return CheckpointReader(folder / "step_00000003").read("master", "w", FULL), unfinished
 
 
 def test_a_checkpoint_contains_the_state_at_the_save_and_no_later_step(ranks: Pool, tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def save_into_prepared_memory(folder: Path) -> tuple[bool, torch.Tensor]:
     saver.start(1, entries, {}, {})
     same = saver.host_buffer.tensor.data_ptr() == address
     saver.close()
-    return same, Reader(folder / "step_00000001").read("master", "w", FULL)
+    return same, CheckpointReader(folder / "step_00000001").read("master", "w", FULL)
 
 
 def test_a_save_uses_the_memory_that_was_allocated_before(ranks: Pool, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 from megagpt.checkpoint.boxes import Box
-from megagpt.checkpoint.load import Reader
+from megagpt.checkpoint.load import CheckpointReader
 from megagpt.checkpoint.verify import local_problems
 from megagpt.checkpoint.write import TensorSource, write_checkpoint
 from megagpt.commands import inspect_checkpoint
@@ -59,7 +59,7 @@ def test_a_checkpoint_written_without_a_process_group_is_complete_and_reads_back
     assert (tmp_path / "run" / "latest").read_text() == "step_00000005\n"
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["latest", "step_00000005"]
     assert local_problems(folder) == []
-    reader = Reader(folder)
+    reader = CheckpointReader(folder)
     assert (reader.manifest.step, reader.manifest.config, reader.manifest.state) == (5, CONFIG, STATE)
     for name, shape in SHAPES.items():
         for state in ("master", "exp_avg", "exp_avg_sq"):
@@ -84,7 +84,7 @@ def test_files_are_split_at_the_size_limit(limit: int, files: int, tmp_path: Pat
             n_bytes = sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118
             assert n_bytes <= limit or len(file.keys()) == 1
     assert local_problems(folder) == []
-    reader = Reader(folder)
+    reader = CheckpointReader(folder)
     for name, shape in SHAPES.items():
         assert torch.equal(reader.read("master", name, Box.full(shape)), values_of(name))
 
@@ -129,7 +129,7 @@ def test_tensors_of_a_finished_file_are_freed_even_if_they_were_passed_directly(
 def test_other_dtypes_and_views_are_saved_as_fp32(tmp_path: Path) -> None:
     values = torch.arange(12).view(3, 4).to(torch.bfloat16).T.requires_grad_()
     folder = write(tmp_path, [TensorSource("w", (4, 3), {"master": values})])
-    assert torch.equal(Reader(folder).read("master", "w", Box.full((4, 3))), values.detach().float())
+    assert torch.equal(CheckpointReader(folder).read("master", "w", Box.full((4, 3))), values.detach().float())
     assert local_problems(folder) == []
 
 
@@ -139,7 +139,7 @@ def test_a_tensor_can_be_written_box_by_box(tmp_path: Path) -> None:
     tensors = [TensorSource("w", (2, 6, 4), {"master": full[box.within(Box.full((2, 6, 4)))]}, box) for box in boxes]
     folder = write(tmp_path, tensors, max_file_bytes=1)
     assert len(list(folder.glob("*.safetensors"))) == 3
-    assert torch.equal(Reader(folder).read("master", "w", Box.full((2, 6, 4))), full)
+    assert torch.equal(CheckpointReader(folder).read("master", "w", Box.full((2, 6, 4))), full)
 
 
 def unreadable() -> torch.Tensor:

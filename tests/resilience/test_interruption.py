@@ -13,7 +13,7 @@ from support.commands import config_file, records
 from support.job import Job
 
 from megagpt.checkpoint.boxes import Box
-from megagpt.checkpoint.load import Reader
+from megagpt.checkpoint.load import CheckpointReader
 from megagpt.config import load_config
 from megagpt.errors import ConfigError
 from megagpt.resilience.interruption import REQUEUE, Interruption
@@ -43,7 +43,7 @@ def start(folder: Path, steps: int, logs: str = "logs", **sections: dict[str, ob
 
 def saved_tensors(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
     """Return every tensor of the newest checkpoint."""
-    reader = Reader(folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip())
+    reader = CheckpointReader(folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip())
     return {
         (state, name): reader.read(state, name, Box.full(tuple(record.shape)))
         for name, record in reader.manifest.tensors.items()

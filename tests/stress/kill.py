@@ -35,7 +35,7 @@ from support.runs import corpus, tiny_config
 
 from megagpt.checkpoint.boxes import Box
 from megagpt.checkpoint.format import checkpoint_folders, latest_name, step_folder, step_of, unfinished_folders
-from megagpt.checkpoint.load import Reader
+from megagpt.checkpoint.load import CheckpointReader
 from megagpt.checkpoint.verify import local_problems
 from megagpt.config import to_json
 from megagpt.errors import listed
@@ -414,7 +414,7 @@ def _unfinished_names(directory: Path) -> set[str]:
 
 def _differences(expected: Path, actual: Path) -> list[str]:
     """Return in which bits two checkpoints differ, in one sentence."""
-    reader, other = Reader(expected), Reader(actual)
+    reader, other = CheckpointReader(expected), CheckpointReader(actual)
     if reader.manifest.tensors.keys() != other.manifest.tensors.keys():
         return [f"{actual}: has other parameters than {expected}"]
     differences = [] if reader.manifest.state == other.manifest.state else ["state of the run"]

@@ -183,7 +183,7 @@ def test_a_run_has_the_same_bits_with_and_without_the_measurement(stage: int, ra
 @pytest.mark.parametrize(
     "sections, message",
     [
-        ({"zero": {"stage": 3}}, "not kept whole under zero.stage 3"),
+        ({"zero": {"stage": 3}}, "not available under zero.stage 3"),
         ({"training": {"micro_batch_size": 16}}, "both have 16 sequences"),
         ({"training": {"batch_ramp": {"start": 2, "increment": 2, "samples": 8}}}, "both have 2 sequences"),
     ],
