@@ -5,6 +5,16 @@ import os
 import stat
 from pathlib import Path
 
+_DAMAGE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EINVAL, errno.EFBIG})
+
+
+def is_damage(error: OSError) -> bool:
+    """Return whether the file itself is wrong: absent, no regular file, or too large.
+
+    Any other error (no permission, a failing disk, a stale network mount) says nothing about the file: it may be intact.
+    """
+    return error.errno in _DAMAGE
+
 
 def require_regular_file(path: Path, max_bytes: int | None = None) -> None:
     """Raise OSError, with a reason in `strerror`, if `path` is no regular file or larger than `max_bytes`."""

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,12 +84,26 @@ def sha256_of_file(path: Path, from_disk: bool = False) -> str:
 def write_durably(path: Path, text: str) -> None:
     """Write a small file atomically: to a temporary file, flushed to disk, then renamed."""
     temporary = path.with_name(path.name + ".new")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        remove_tree(temporary)
+        raise
     fsync_folder(path.parent)
+
+
+def remove_tree(path: Path) -> bool:
+    """Delete a folder with its content, a file or a link, but never what a link points to; return whether it is gone."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    return not os.path.lexists(path)
 
 
 def fsync_folder(folder: Path) -> None:

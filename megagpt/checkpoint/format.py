@@ -13,18 +13,35 @@ folder `step_....writing-TOKEN`, renamed when it is complete, and named in `late
 import hashlib
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from megagpt.checkpoint.boxes import Box
 from megagpt.checkpoint.files import sha256_of_file, write_durably
-from megagpt.errors import CheckpointError
+from megagpt.errors import CheckpointError, StorageError
+from megagpt.regular_file import is_damage, read_regular_file
 
 MANIFEST, MANIFEST_SUM, LATEST = "manifest.json", "manifest.sha256", "latest"
 MASTER = "master"
 WRITING = ".writing-"
 """Separates the final name of a folder or file from a random token while it is being written."""
+REPLACED = ".replaced"
+"""Ends the name of an older checkpoint of the same step while the new one takes its name."""
+MAX_MANIFEST_BYTES = 2**30
+"""A manifest has about 100 bytes per box: a million boxes are 100 MB."""
+MAX_DIMS, MAX_LENGTH = 16, 2**48
+
+
+def _distinct(states: list[str]) -> list[str]:
+    if len(set(states)) < len(states):
+        raise ValueError("a state is named twice")
+    return states
+
+
+Length = Annotated[int, Field(ge=0, le=MAX_LENGTH, strict=True)]
+"""Length of a dim, or a position along it."""
+Lengths = Annotated[list[Length], Field(max_length=MAX_DIMS)]
 
 
 class _Record(BaseModel):
@@ -34,8 +51,8 @@ class _Record(BaseModel):
 class FileRecord(_Record):
     """One safetensors file, as it was written."""
 
-    name: str = Field(pattern=r"^rank_\d+\.safetensors$")  # cannot be a path to another folder
-    bytes: int = Field(ge=0)
+    name: str = Field(pattern=r"^rank_[0-9]{1,10}\.safetensors$")  # cannot be a path to another folder
+    bytes: int = Field(ge=0, le=2**63 - 1, strict=True)
     sha256: str
     node: str
     """Host that wrote the file."""
@@ -44,10 +61,10 @@ class FileRecord(_Record):
 class TensorRecord(_Record):
     """One parameter: its weight and optimizer states, all split into the same boxes."""
 
-    shape: list[int]
-    kinds: list[str]
+    shape: Lengths
+    kinds: Annotated[list[str], Field(max_length=16), AfterValidator(_distinct)]
     """State names: "master" and the optimizer states that were saved."""
-    boxes: list[tuple[int, list[int], list[int]]]
+    boxes: list[tuple[Length, Lengths, Lengths]]
     """(index into `Manifest.files`, offset, size) of each box."""
 
 
@@ -56,7 +73,7 @@ class Manifest(_Record):
 
     format: Literal["megagpt-checkpoint"] = "megagpt-checkpoint"
     version: Literal[2] = 2
-    step: int = Field(ge=0)
+    step: int = Field(ge=0, le=10**12, strict=True)
     config: dict[str, Any]
     state: dict[str, Any]
     """Small facts of the run, defined in `training/train_state.py`."""
@@ -92,7 +109,7 @@ def temporary_folder(folder: Path, token: str) -> Path:
 
 def step_of(folder: Path) -> int | None:
     """Return the step in a checkpoint folder's name, or None for any other folder."""
-    match = re.fullmatch(r"step_(\d{8,})", folder.name)
+    match = re.fullmatch(r"step_([0-9]{8,18})", folder.name)
     return int(match[1]) if match else None
 
 
@@ -103,36 +120,55 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a checkpoint. Raises CheckpointError if it is missing, damaged or of another format."""
+    """Read the manifest of a checkpoint.
+
+    Raises CheckpointError if it is missing, damaged, of another format or of another step than the folder's name says, and
+    StorageError if it cannot be read, which says nothing about the checkpoint.
+    """
     path = folder / MANIFEST
     try:
-        content = path.read_bytes()
-        expected = (folder / MANIFEST_SUM).read_bytes().split(b" ")[0].decode("ascii", "replace")
+        content = read_regular_file(path, MAX_MANIFEST_BYTES)
+        checksum_line = read_regular_file(folder / MANIFEST_SUM, 256)
     except OSError as error:
-        raise CheckpointError(f"{error.filename}: {error.strerror}; the checkpoint is incomplete") from None
-    if hashlib.sha256(content).hexdigest() != expected:
+        if is_damage(error):
+            raise CheckpointError(f"{error.filename}: {error.strerror}; the checkpoint is incomplete") from None
+        raise unreadable(error) from None
+    match = re.fullmatch(rb"([0-9a-f]{64}) [ *]manifest\.json\r?\n?", checksum_line)
+    if match is None:
+        raise CheckpointError(f"{folder / MANIFEST_SUM}: not a line of sha256sum for {MANIFEST}; the file is damaged")
+    if hashlib.sha256(content).hexdigest().encode() != match[1]:
         raise CheckpointError(f"{path}: its SHA-256 differs from the one in {MANIFEST_SUM}; the file is damaged")
     try:
-        return Manifest.model_validate_json(content)
+        manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         location = ".".join(map(str, first["loc"])) or "the file"
         raise CheckpointError(f"{path}: not a megagpt-checkpoint of version 2: {location}: {first['msg']}") from None
+    if step_of(folder) not in (None, manifest.step):
+        raise CheckpointError(f"{path}: it is the manifest of step {manifest.step}; the folder's name is {folder.name}")
+    return manifest
+
+
+def unreadable(error: OSError) -> StorageError:
+    """Return the error for a file of a checkpoint that cannot be read now, although it may be intact."""
+    return StorageError(
+        f"{error.filename}: {error.strerror}; the checkpoint may be intact, so no older one is used in its place: "
+        "make it readable, or name another checkpoint in checkpoint.resume"
+    )
 
 
 def latest_name(directory: Path) -> str | None:
     """Return the content of `latest`, unchecked, or None if the file does not exist.
 
-    Raises CheckpointError if the file cannot be read.
+    Raises StorageError if the file cannot be read.
     """
     pointer = directory / LATEST
     try:
-        with pointer.open("rb") as file:
-            return file.read(256).decode("utf-8", "replace").strip()
+        return read_regular_file(pointer, 4096).decode("utf-8", "replace").strip()
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise CheckpointError(f"{pointer}: {error.strerror}") from None
+        raise StorageError(f"{pointer}: {error.strerror}; expected a file with the name of a checkpoint") from None
 
 
 def checkpoint_folders(directory: Path) -> list[Path]:
@@ -147,7 +183,12 @@ def checkpoint_folders(directory: Path) -> list[Path]:
 
 def unfinished_folders(directory: Path) -> list[Path]:
     """Return the folders that an interrupted save or deletion left behind."""
-    return sorted(path for path in _entries(directory) if re.fullmatch(r"step_\d{8,}\.(writing-.*|deleting)", path.name))
+    return sorted(path for path in _entries(directory) if re.fullmatch(r"step_[0-9]{8,}\.(writing-.*|deleting)", path.name))
+
+
+def replaced_folder(temporary: Path) -> Path:
+    """Return the name of the older checkpoint of the same step while `temporary` takes its place."""
+    return temporary.with_name(temporary.name + REPLACED)
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -172,4 +213,4 @@ def _entries(directory: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise CheckpointError(f"{directory}: {error.strerror}") from None
+        raise StorageError(f"{directory}: {error.strerror}") from None

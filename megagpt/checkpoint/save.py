@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megagpt.checkpoint.boxes import Box
 from megagpt.checkpoint.files import write_safetensors
-from megagpt.checkpoint.format import Manifest, rank_file, step_folder, temporary_folder
+from megagpt.checkpoint.format import Manifest, rank_file, replaced_folder, step_folder, temporary_folder
 from megagpt.checkpoint.retention import remove_old
 from megagpt.checkpoint.write import BoxRecord, FileContents, WriteFile, build_manifest, commit, write_boxes
 from megagpt.distributed.object_collectives import attempt, broadcast_object
@@ -246,7 +246,12 @@ class HostBuffer:
 
 
 def _remove_temporary(temporary: Path, rank: int) -> None:
-    """Remove what a failed save has written, to free the space."""
+    """Remove what a failed save has written, to free the space.
+
+    If the older checkpoint of the same step could not get its name back, both copies stay: the next start recovers one.
+    """
+    if replaced_folder(temporary).exists():
+        return
     with suppress(OSError):  # what cannot be removed now is removed at the next start
         (temporary / rank_file(rank)).unlink(missing_ok=True)
         if rank == 0:

@@ -1,7 +1,7 @@
 """Verify that a checkpoint is complete and undamaged before anything is loaded from it; all ranks share the work."""
 
 import hashlib
-import shutil
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,21 +9,26 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from megagpt.checkpoint.coverage import box_problems
-from megagpt.checkpoint.files import sha256_of_file
+from megagpt.checkpoint.files import remove_tree, sha256_of_file, write_durably
 from megagpt.checkpoint.format import (
     LATEST,
     MANIFEST,
     MANIFEST_SUM,
+    MAX_MANIFEST_BYTES,
+    REPLACED,
+    WRITING,
     FileRecord,
     Manifest,
     checkpoint_folders,
     latest_name,
     read_manifest,
     unfinished_folders,
+    unreadable,
 )
 from megagpt.distributed.object_collectives import all_gather_object, attempt, broadcast_object, run_on_ranks
 from megagpt.distributed.phase import host_name
-from megagpt.errors import CheckpointError, listed
+from megagpt.errors import CheckpointError, StorageError, listed
+from megagpt.regular_file import is_damage, read_regular_file, require_regular_file
 
 Warn = Callable[[str], None]
 """Prints a warning."""
@@ -38,8 +43,9 @@ class FolderDifferences(NamedTuple):
 
     @classmethod
     def find(cls, folder: Path, manifest: Manifest) -> "FolderDifferences":
-        """Compare the names in the folder with the manifest."""
-        present = {path.name for path in folder.iterdir()}
+        """Compare the names in the folder with the manifest. A link that leads nowhere counts as missing."""
+        with os.scandir(folder) as entries:
+            present = {entry.name for entry in entries if not entry.is_symlink() or Path(entry).exists()}
         expected = {file.name for file in manifest.files} | {MANIFEST, MANIFEST_SUM}
         missing = [file for file in manifest.files if file.name not in present]
         return cls(missing, sorted(name for name in present - expected if not name.startswith(".")))
@@ -51,38 +57,51 @@ class FolderDifferences(NamedTuple):
 
 
 def damaged_files(folder: Path, files: Iterable[FileRecord]) -> list[str]:
-    """Return one sentence for each file whose size or SHA-256 is not as written. Missing files are ignored."""
+    """Return one sentence for each file that is missing or whose size or SHA-256 is not as written.
+
+    Raises StorageError if a file cannot be read, which says nothing about its content.
+    """
     problems = []
     for file in files:
         path = folder / file.name
         try:
+            require_regular_file(path)
             size = path.stat().st_size
             if size != file.bytes:
                 problems.append(f"{path}: {size} bytes, expected {file.bytes}; the file is damaged")
             elif sha256_of_file(path) != file.sha256:
                 problems.append(f"{path}: its SHA-256 differs from the manifest's; the file is damaged")
         except FileNotFoundError:
-            continue
+            problems.append(f"{path}: missing; node {file.node} wrote it")
         except OSError as error:
-            problems.append(f"{path}: {error.strerror}")
+            if not is_damage(error):
+                raise unreadable(error) from None
+            problems.append(f"{path}: {error.strerror}; the file is damaged")
     return problems
 
 
 def local_problems(folder: Path) -> list[str]:
-    """Return all problems with the files of a checkpoint. This process reads every file; not collective."""
+    """Return all problems with a checkpoint. This process reads every file; not collective.
+
+    Raises StorageError if a file cannot be read.
+    """
     try:
         manifest = read_manifest(folder)
+    except StorageError:
+        raise
     except CheckpointError as error:
         return [str(error)]
-    return FolderDifferences.find(folder, manifest).problems(folder) + damaged_files(folder, manifest.files)
+    differences, uncovered = _compare_folder(folder, manifest)
+    present = [file for file in manifest.files if file not in differences.missing]
+    return differences.problems(folder) + uncovered + damaged_files(folder, present)
 
 
 def newest_complete(directory: Path, warn: Warn) -> Path | None:
     """Return the newest complete checkpoint in a run's folder, or None if it contains no checkpoints. Collective.
 
     The one that `latest` names counts as the newest. Problems with newer checkpoints are passed to `warn`, which should
-    print on rank 0 only. Raises CheckpointError if there are checkpoints but none is complete, and if files are on the
-    disks of single nodes.
+    print on rank 0 only. Raises CheckpointError if there are checkpoints but none is complete, if `latest` names one but
+    there is none, if files are on the disks of single nodes, and (StorageError) if a file cannot be read.
     """
     candidates, latest_problem = broadcast_object(run_on_ranks(lambda: _candidates(directory), only_rank=0))
     problems = [] if latest_problem is None else [latest_problem]
@@ -100,9 +119,21 @@ def newest_complete(directory: Path, warn: Warn) -> Path | None:
         raise CheckpointError(
             f"{directory}: no complete checkpoint found: {listed(problems)}; to start from scratch, set another checkpoint.dir"
         )
-    for problem in problems:
-        warn(problem)
+    run_on_ranks(lambda: require_latest(directory, candidates), only_rank=0)
     return None
+
+
+def require_latest(directory: Path, candidates: Sequence[Path]) -> None:
+    """Raise CheckpointError if `latest` names a checkpoint although there are no `candidates` at all.
+
+    A volume that is not mounted and folders that were moved look like this: a run from scratch would lose the training.
+    """
+    latest = latest_name(directory)
+    if latest is not None and not candidates:
+        raise CheckpointError(
+            f"{directory / LATEST}: names {latest!r}, but there is no checkpoint in this folder; is the volume mounted, and "
+            f"were the folders moved? To start from scratch, delete {directory / LATEST} or set another checkpoint.dir"
+        )
 
 
 def require_complete(folder: Path) -> Path:
@@ -122,25 +153,50 @@ def raise_all(folder: Path, problems: Sequence[str]) -> None:
 def checkpoint_problems(folder: Path) -> list[str]:
     """Return all problems with a checkpoint, on every rank. Collective: each rank reads a share of the files.
 
-    Raises CheckpointError if the nodes do not see the same files.
+    Raises CheckpointError if the nodes do not see the same files, and StorageError if a file cannot be read.
     """
     _require_same_manifest(folder)
     manifest, error = attempt(lambda: read_manifest(folder))
     errors = [other for other in all_gather_object(error) if other is not None]
+    storage_error = next((error for error in errors if isinstance(error, StorageError)), None)
+    if storage_error is not None:
+        raise storage_error
     if manifest is None or errors:
         return [str(errors[0])]
     differences, uncovered = broadcast_object(run_on_ranks(lambda: _compare_folder(folder, manifest), only_rank=0))
     _require_files_of_all_nodes(folder, manifest, differences.missing)
-    local_files = sorted(manifest.files, key=lambda file: file.name)[dist.get_rank() :: dist.get_world_size()]
-    damaged = [problem for problems in all_gather_object(damaged_files(folder, local_files)) for problem in problems]
+    present = sorted((file for file in manifest.files if file not in differences.missing), key=lambda file: file.name)
+    local_files = present[dist.get_rank() :: dist.get_world_size()]
+    local_damage = run_on_ranks(lambda: damaged_files(folder, local_files))
+    damaged = [problem for problems in all_gather_object(local_damage) for problem in problems or ()]
     return differences.problems(folder) + uncovered + damaged
 
 
+def recover_interrupted(directory: Path, warn: Warn) -> None:
+    """Finish saves that ended while a checkpoint replaced an older one of the same step. Call it on rank 0 only.
+
+    At that moment both copies are complete, but neither has the final name. The new copy gets it if it is undamaged, and
+    else the old copy. Call it before `remove_unfinished`. Raises StorageError if a folder cannot be read or renamed.
+    """
+    for old in unfinished_folders(directory):
+        if not old.name.endswith(REPLACED):
+            continue
+        new = old.with_name(old.name.removesuffix(REPLACED))
+        final = directory / old.name.split(WRITING)[0]
+        if os.path.lexists(final):
+            continue
+        complete = new if new.is_dir() and not local_problems(new) else old
+        complete.rename(final)
+        if complete is new:
+            write_durably(directory / LATEST, final.name + "\n")
+        warn(f"{final}: recovered from {complete.name}, which an interrupted save left behind")
+
+
 def remove_unfinished(directory: Path, warn: Warn) -> None:
-    """Delete what interrupted saves and deletions left behind. Call it on rank 0 only."""
+    """Delete what interrupted saves and deletions left behind. Call it on rank 0 only, after `recover_interrupted`."""
     for folder in unfinished_folders(directory):
-        warn(f"{folder}: left by an interrupted save or deletion; removed")
-        shutil.rmtree(folder, ignore_errors=True)
+        removed = remove_tree(folder)
+        warn(f"{folder}: left by an interrupted save or deletion; {'removed' if removed else 'it could not be removed'}")
 
 
 def _compare_folder(folder: Path, manifest: Manifest) -> tuple[FolderDifferences, list[str]]:
@@ -160,7 +216,7 @@ def _candidates(directory: Path) -> tuple[list[Path], str | None]:
 
 def _require_same_manifest(folder: Path) -> None:
     """Raise CheckpointError unless every rank sees the same manifest, or none."""
-    content, _ = attempt((folder / MANIFEST).read_bytes)
+    content, _ = attempt(lambda: read_regular_file(folder / MANIFEST, MAX_MANIFEST_BYTES))
     checksum = hashlib.sha256(content).hexdigest() if content is not None else None
     views = all_gather_object((host_name(), checksum))
     first_node, first_checksum = views[0]

@@ -4,8 +4,8 @@
 ranks. Nothing here needs a process group.
 """
 
+import os
 import secrets
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,15 @@ from torch import Tensor
 
 from megagpt.checkpoint.boxes import Box
 from megagpt.checkpoint.coverage import box_problems
-from megagpt.checkpoint.files import TensorSpec, Written, fsync_folder, sha256_of_file, write_durably, write_safetensors
+from megagpt.checkpoint.files import (
+    TensorSpec,
+    Written,
+    fsync_folder,
+    remove_tree,
+    sha256_of_file,
+    write_durably,
+    write_safetensors,
+)
 from megagpt.checkpoint.format import (
     LATEST,
     MASTER,
@@ -24,6 +32,7 @@ from megagpt.checkpoint.format import (
     TensorRecord,
     box_key,
     rank_file,
+    replaced_folder,
     step_folder,
     temporary_folder,
     write_manifest,
@@ -112,7 +121,7 @@ def write_checkpoint(
     except OSError as error:
         raise StorageError(f"{final}: not written: {error}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # after the rename it does not exist
+        remove_tree(temporary)  # after the rename it does not exist
     return final
 
 
@@ -147,14 +156,19 @@ def commit(temporary: Path, final: Path, manifest: Manifest) -> None:
     """
     _require_visible(temporary, manifest.files)
     write_manifest(temporary, manifest)
-    replaced = temporary.with_name(temporary.name + ".replaced")
-    if final.exists():
+    replaced = replaced_folder(temporary)
+    if os.path.lexists(final):
         final.rename(replaced)
-    temporary.rename(final)
+    # A run that ends here leaves two complete copies, neither under the final name; `verify.recover_interrupted` finds them.
+    try:
+        temporary.rename(final)
+    except OSError:
+        if os.path.lexists(replaced):
+            replaced.rename(final)
+        raise
     fsync_folder(final.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)
     write_durably(final.parent / LATEST, final.name + "\n")
+    remove_tree(replaced)
 
 
 def _require_visible(folder: Path, files: Sequence[FileRecord]) -> None:

@@ -7,7 +7,7 @@ from megagpt.checkpoint.files import write_safetensors
 from megagpt.checkpoint.format import checkpoint_folders, resolve_checkpoint
 from megagpt.checkpoint.save import AsyncSaver, SaveResult
 from megagpt.checkpoint.shared_filesystem import require_shared
-from megagpt.checkpoint.verify import newest_complete, remove_unfinished, require_complete
+from megagpt.checkpoint.verify import newest_complete, recover_interrupted, remove_unfinished, require_complete, require_latest
 from megagpt.checkpoint.write import WriteFile
 from megagpt.config.schema import CheckpointConfig
 from megagpt.distributed.object_collectives import broadcast_object, run_on_ranks
@@ -26,7 +26,7 @@ def find_checkpoint(config: CheckpointConfig) -> Path | None:
     directory = Path(config.dir) if config.dir is not None else None
     if directory is not None:
         require_shared(directory)
-        run_on_ranks(lambda: remove_unfinished(directory, rank_zero_warn), only_rank=0)
+        run_on_ranks(lambda: _clean_up(directory), only_rank=0)
     if config.resume not in ("auto", "never"):
         folder = run_on_ranks(lambda: resolve_checkpoint(config.resume), only_rank=0)
         return require_complete(broadcast_object(folder))
@@ -140,8 +140,15 @@ def format_bytes(n_bytes: float) -> str:
     return f"{n_bytes:.4g} TB"
 
 
+def _clean_up(directory: Path) -> None:
+    """Recover and remove what interrupted saves left behind."""
+    recover_interrupted(directory, rank_zero_warn)
+    remove_unfinished(directory, rank_zero_warn)
+
+
 def _require_no_checkpoint(directory: Path) -> None:
     folders = checkpoint_folders(directory)
+    require_latest(directory, folders)
     if folders:
         raise CheckpointError(
             f'checkpoint.resume: "never", but checkpoint.dir {directory} has checkpoints (the newest is {folders[0].name}), '

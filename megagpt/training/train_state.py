@@ -3,10 +3,10 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from megagpt.checkpoint.boxes import boxes_of_range
 from megagpt.checkpoint.format import MASTER
@@ -21,21 +21,26 @@ from megagpt.engine.engine import Engine
 from megagpt.errors import CheckpointError
 from megagpt.parallel.parameter import Shard, shard_of
 
+MAX_COUNT = 2**62
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Loss = Annotated[float, Field(ge=-1e30, le=1e30, allow_inf_nan=False)]
+"""Bounded so that sums over a window stay finite."""
+
 
 class RunProgress(BaseModel):
     """Progress of a run. Checkpoints of megagpt 0.1 use the older names."""
 
     model_config = ConfigDict(populate_by_name=True)
 
-    consumed_samples: int = Field(validation_alias=AliasChoices("consumed_samples", "samples"))
+    consumed_samples: Count = Field(validation_alias=AliasChoices("consumed_samples", "samples"))
     """Samples trained on or skipped: the next batch starts here."""
-    skipped_sample_ranges: list[tuple[int, int]] = Field(
+    skipped_sample_ranges: list[tuple[Count, Count]] = Field(
         default=[], validation_alias=AliasChoices("skipped_sample_ranges", "passed_over")
     )
     """Ranges [first, end) that a rollback skips."""
-    recent_losses: list[float] = []
+    recent_losses: list[Loss] = []
     """Window of losses for spike detection."""
-    consecutive_skips: int = Field(default=0, validation_alias=AliasChoices("consecutive_skips", "skipped_in_a_row"))
+    consecutive_skips: Count = Field(default=0, validation_alias=AliasChoices("consecutive_skips", "skipped_in_a_row"))
     """Last steps without an update."""
 
 
@@ -44,10 +49,10 @@ class RunState(RunProgress):
 
     model_config = ConfigDict(populate_by_name=True, extra="forbid")
 
-    optimizer_step: int
+    optimizer_step: Count
     """Number of updates, which Adam's bias correction uses."""
     optimizer: str
-    loss_scaler: dict[str, float]
+    loss_scaler: dict[str, FiniteFloat]
     """State of the fp16 loss scale; empty for other precisions."""
 
 

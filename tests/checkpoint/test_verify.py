@@ -1,6 +1,7 @@
 """Damage is found before training and named, and damaged files are never loaded; no code is run from any file."""
 
 import contextlib
+import errno
 import io
 import os
 import pickle
@@ -77,6 +78,15 @@ def grow(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"\0")
 
 
+def truncate_end(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-6])
+
+
+def replace_by_step_2(path: Path) -> None:
+    shutil.rmtree(path)
+    shutil.copytree(path.with_name("step_00000002"), path)
+
+
 def plant(path: Path) -> None:
     path.write_bytes(b"a foreign file")
 
@@ -96,6 +106,24 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "missing": ("rank_00001.safetensors", Path.unlink, "rank_00001.safetensors: missing; node .+ wrote it"),
     "of another checkpoint": ("rank_00000.safetensors", take_from_older, "rank_00000.safetensors: its SHA-256"),
     "foreign": ("rank_00007.safetensors", plant, "rank_00007.safetensors: not a file of this checkpoint"),
+    "a link to nowhere": (
+        "rank_00001.safetensors",
+        lambda path: (path.unlink(), path.symlink_to("/nowhere")),
+        "rank_00001.safetensors: missing; node .+ wrote it",
+    ),
+    "a pipe": (
+        "rank_00001.safetensors",
+        lambda path: (path.unlink(), os.mkfifo(path)),
+        "rank_00001.safetensors: not a regular file",
+    ),
+    "a manifest that is a device": (
+        "manifest.json",
+        lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
+        "manifest.json: not a regular file",
+    ),
+    "a checksum line that is cut": ("manifest.sha256", truncate_end, "manifest.sha256: not a line of sha256sum"),
+    "a checksum line that is longer": ("manifest.sha256", grow, "manifest.sha256: not a line of sha256sum"),
+    "another step": (".", replace_by_step_2, "manifest.json: it is the manifest of step 2; the folder's name is step_00000004"),
     "no manifest": ("manifest.json", Path.unlink, "manifest.json: No such file"),
     "an empty manifest": ("manifest.json", lambda path: path.write_bytes(b""), "manifest.json: its SHA-256"),
     "a flipped bit in the manifest": ("manifest.json", flip_middle_bit, "manifest.json: its SHA-256"),
@@ -145,12 +173,42 @@ def test_latest_may_be_set_back_by_hand(run: Path, ranks: Pool) -> None:
 
 
 def test_a_folder_left_by_an_interrupted_save_is_named_and_removed(run: Path, ranks: Pool) -> None:
+    (run / "step_00000004" / "manifest.json").unlink()
     (run / "step_00000004").rename(run / "step_00000004.writing-0a1b2c3d")
     result = ranks.run(2, find, CheckpointConfig(dir=str(run)))[0]
     assert result.name == "step_00000002"
     assert "step_00000004.writing-0a1b2c3d: left by an interrupted save or deletion; removed" in result.warnings
     assert "latest: names 'step_00000004'" in result.warnings
     assert not list(run.glob("*writing*"))
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_latest_file_without_any_checkpoint_is_an_error(resume: str, ranks: Pool, tmp_path: Path) -> None:
+    """A volume that is not mounted looks like this: the run must not start from scratch."""
+    (tmp_path / "latest").write_text("step_00000900\n")
+    for result in ranks.run(2, find, CheckpointConfig(dir=str(tmp_path), resume=resume)):
+        assert "latest: names 'step_00000900'" in result.error and "is the volume mounted" in result.error
+
+
+@pytest.mark.parametrize("name", ["step_00000004/manifest.json", "step_00000004/rank_00001.safetensors"])
+def test_a_file_that_cannot_be_read_is_an_error_and_no_older_checkpoint_is_used(name: str, run: Path, ranks: Pool) -> None:
+    """It may be intact, and the run would replace the newer checkpoint."""
+    for result in ranks.run(2, find_without_reading, CheckpointConfig(dir=str(run)), str(run / name)):
+        assert result.name is None
+        assert f"{run / name}: Input/output error; the checkpoint may be intact" in result.error
+
+
+def find_without_reading(config: CheckpointConfig, path: str) -> Search:
+    """Search while the disk fails to read `path`."""
+    original = Path.open
+
+    def open_file(self: Path, *args: Any, **options: Any) -> Any:
+        if str(self) == path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return original(self, *args, **options)
+
+    with mock.patch.object(Path, "open", open_file):
+        return find(config)
 
 
 def test_if_no_checkpoint_is_complete_the_run_does_not_start_from_scratch(run: Path, ranks: Pool) -> None:
