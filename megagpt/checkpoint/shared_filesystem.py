@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megagpt.distributed.object_collectives import all_gather_object, broadcast_object, run_on_ranks
 from megagpt.distributed.phase import host_name
-from megagpt.errors import CheckpointError, listed
+from megagpt.errors import CheckpointError, StorageError, listed
 
 MAX_DELAY = 20.0
 """Seconds that a network file system may need to show one node what another node wrote."""
@@ -30,8 +30,11 @@ def require_shared(directory: Path, max_delay: float = MAX_DELAY) -> None:
 
 
 def _write(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("written by rank 0\n", encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("written by rank 0\n", encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"checkpoint.dir: {path.parent} cannot be written: {error.strerror}; set another folder") from None
 
 
 def _appears(path: Path, max_delay: float) -> bool:

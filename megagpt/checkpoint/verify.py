@@ -104,23 +104,33 @@ def newest_complete(directory: Path, warn: Warn) -> Path | None:
     there is none, if files are on the disks of single nodes, and (StorageError) if a file cannot be read.
     """
     candidates, latest_problem = broadcast_object(run_on_ranks(lambda: _candidates(directory), only_rank=0))
-    problems = [] if latest_problem is None else [latest_problem]
+    run_on_ranks(lambda: require_latest(directory, candidates), only_rank=0)
+    folder, problems = first_complete(candidates)
+    if latest_problem is not None:
+        problems.insert(0, latest_problem)
+    if folder is None:
+        if candidates:
+            raise CheckpointError(
+                f"{directory}: no complete checkpoint found: {listed(problems)}; to start from scratch, set another "
+                "checkpoint.dir"
+            )
+        return None
+    for problem in problems:
+        warn(problem)
+    if problems:
+        warn(f"resuming from {folder}, the newest complete checkpoint")
+    return folder
+
+
+def first_complete(candidates: Sequence[Path]) -> tuple[Path | None, list[str]]:
+    """Return the first complete checkpoint, or None, and the problems of those before it. Collective."""
+    problems: list[str] = []
     for folder in candidates:
         folder_problems = checkpoint_problems(folder)
-        if folder_problems:
-            problems += folder_problems
-            continue
-        for problem in problems:
-            warn(problem)
-        if problems:
-            warn(f"resuming from {folder}, the newest complete checkpoint")
-        return folder
-    if candidates:
-        raise CheckpointError(
-            f"{directory}: no complete checkpoint found: {listed(problems)}; to start from scratch, set another checkpoint.dir"
-        )
-    run_on_ranks(lambda: require_latest(directory, candidates), only_rank=0)
-    return None
+        if not folder_problems:
+            return folder, problems
+        problems += folder_problems
+    return None, problems
 
 
 def require_latest(directory: Path, candidates: Sequence[Path]) -> None:

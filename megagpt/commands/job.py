@@ -8,8 +8,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import megagpt
 from megagpt.commands.shell import INTERRUPTED, USER_ERROR
 from megagpt.config import Config, build_config, config_hash, data_parallel_size, load_config, to_json, with_vocab_size
 from megagpt.data.blend import build_datasets, check_vocabulary
@@ -72,7 +74,8 @@ def open_trainer(path: str, overrides: Sequence[str], launcher: Launcher) -> Ite
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     from megagpt.distributed.phase import PhaseTracker
     from megagpt.distributed.process_group import TIMEOUT, destroy_process_group, init_process_group
-    from megagpt.engine.deepspeed_internals import init_deepspeed
+    from megagpt.distributed.same_everywhere import require_same_code
+    from megagpt.engine.deepspeed_internals import init_deepspeed, library_versions
     from megagpt.parallel.topology import Topology
     from megagpt.resilience.watchdog import Watchdog
     from megagpt.training.trainer import Trainer
@@ -81,6 +84,7 @@ def open_trainer(path: str, overrides: Sequence[str], launcher: Launcher) -> Ite
     device = torch.device("cuda", launcher.local_rank) if cuda else torch.device("cpu")
     store = init_process_group(launcher, device)
     init_deepspeed(launcher, "nccl" if cuda else "gloo", TIMEOUT)
+    require_same_code(Path(megagpt.__file__).parent, library_versions())
     config = _broadcast_config(config, device)
     parallel = config.parallel
     datasets = build_datasets(config.data, config.model.n_positions)

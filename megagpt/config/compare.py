@@ -1,4 +1,7 @@
-"""Compare the model of a checkpoint with the model of a config. Pure functions."""
+"""Compare the config of a checkpoint with the config of a run. Pure functions."""
+
+from collections.abc import Collection
+from typing import Any
 
 from megagpt.config.schema import ModelConfig
 
@@ -14,6 +17,22 @@ def model_differences(saved: ModelConfig, current: ModelConfig) -> list[str]:
         for key in before
         if before[key] != after[key]
     ]
+
+
+def changed_keys(saved: dict[str, Any], current: dict[str, Any], skip: Collection[str] = ()) -> list[str]:
+    """Return "section.key before -> after" for each key of both configs that differs.
+
+    `skip`: sections and full keys that are not compared.
+    """
+    changes = []
+    for section, keys in current.items():
+        before = saved.get(section)
+        if section in skip or not isinstance(keys, dict) or not isinstance(before, dict):
+            continue
+        for key, value in keys.items():
+            if key in before and before[key] != value and f"{section}.{key}" not in skip:
+                changes.append(f"{section}.{key} {before[key]} -> {value}")
+    return changes
 
 
 def _effective_values(model: ModelConfig) -> dict[str, object]:

@@ -265,6 +265,12 @@ def _checkpoint(config: Config) -> Iterator[Problem]:
             ("training.max_hours", "checkpoint.dir"),
             "training.max_hours: saves when the time is over, but checkpoint.dir is not set; set it to a folder",
         )
+    if checkpoint.initialize_from is not None and checkpoint.resume not in ("auto", "never"):
+        yield Problem(
+            ("checkpoint.initialize_from", "checkpoint.resume"),
+            "checkpoint.initialize_from: starts from weights alone, but checkpoint.resume continues another checkpoint; "
+            'leave one out, or set checkpoint.resume to "auto"',
+        )
     if checkpoint.keep_every is not None and not checkpoint.keep:
         yield Problem(
             ("checkpoint.keep_every", "checkpoint.keep"),

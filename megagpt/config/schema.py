@@ -314,7 +314,12 @@ class CheckpointConfig(Section):
     """Also keep the checkpoints whose step is a multiple of this."""
     resume: PathText = "auto"
     """"auto": resume from the newest complete checkpoint in dir, or start from scratch if there is none. "never": start from
-    scratch; dir must have no checkpoints. A path: resume from that checkpoint."""
+    scratch; dir must have no checkpoints. A path: resume from that checkpoint, or from the newest that this run has saved in
+    dir since, so that a job that is started again with the same command continues."""
+    initialize_from: PathText | None = None
+    """A checkpoint, or a run's folder with checkpoints: a new run starts from its weights alone, with a fresh optimizer,
+    learning rate schedule and data position, as for continued pretraining or fine-tuning. If dir has checkpoints, the run
+    resumes from them."""
 
 
 class ResilienceConfig(Section):

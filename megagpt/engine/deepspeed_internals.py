@@ -63,6 +63,11 @@ OPTIMIZER_STATES = {"adamw": ("exp_avg", "exp_avg_sq"), "adam": ("exp_avg", "exp
 """Names of the per-weight states of each optimizer type."""
 
 
+def library_versions() -> dict[str, str]:
+    """Return the versions that must be equal on all ranks."""
+    return {"torch": torch.__version__, "deepspeed": deepspeed.__version__}
+
+
 def init_deepspeed(launcher: Launcher, backend: str, timeout: timedelta) -> None:
     """Let DeepSpeed use the default process group, which must exist."""
     # DeepSpeed reads these variables itself, whichever launcher started the rank.

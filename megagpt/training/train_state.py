@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -13,14 +14,20 @@ from megagpt.checkpoint.format import MASTER
 from megagpt.checkpoint.load import CheckpointReader
 from megagpt.checkpoint.save import Entry
 from megagpt.config import upgrade_keys
-from megagpt.config.compare import model_differences
+from megagpt.config.compare import changed_keys, model_differences
 from megagpt.config.schema import Config, ModelConfig
+from megagpt.data.identity import DataIdentity
 from megagpt.distributed.object_collectives import all_gather_object, run_on_ranks
 from megagpt.engine.deepspeed_internals import ParameterPartition, ZeroState
 from megagpt.engine.engine import Engine
-from megagpt.errors import CheckpointError
+from megagpt.errors import CheckpointError, listed
 from megagpt.parallel.parameter import Shard, shard_of
 
+LAYOUT = (
+    *("parallel", "zero", "checkpoint", "logging", "deepspeed"),
+    *("training.micro_batch_size", "training.recompute", "training.precision", "data.cache_dir", "optimizer.type"),
+)
+"""Sections and keys that do not change what is computed, or whose change has a note of its own."""
 MAX_COUNT = 2**62
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Loss = Annotated[float, Field(ge=-1e30, le=1e30, allow_inf_nan=False)]
@@ -43,6 +50,9 @@ class RunProgress(BaseModel):
     consecutive_skips: Count = Field(default=0, validation_alias=AliasChoices("consecutive_skips", "skipped_in_a_row"))
     """Last steps without an update."""
 
+    data: DataIdentity | None = None
+    """The data that `consumed_samples` counts in; None in older checkpoints."""
+
 
 class RunState(RunProgress):
     """The `state` section of a checkpoint's manifest: everything but weights and optimizer states."""
@@ -54,6 +64,15 @@ class RunState(RunProgress):
     optimizer: str
     loss_scaler: dict[str, FiniteFloat]
     """State of the fp16 loss scale; empty for other precisions."""
+
+
+class LoadedWeights(NamedTuple):
+    """Result of loading the weights of a checkpoint."""
+
+    step: int
+    total_bytes: int
+    bytes_read: list[int]
+    """Bytes of tensors read by each rank."""
 
 
 class Restored(NamedTuple):
@@ -121,6 +140,18 @@ def restore(engine: Engine, folder: Path) -> Restored:
     )
 
 
+def restore_weights(engine: Engine, folder: Path) -> LoadedWeights:
+    """Load only the weights of a verified checkpoint, written under any layout, into a new engine. Collective.
+
+    Raises CheckpointError if the checkpoint is of another model, with every difference.
+    """
+    reader = run_on_ranks(lambda: CheckpointReader(folder))
+    assert reader is not None
+    run_on_ranks(lambda: _check_model(engine, reader))
+    run_on_ranks(lambda: _fill_weights(engine, engine.zero_state(), reader))
+    return LoadedWeights(reader.manifest.step, reader.manifest.total_bytes, all_gather_object(reader.bytes_read))
+
+
 def state_changes(saved: dict[str, Any], config: Config) -> list[str]:
     """Return what is lost or reset when a run resumes with another precision or optimizer, one sentence each.
 
@@ -143,6 +174,9 @@ def state_changes(saved: dict[str, Any], config: Config) -> list[str]:
             notes.append(f"frozen weights have no fp32 copy: they are rounded to {after} permanently")
         if saved["training"]["freeze"] and before != "fp32":
             notes.append(f"frozen weights had no fp32 copy: they stay rounded to {before}")
+    changed = changed_keys(saved, config.model_dump(mode="json"), skip=LAYOUT)
+    if changed:
+        notes.append(f"the config differs from the checkpoint's: {listed(changed)}")
     if saved["optimizer"]["type"] != config.optimizer.type:
         notes.append(
             f"optimizer.type {saved['optimizer']['type']} -> {config.optimizer.type}: moments that were not saved start at 0"
@@ -152,20 +186,33 @@ def state_changes(saved: dict[str, Any], config: Config) -> list[str]:
 
 def _check(engine: Engine, reader: CheckpointReader) -> tuple[dict[str, Any], RunState]:
     """Return the checkpoint's config and state. Raises CheckpointError if they do not fit this engine's model."""
-    manifest = reader.manifest
-    try:
-        saved_config = upgrade_keys(manifest.config)
-        state = RunState.model_validate(manifest.state)
-        model = ModelConfig.model_validate_json(json.dumps(saved_config["model"]))
+    saved_config = _check_model(engine, reader)
+    with _other_version_if_invalid(reader.folder):
+        state = RunState.model_validate(reader.manifest.state)
         state_changes(saved_config, engine.config)
-    except (ValidationError, KeyError, TypeError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
-        raise CheckpointError(f"{reader.folder}: its config or state is of another version of megagpt: {reason}") from None
+    return saved_config, state
+
+
+def _check_model(engine: Engine, reader: CheckpointReader) -> dict[str, Any]:
+    """Return the checkpoint's config. Raises CheckpointError if its tensors do not fit this engine's model."""
+    with _other_version_if_invalid(reader.folder):
+        saved_config = upgrade_keys(reader.manifest.config)
+        model = ModelConfig.model_validate_json(json.dumps(saved_config["model"]))
     differences = model_differences(model, engine.config.model)
     if differences:
         raise CheckpointError(f"{reader.folder}: the checkpoint is of another model: {'; '.join(differences)}")
     reader.check_shapes({shard_of(p).name: shard_of(p).shape for p in engine.parameters})
-    return saved_config, state
+    return saved_config
+
+
+@contextmanager
+def _other_version_if_invalid(folder: Path) -> Iterator[None]:
+    """Raise CheckpointError if the block finds missing keys or invalid values in the manifest."""
+    try:
+        yield
+    except (ValidationError, KeyError, TypeError, AttributeError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
+        raise CheckpointError(f"{folder}: its config or state is of another version of megagpt: {reason}") from None
 
 
 @torch.no_grad()
@@ -173,12 +220,19 @@ def _fill(engine: Engine, zero: ZeroState, reader: CheckpointReader) -> None:
     """Fill this rank's weights and optimizer states; states that were not saved become zeros."""
     for partition in zero.partitions():
         shard = shard_of(partition.parameter)
-        zero.set_weights(partition, _read(reader, MASTER, shard, partition))
         for name, values in partition.states.items():
             if reader.has(name, shard.name):
                 values.copy_(_read(reader, name, shard, partition))
             else:
                 values.zero_()
+    _fill_weights(engine, zero, reader)
+
+
+@torch.no_grad()
+def _fill_weights(engine: Engine, zero: ZeroState, reader: CheckpointReader) -> None:
+    """Fill this rank's weights: the fp32 values of the optimizer and the values of the forwards."""
+    for partition in zero.partitions():
+        zero.set_weights(partition, _read(reader, MASTER, shard_of(partition.parameter), partition))
     if engine.config.zero.stage != 3:  # below stage 3 every rank holds its full shard for the forwards
         for parameter in engine.parameters:
             reader.fill(parameter)

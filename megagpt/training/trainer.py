@@ -11,11 +11,14 @@ import torch
 from megagpt.checkpoint.verify import require_complete
 from megagpt.config.schema import Config
 from megagpt.data.blend import Datasets
+from megagpt.data.identity import DataIdentity, data_identity, training_data_changes
 from megagpt.data.prefetch import Prefetcher
+from megagpt.distributed.object_collectives import run_on_ranks
 from megagpt.distributed.phase import PhaseTracker
 from megagpt.distributed.rank_zero import rank_zero_warn
+from megagpt.distributed.same_everywhere import require_same
 from megagpt.engine.engine import Engine, StepResult
-from megagpt.errors import ConfigError, TrainingError
+from megagpt.errors import ConfigError, DataError, TrainingError
 from megagpt.parallel.topology import Topology
 from megagpt.planner.flops import training_flops_per_token
 from megagpt.resilience.health import OK, Health, Verdict
@@ -23,7 +26,14 @@ from megagpt.resilience.interruption import REQUEUE, Interruption
 from megagpt.resilience.replicas import check_replicas
 from megagpt.resilience.stragglers import Stragglers
 from megagpt.training.batch_schedule import SampleRange, batch_size, batches_from, steps_between, trained_samples
-from megagpt.training.checkpointing import Checkpointer, find_checkpoint, load_checkpoint
+from megagpt.training.checkpointing import (
+    Checkpointer,
+    find_checkpoint,
+    find_initial_weights,
+    load_checkpoint,
+    load_initial_weights,
+    open_checkpoint_folder,
+)
 from megagpt.training.evaluation import evaluate
 from megagpt.training.loggers.base import FanOut, Logger, MetricsRecord
 from megagpt.training.loggers.build import build_loggers
@@ -76,8 +86,12 @@ class Trainer:
         self.phase = phase or PhaseTracker(device)
         self._start_time = time.monotonic() if start_time is None else start_time
         total_steps(config, datasets)  # fail before the engine is built if the run has no step
+        self.phase.enter("comparison of the data")
+        self._data = same_data_on_all_ranks(config)
         self.phase.enter("search for a checkpoint")
+        lock = open_checkpoint_folder(config.checkpoint)
         checkpoint = find_checkpoint(config.checkpoint)  # fail early here, too
+        initial_weights = find_initial_weights(config.checkpoint) if checkpoint is None else None
         self.phase.enter("engine construction")
         self.engine = Engine(config, topology, device, self.phase)
         self.step = 0
@@ -86,7 +100,10 @@ class Trainer:
         self.health = Health(config.resilience)
         if checkpoint is not None:
             self._load(checkpoint)
-        self.checkpointer = Checkpointer(self.engine, checkpoint, self.step)
+        elif initial_weights is not None:
+            self.phase.enter("loading of the initial weights")
+            load_initial_weights(self.engine, initial_weights)
+        self.checkpointer = Checkpointer(self.engine, checkpoint, self.step, lock)
         self.total_steps = total_steps(config, datasets, self.step, self.consumed_samples)
         self.logger: Logger = FanOut()
         if topology.rank == 0:
@@ -106,12 +123,16 @@ class Trainer:
         and CheckpointError if the last checkpoint could not be saved.
         """
         max_hours = self.config.training.max_hours if self.topology.rank == 0 else None  # one clock for all ranks
-        with Interruption(max_hours, self._start_time) as self._interruption:
-            if not self._train_steps():
-                return self._stop_early(self._interruption)
-            if self.datasets.test is not None:
-                self.logger.step({"step": self.step, **evaluate(self.engine, self.datasets.test, self.config, "test")})
-            self.checkpointer.finish(required=True)
+        try:
+            with Interruption(max_hours, self._start_time) as self._interruption:
+                if not self._train_steps():
+                    return self._stop_early(self._interruption)
+                if self.datasets.test is not None:
+                    self.logger.step({"step": self.step, **evaluate(self.engine, self.datasets.test, self.config, "test")})
+                self.checkpointer.finish(required=True)
+        except BaseException:
+            self.checkpointer.release_lock()
+            raise
         return 0
 
     def batches(self) -> Prefetcher[HostBatch]:
@@ -209,6 +230,12 @@ class Trainer:
         self.consumed_samples = state.consumed_samples
         self.skipped_ranges = state.skipped_sample_ranges
         self.health.restore(state.recent_losses, state.consecutive_skips)
+        changes = training_data_changes(state.data, self._data) if state.data is not None else []
+        if changes:
+            rank_zero_warn(
+                f"the training data differs from the checkpoint's: {'; '.join(changes)}. The run continues at sample "
+                f"{self.consumed_samples} of this data; to start at its first sample, use checkpoint.initialize_from"
+            )
 
     def _roll_back(self, batch: HostBatch, verdict: Verdict) -> None:
         """Load the last checkpoint, and skip this batch when it comes up again. Raises TrainingError without a checkpoint."""
@@ -285,6 +312,7 @@ class Trainer:
             skipped_sample_ranges=self.skipped_ranges,
             recent_losses=self.health.recent_losses,
             consecutive_skips=self.health.consecutive_skips,
+            data=self._data,
         )
         self.checkpointer.save(self.step, progress)
         self._start_window()
@@ -295,6 +323,15 @@ class Trainer:
 
     def _due_or_last(self, interval: int | None) -> bool:
         return self.step == self.total_steps or _is_due(self.step, interval)
+
+
+def same_data_on_all_ranks(config: Config) -> DataIdentity:
+    """Return the identity of the run's data. Raises DataError if a rank sees other data than rank 0. Collective."""
+    identity = run_on_ranks(lambda: data_identity(config.data, config.model.n_positions))
+    assert identity is not None
+    contents = {f"data.{part}": str([corpus.content for corpus in corpora]) for part, corpora in identity.parts.items()}
+    require_same(contents, DataError, "copy the same .bin and .idx files to all nodes, or put them on a shared file system")
+    return identity
 
 
 def total_steps(config: Config, datasets: Datasets, step: int = 0, consumed_samples: int = 0) -> int:

@@ -25,7 +25,7 @@ from megagpt.checkpoint.shared_filesystem import require_shared
 from megagpt.config import Config
 from megagpt.config.schema import CheckpointConfig
 from megagpt.errors import CheckpointError
-from megagpt.training.checkpointing import find_checkpoint
+from megagpt.training.checkpointing import find_checkpoint, open_checkpoint_folder
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,10 @@ def find(config: CheckpointConfig) -> Search:
     stderr = io.StringIO()
     with contextlib.redirect_stderr(stderr):
         try:
+            lock = open_checkpoint_folder(config)
             folder = find_checkpoint(config)
+            if lock is not None:
+                lock.release()
         except CheckpointError as error:
             return Search(None, stderr.getvalue(), str(error))
     return Search(folder.name if folder else None, stderr.getvalue(), "")
@@ -234,7 +237,7 @@ def test_a_path_without_a_checkpoint_is_an_error(path: str, ranks: Pool, tmp_pat
 def test_a_checkpoint_dir_that_cannot_be_created_is_an_error_before_the_first_step(ranks: Pool, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for result in ranks.run(2, find, CheckpointConfig(dir=str(tmp_path / "file" / "checkpoints"))):
-        assert "Not a directory" in result.error or "File exists" in result.error
+        assert "checkpoints cannot be written: Not a directory; set another folder" in result.error
 
 
 class Evil:

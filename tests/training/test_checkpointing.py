@@ -20,7 +20,7 @@ from megagpt.config import Config
 from megagpt.config.schema import CheckpointConfig
 from megagpt.engine.engine import Engine
 from megagpt.errors import CheckpointError
-from megagpt.training.checkpointing import Checkpointer, find_checkpoint, format_bytes, load_checkpoint
+from megagpt.training.checkpointing import Checkpointer, find_checkpoint, format_bytes, load_checkpoint, open_checkpoint_folder
 from megagpt.training.train_state import RunProgress
 
 PROGRESS = RunProgress(consumed_samples=24)
@@ -49,7 +49,10 @@ def find(**checkpoint: Any) -> tuple[Path | None, str, str]:
     stderr = io.StringIO()
     with contextlib.redirect_stderr(stderr):
         try:
+            lock = open_checkpoint_folder(CheckpointConfig(**checkpoint))
             folder, error = find_checkpoint(CheckpointConfig(**checkpoint)), ""
+            if lock is not None:
+                lock.release()
         except CheckpointError as problem:
             folder, error = None, str(problem)
     return folder, error, stderr.getvalue()
