@@ -4,22 +4,35 @@ import contextlib
 import errno
 import io
 import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from support.pool import Pool
-from support.runs import Tree, corpus, create_engine, run_trainer, tiny_config
+from support.runs import (
+    Tree,
+    corpus,
+    create_engine,
+    full_model,
+    open_trainer,
+    parameters_by_name,
+    run_trainer,
+    tiny_config,
+)
 from support.saved import flip_bit
 
 from megagpt.checkpoint.files import write_safetensors
-from megagpt.checkpoint.write import WriteFile
+from megagpt.checkpoint.write import TensorSource, WriteFile, write_checkpoint
 from megagpt.config import Config
 from megagpt.config.schema import CheckpointConfig
 from megagpt.engine.engine import Engine
-from megagpt.errors import CheckpointError
+from megagpt.errors import CheckpointError, MegagptError
+from megagpt.parallel.parameter import shard_of
 from megagpt.training.checkpointing import Checkpointer, find_checkpoint, format_bytes, load_checkpoint, open_checkpoint_folder
 from megagpt.training.train_state import RunProgress
 
@@ -103,6 +116,125 @@ def test_folders_of_interrupted_saves_are_removed(run: Path, ranks: Pool) -> Non
     (run / "step_00000003.writing-abc").mkdir()
     assert ranks.run(2, partial(find, dir=str(run)))[0][0] == run / "step_00000002"
     assert not (run / "step_00000003.writing-abc").exists()
+
+
+def test_a_job_that_resumed_from_a_path_and_is_started_again_continues_with_its_own_checkpoints(
+    run: Path, ranks: Pool, tmp_path: Path
+) -> None:
+    """A requeued job repeats its command: it must not go back to the path and replace what it has saved since."""
+    source, own = run / "step_00000001", tmp_path / "own"
+    config = tiny_config(
+        model={"n_layer": 1},
+        data={"train": corpus(tmp_path)},
+        training={"steps": 3, "micro_batch_size": 2, "global_batch_size": 4},
+        checkpoint={"dir": str(own), "interval": 1, "resume": str(source)},
+    )
+    ranks.run(2, run_trainer, config)
+    again = ranks.run(2, partial(find, dir=str(own), resume=str(source)))
+    assert again[0][:2] == (own / "step_00000003", "")
+    flip_bit(own / "step_00000003" / "rank_00000.safetensors")
+    folder, _, stderr = ranks.run(2, partial(find, dir=str(own), resume=str(source)))[0]
+    assert folder == own / "step_00000002" and "SHA-256 differs" in stderr
+
+
+def test_a_path_outside_of_a_folder_with_other_checkpoints_is_refused(run: Path, ranks: Pool, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    for folder, error, _ in ranks.run(2, partial(find, dir=str(other), resume=str(run / "step_00000001"))):
+        assert folder is None and "has the checkpoints of another run (the newest is step_00000002)" in error
+
+
+def test_a_run_can_be_set_back_in_its_own_folder_and_says_what_it_will_replace(run: Path, ranks: Pool) -> None:
+    folder, _, stderr = ranks.run(2, partial(find, dir=str(run), resume=str(run / "step_00000001")))[0]
+    assert folder == run / "step_00000001"
+    assert "set back to step_00000001: this run will replace step_00000002" in stderr
+
+
+def initial_config(folder: Path, seed: int, **sections: Tree) -> Config:
+    training: Tree = {"steps": 3, "micro_batch_size": 2, "global_batch_size": 8, "seed": seed}
+    logging: Tree = {"interval": 1, "metrics_file": str(folder / f"metrics_{len(sections)}.jsonl")}
+    data: Tree = {"train": corpus(folder)}
+    return tiny_config(data=data, training=training, logging=logging, **sections)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_run_that_is_initialized_from_weights_is_like_a_new_run_with_these_weights(
+    stage: int, ranks: Pool, tmp_path: Path
+) -> None:
+    """The initial weights of seed 7 as a checkpoint of step 5: a run of seed 8 that starts from them equals one of seed 7.
+
+    Moments, updates or samples that are carried over change the losses. Exact, because the layout is the same.
+    """
+    expected = initial_config(tmp_path, 7, zero={"stage": stage})
+    weights = []
+    for name, parameter in parameters_by_name(full_model(expected)).items():
+        shape = shard_of(parameter).shape
+        weight = parameter.detach()[: shape[0]]  # without the vocabulary's padding
+        weights.append(TensorSource(name, shape, {"master": weight, "exp_avg": torch.ones_like(weight)}))
+    other = {"consumed_samples": 40, "optimizer": "adamw", "optimizer_step": 5, "loss_scaler": {}}
+    write_checkpoint(tmp_path / "weights", 5, weights, expected.model_dump(mode="json"), other)
+    checkpoint: Tree = {"initialize_from": str(tmp_path / "weights"), "dir": str(tmp_path / "run")}
+    initialized = initial_config(tmp_path, 8, zero={"stage": stage}, checkpoint=checkpoint)
+    result, reference = ranks.run(2, run_trainer, initialized), ranks.run(2, run_trainer, expected)
+    assert result[0]["losses"] == reference[0]["losses"] and len(result[0]["losses"]) == 3
+    again = ranks.run(2, run_trainer, initialized)[0]
+    assert again["step"] == 3 and len(again["losses"]) == 3  # resumed from its own checkpoint, which is complete
+
+
+def test_a_resumed_run_takes_no_initial_weights(run: Path, ranks: Pool) -> None:
+    assert ranks.run(2, partial(find, dir=str(run), initialize_from="/nowhere"))[0][0] == run / "step_00000002"
+
+
+def start(config: Config) -> str:
+    """Start a run; return what this rank printed, or the error."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            open_trainer(config).close()
+        except MegagptError as error:
+            return str(error)
+    return output.getvalue()
+
+
+def test_resuming_with_other_data_or_settings_says_so(run: Path, ranks: Pool, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other, copy = corpus(tmp_path / "other", documents=50), tmp_path / "copy"
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{tmp_path}/corpus{suffix}", f"{copy}{suffix}")
+
+    def output(**sections: Tree) -> str:
+        training: Tree = {"steps": 9, "micro_batch_size": 2, "global_batch_size": 4, **sections.pop("training", {})}
+        tree: Tree = {"model": {"n_layer": 1}, "checkpoint": {"dir": str(run)}, **sections}
+        return ranks.run(1, start, tiny_config(training=training, **tree))[0]
+
+    same = output(data={"train": str(copy)})
+    assert "loaded" in same and "the training data differs" not in same
+    changed = output(data={"train": other})
+    assert f"data.train was {tmp_path}/corpus (60 sequences" in changed and "continues at sample 8 of this data" in changed
+    assert "data.seed was 1234 and is 5" in output(data={"train": str(copy), "seed": 5})
+    assert "training.seed 7 -> 8" in output(data={"train": str(copy)}, training={"seed": 8})
+
+
+def start_on_own_disk(config: Config, folders: list[str]) -> str:
+    original = Path.cwd()
+    os.chdir(folders[dist.get_rank()])
+    try:
+        return start(config)
+    finally:
+        os.chdir(original)
+
+
+def test_ranks_with_other_tokens_under_the_same_name_and_size_are_an_error(ranks: Pool, tmp_path: Path) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+        corpus(folder)
+    content = bytearray((folders[1] / "corpus.bin").read_bytes())
+    (folders[1] / "corpus.bin").write_bytes(bytes(content[2:]) + bytes(content[:2]))  # the same size, moved by one token
+    training: Tree = {"steps": 1, "micro_batch_size": 2, "global_batch_size": 4}
+    config = tiny_config(model={"n_layer": 1}, data={"train": "corpus"}, training=training, parallel={"tensor": 2})
+    for error in ranks.run(2, start_on_own_disk, config, list(map(str, folders))):
+        assert error.startswith("data.train differs: rank 0 on ") and "has another than rank 1 on" in error
 
 
 def load(config: Config, folder: Path) -> tuple[int, int, str]:
