@@ -4,9 +4,10 @@ import time
 from pathlib import Path
 
 from megagpt.checkpoint.files import write_safetensors
-from megagpt.checkpoint.format import checkpoint_folders, resolve_checkpoint
+from megagpt.checkpoint.format import checkpoint_folders, read_manifest, resolve_checkpoint
 from megagpt.checkpoint.save import AsyncSaver, SaveResult
 from megagpt.checkpoint.shared_filesystem import require_shared
+from megagpt.checkpoint.tokenizer_files import RunTokenizer, read_carried, read_tokenizer, tokenizer_change
 from megagpt.checkpoint.verify import newest_complete, remove_unfinished, require_complete
 from megagpt.checkpoint.write import WriteFile
 from megagpt.config.schema import CheckpointConfig
@@ -42,10 +43,11 @@ def load_checkpoint(engine: Engine, folder: Path) -> Restored:
     """Load a verified checkpoint into the engine, and report it on rank 0. Collective."""
     restored = restore(engine, folder)
     least, most = min(restored.bytes_read), max(restored.bytes_read)
-    per_rank = format_bytes(most) if least == most else f"{format_bytes(least)} to {format_bytes(most)}"
+    read = format_bytes(most) if least == most else f"{format_bytes(least)} to {format_bytes(most)}"
+    per_rank = " per rank" if len(restored.bytes_read) > 1 else ""
     rank_zero_print(
         f"loaded {folder}: step {restored.step}, sample {restored.state.consumed_samples}; "
-        f"{format_bytes(restored.total_bytes)} verified, {per_rank} read per rank"
+        f"{format_bytes(restored.total_bytes)} verified, {read} read{per_rank}"
     )
     for note in restored.notes:
         rank_zero_print(f"loaded {folder}: {note}")
@@ -68,9 +70,16 @@ class Checkpointer:
         """The last checkpoint that this run has written or loaded."""
         self._prepared = False
         self._saver: AsyncSaver | None = None
+        path = engine.config.data.tokenizer
+        tokenizer = run_on_ranks(lambda: _tokenizer_to_carry(path, loaded), only_rank=0)
         if self._config.dir is not None:
             self._saver = AsyncSaver(
-                Path(self._config.dir), self._config.keep, self._config.keep_every, loaded, write_file=write_file
+                Path(self._config.dir),
+                self._config.keep,
+                self._config.keep_every,
+                loaded,
+                tokenizer=tokenizer,
+                write_file=write_file,
             )
 
     @property
@@ -138,6 +147,21 @@ def format_bytes(n_bytes: float) -> str:
             return f"{n_bytes:.3g} {unit}"
         n_bytes /= 1000
     return f"{n_bytes:.4g} TB"
+
+
+def _tokenizer_to_carry(path: str | None, loaded: Path | None) -> RunTokenizer | None:
+    """Return the tokenizer that this run's checkpoints carry, and warn if the loaded checkpoint has another one.
+
+    `path`: data.tokenizer; a run whose config names none keeps the one of the loaded checkpoint.
+    """
+    tokenizer = None if path is None else read_tokenizer(path)
+    if loaded is None:
+        return tokenizer
+    manifest = read_manifest(loaded)
+    change = tokenizer_change(loaded, manifest, tokenizer)
+    if change is not None:
+        rank_zero_warn(change)
+    return tokenizer or read_carried(loaded, manifest)
 
 
 def _require_no_checkpoint(directory: Path) -> None:
