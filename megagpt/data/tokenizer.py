@@ -1,6 +1,7 @@
 """Tokenizers: text to token ids and back, by the library that each file format belongs to."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,10 @@ MAX_TOKENIZER_BYTES = 2**28
 """Largest accepted file of a tokenizer. The tokenizer.json of a vocabulary of 256,000 has 35 MB."""
 LARGEST_VOCABULARY = 1 << 24
 """More ids than any tokenizer has; a larger one is a damaged file, and would need gigabytes for every count of ids."""
+MAX_GROWTH = 100
+"""Largest accepted factor by which replacements of a normalizer lengthen a text."""
+_PROBE = f"Hello, it's 12 o'clock!\n\t{'a' * 500}! {'1' * 100}{' ' * 100}é 日本語 中文，한국어 العربية \U0001f600\x00\ufffd"
+"""Characters of many kinds, and long runs, on which regular expressions that backtrack take exponential time."""
 _HOW_TO_DECLARE = 'name it in a tokenizer_config.json beside the file: {"eos_token": "..."}'
 
 
@@ -87,7 +92,8 @@ class HuggingFaceTokenizer:
     def __init__(self, tokenizer: tokenizers.Tokenizer, source: Path, eod_token: str | None = None) -> None:
         """`eod_token`: the token that ends documents, as the file's owner declares it; else one of the usual names.
 
-        Raises DataError if there is no such token, or if the tokenizer encodes at random (BPE dropout).
+        Raises DataError if there is no such token, if the tokenizer encodes at random (BPE dropout), and if it cannot encode
+        every text: it lacks its token for unknown words, or a regular expression takes too long.
         """
         if getattr(tokenizer.model, "dropout", None):
             raise DataError(f"{source}: BPE dropout {tokenizer.model.dropout:g} encodes at random; remove it from the file")
@@ -108,6 +114,10 @@ class HuggingFaceTokenizer:
                 f"{source}: has no token that ends documents; expected {' or '.join(names)}; to use another, {_HOW_TO_DECLARE}"
             )
         self.eod_id: int = ids[0]
+        if (growth := _growth(tokenizer.normalizer)) > MAX_GROWTH:
+            raise DataError(f"{source}: its normalizer can make a text {growth:g} times as long; expected at most {MAX_GROWTH}")
+        with _without_native_messages(), library_errors(source, "cannot encode a text"):
+            tokenizer.encode(_PROBE, add_special_tokens=False)  # at the start of a command, not in the middle of a corpus
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -238,6 +248,37 @@ def gpt2_tokenizer(vocab: Path, merges: Path, eod_token: str | None = None) -> H
     # <|endoftext|> is not a special token: as in Megatron's own GPT-2 tokenizer, one that occurs in a text is text and
     # cannot end the document.
     return HuggingFaceTokenizer(tokenizer, vocab, eod_token)
+
+
+def _growth(normalizer: tokenizers.normalizers.Normalizer | None) -> float:
+    """Return by which factor the replacements of a normalizer can lengthen a text, all together."""
+    factor = 1.0
+    pending = [] if normalizer is None else [json.loads(normalizer.__getstate__())]
+    while pending:
+        part = pending.pop()
+        pending += part.get("normalizers", [])
+        if part.get("type") == "Replace":
+            pattern = part["pattern"].get("String", "")  # a regular expression may match a single character
+            factor *= max(1.0, len(part["content"]) / max(1, len(pattern)))
+    return factor
+
+
+@contextmanager
+def _without_native_messages() -> Iterator[None]:
+    """Drop what native code prints to standard error: Rust reports a panic there, before it becomes an exception."""
+    try:
+        saved = os.dup(2)
+    except OSError:  # standard error is closed
+        yield
+        return
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nothing)
 
 
 @contextmanager

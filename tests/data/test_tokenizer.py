@@ -134,22 +134,36 @@ def test_an_id_that_no_vocabulary_has_is_refused(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path))
 
 
-def test_a_wordpiece_tokenizer_without_its_unknown_token_is_named_when_it_meets_an_unknown_word(tmp_path: Path) -> None:
-    model = tokenizers.models.WordPiece({"a": 0, "</s>": 1}, unk_token="[UNK]")
-    tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
-    tokenizer = load_tokenizer(str(tmp_path))
-    assert tokenizer.encode("a") == [0]
-    with pytest.raises(DataError, match=r"tokenizer.json: cannot encode a text: .*\[UNK\]"):
-        tokenizer.encode("b")
+@pytest.mark.parametrize("model", [tokenizers.models.WordPiece, tokenizers.models.WordLevel])
+def test_a_tokenizer_without_its_token_for_unknown_words_is_refused(tmp_path: Path, model: type) -> None:
+    tokenizers.Tokenizer(model({"a": 0, "</s>": 1}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match=r"^[^\n]*tokenizer.json: cannot encode a text: [^\n]*$"):
+        load_tokenizer(str(tmp_path))
 
 
-def test_a_regular_expression_that_needs_too_long_is_an_error_of_one_line(tmp_path: Path) -> None:
-    """The library's Rust code panics, with an exception that is no `Exception`."""
+def test_a_regular_expression_that_takes_too_long_is_an_error_of_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The library's Rust code panics: it prints lines of its own, and its exception is no `Exception`."""
     tokenizer = word_level({"[UNK]": 0, "</s>": 1})
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"((a+)+)+$d"), "isolated")
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(DataError, match=r"^[^\n]*tokenizer.json: cannot encode a text: [^\n]*$"):
-        load_tokenizer(str(tmp_path)).encode("a" * 40 + "!")
+        load_tokenizer(str(tmp_path))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("length", "accepted"), [(10, True), (11, False), (10_000, False)])
+def test_a_normalizer_that_lengthens_a_text_too_much_is_refused(length: int, accepted: bool, tmp_path: Path) -> None:
+    tokenizer = word_level({"[UNK]": 0, "</s>": 1})
+    replace = [tokenizers.normalizers.Replace(pattern, "a" * length) for pattern in ("a", tokenizers.Regex("a+"))]
+    tokenizer.normalizer = tokenizers.normalizers.Sequence(replace)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    if accepted:
+        load_tokenizer(str(tmp_path))
+        return
+    with pytest.raises(DataError, match="its normalizer can make a text .* times as long; expected at most 100"):
+        load_tokenizer(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "own.model"])
