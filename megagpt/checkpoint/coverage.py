@@ -12,11 +12,29 @@ _Span = tuple[int, int]
 
 
 def box_problems(manifest: Manifest) -> Iterator[str]:
-    """Yield the first problem of each tensor whose boxes do not cover it exactly once."""
+    """Yield the first problem of each tensor whose boxes do not cover it exactly once, or that is larger than its files.
+
+    Check it before memory for a box is allocated: a manifest can claim boxes of any size.
+    """
+    sound = True
     for name, record in manifest.tensors.items():
         problem = _box_problem(record, len(manifest.files))
         if problem is not None:
+            sound = False
             yield f"{name}: {problem}"
+    if sound:
+        yield from _size_problems(manifest)
+
+
+def _size_problems(manifest: Manifest) -> Iterator[str]:
+    """Yield the files that are too small for the boxes that the manifest says are in them; boxes are in fp32."""
+    needed = [0] * len(manifest.files)
+    for record in manifest.tensors.values():
+        for file, _, size in record.boxes:
+            needed[file] += 4 * len(record.kinds) * math.prod(size)
+    for file_record, n_bytes in zip(manifest.files, needed, strict=True):
+        if n_bytes > file_record.bytes:
+            yield f"{file_record.name} has {file_record.bytes} bytes, but its boxes need {n_bytes}"
 
 
 def overlap(boxes: Sequence[Box]) -> tuple[Box, Box] | None:

@@ -4,6 +4,7 @@
     DIR/step_00000100/manifest.json     step, config, files with size, SHA-256 and host, boxes of every tensor
     DIR/step_00000100/manifest.sha256   checksum of the manifest, in the format of `sha256sum --check`
     DIR/step_00000100/rank_00003.safetensors
+    DIR/step_00000100/tokenizer/        files of the run's tokenizer, if it has one
 
 A saved tensor is identified by (state, parameter name). State "master" is the fp32 weight; "exp_avg" and "exp_avg_sq" are
 Adam's moments. Each file holds boxes of tensors, under keys "state/name@offset,offset". A checkpoint is written to a
@@ -58,6 +59,23 @@ class FileRecord(_Record):
     """Host that wrote the file."""
 
 
+class TokenizerFileRecord(_Record):
+    """One file of the run's tokenizer."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")  # cannot be a path to another folder
+    bytes: int = Field(ge=0, le=2**28, strict=True)
+    sha256: str
+
+
+class TokenizerRecord(_Record):
+    """The run's tokenizer."""
+
+    name: str
+    """`data.tokenizer` of the run: where its files came from, or "byte"."""
+    files: list[TokenizerFileRecord] = Field(max_length=16)
+    """Empty for "byte", which has no files."""
+
+
 class TensorRecord(_Record):
     """One parameter: its weight and optimizer states, all split into the same boxes."""
 
@@ -80,6 +98,8 @@ class Manifest(_Record):
     tensors: dict[str, TensorRecord]
     """Parameter name -> record; the names are the same under every layout."""
     files: list[FileRecord]
+    tokenizer: TokenizerRecord | None = None
+    """Absent if the run names no tokenizer, and in checkpoints of older versions."""
 
     @property
     def total_bytes(self) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 from megagpt.checkpoint.boxes import Box
 from megagpt.checkpoint.coverage import box_problems
 from megagpt.checkpoint.format import MANIFEST, MASTER, Manifest, box_key
+from megagpt.checkpoint.tokenizer_files import tokenizer_problems
 from megagpt.checkpoint.verify import FolderDifferences, damaged_files, raise_all
 from megagpt.errors import CheckpointError
 from megagpt.progress import Progress
@@ -54,6 +55,8 @@ class CheckpointReport:
     files: int
     bytes: int
     """Total size of the safetensors files."""
+    tokenizer: str | None
+    """Name of the tokenizer that it carries: data.tokenizer of the run."""
     nodes: list[str]
     """Hosts that wrote the files."""
     checksums: bool
@@ -62,6 +65,11 @@ class CheckpointReport:
     """Number of weights."""
     tensors: list[TensorReport]
     """Sorted by name."""
+
+    @property
+    def non_finite(self) -> int:
+        """Number of values that are NaN or infinite, in weights and optimizer states."""
+        return sum(sum(tensor.non_finite.values()) for tensor in self.tensors)
 
 
 def bytes_to_read(manifest: Manifest, checksums: bool) -> int:
@@ -88,6 +96,7 @@ def inspect_checkpoint(folder: Path, manifest: Manifest, checksums: bool, progre
         **facts,
         files=len(manifest.files),
         bytes=manifest.total_bytes,
+        tokenizer=None if manifest.tokenizer is None else manifest.tokenizer.name,
         nodes=sorted({file.node for file in manifest.files}),
         checksums=checksums,
         parameters=sum(math.prod(record.shape) for record in manifest.tensors.values()),
@@ -98,14 +107,20 @@ def inspect_checkpoint(folder: Path, manifest: Manifest, checksums: bool, progre
 def require_valid(folder: Path, manifest: Manifest, checksums: bool, progress: Progress) -> None:
     """Raise CheckpointError unless all files are present and undamaged, and the boxes cover each tensor exactly once.
 
-    `progress` gets the number of bytes hashed. Without `checksums` the contents of the files are not checked.
+    Call it before memory is allocated for what the manifest says. `progress` gets the number of bytes hashed. Without
+    `checksums` the contents of the files are not checked.
     """
-    problems = FolderDifferences.find(folder, manifest).problems(folder)
+    differences = FolderDifferences.find(folder, manifest)
+    problems = differences.problems(folder)
     if checksums:
         for file in manifest.files:
-            problems += damaged_files(folder, [file])
+            if file not in differences.missing:
+                problems += damaged_files(folder, [file])
             progress.update(file.bytes)
+    problems += tokenizer_problems(folder, manifest)
     problems += [f"{folder / MANIFEST}: {problem}" for problem in box_problems(manifest)]
+    if not manifest.tensors:
+        problems.append(f"{folder / MANIFEST}: has no tensors")
     raise_all(folder, problems)
 
 

@@ -25,6 +25,7 @@ from megagpt.checkpoint.boxes import Box
 from megagpt.checkpoint.files import write_safetensors
 from megagpt.checkpoint.format import Manifest, rank_file, replaced_folder, step_folder, temporary_folder
 from megagpt.checkpoint.retention import remove_old
+from megagpt.checkpoint.tokenizer_files import RunTokenizer, with_tokenizer
 from megagpt.checkpoint.write import BoxRecord, FileContents, WriteFile, build_manifest, commit, write_boxes
 from megagpt.distributed.object_collectives import attempt, broadcast_object
 from megagpt.errors import MegagptError
@@ -73,6 +74,7 @@ class AsyncSaver:
         keep_every: int | None,
         loaded: Path | None,
         *,
+        tokenizer: RunTokenizer | None = None,
         write_file: WriteFile = write_safetensors,
         commit: Commit = commit,
         max_wait: timedelta = MAX_WAIT,
@@ -81,6 +83,7 @@ class AsyncSaver:
 
         `keep`: number of newest checkpoints to keep, 0 for all; `keep_every`: steps that are a multiple of it are kept,
         too; `loaded`: the checkpoint that the run started from, which is never deleted.
+        `tokenizer`: the run's, which rank 0 writes to each checkpoint; other ranks may pass None.
         `write_file`, `commit`: file operations, which tests replace; `max_wait`: time limit for slower ranks.
         """
         self.host_buffer = HostBuffer()
@@ -88,6 +91,7 @@ class AsyncSaver:
         self._keep = keep
         self._keep_every = keep_every
         self._loaded = loaded
+        self._tokenizer = tokenizer
         self._write_file = write_file
         self._commit = commit
         group = dist.new_group(backend="gloo", timeout=max_wait)
@@ -192,7 +196,7 @@ class AsyncSaver:
             if error is not None:
                 raise error
         manifest = build_manifest(header, [contents for contents, _ in reports if contents is not None])
-        self._commit(temporary, final, manifest)
+        self._commit(temporary, final, with_tokenizer(temporary, manifest, self._tokenizer))
 
     def _remove_old(self, newest: Path) -> str | None:
         """Delete old checkpoints, on rank 0; return why one could not be deleted."""

@@ -25,6 +25,7 @@ from megagpt.checkpoint.format import (
     unfinished_folders,
     unreadable,
 )
+from megagpt.checkpoint.tokenizer_files import folders_of, tokenizer_problems
 from megagpt.distributed.object_collectives import all_gather_object, attempt, broadcast_object, run_on_ranks
 from megagpt.distributed.phase import host_name
 from megagpt.errors import CheckpointError, StorageError, listed
@@ -48,7 +49,7 @@ class FolderDifferences(NamedTuple):
             present = {entry.name for entry in entries if not entry.is_symlink() or Path(entry).exists()}
         expected = {file.name for file in manifest.files} | {MANIFEST, MANIFEST_SUM}
         missing = [file for file in manifest.files if file.name not in present]
-        return cls(missing, sorted(name for name in present - expected if not name.startswith(".")))
+        return cls(missing, sorted(name for name in present - expected - folders_of(manifest) if not name.startswith(".")))
 
     def problems(self, folder: Path) -> list[str]:
         """Return one sentence for each difference."""
@@ -212,7 +213,7 @@ def remove_unfinished(directory: Path, warn: Warn) -> None:
 def _compare_folder(folder: Path, manifest: Manifest) -> tuple[FolderDifferences, list[str]]:
     """Return the differences between folder and manifest, and the problems with the manifest's boxes."""
     uncovered = [f"{folder / MANIFEST}: {problem}" for problem in box_problems(manifest)]
-    return FolderDifferences.find(folder, manifest), uncovered
+    return FolderDifferences.find(folder, manifest), uncovered + tokenizer_problems(folder, manifest)
 
 
 def _candidates(directory: Path) -> tuple[list[Path], str | None]:

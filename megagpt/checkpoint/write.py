@@ -37,6 +37,7 @@ from megagpt.checkpoint.format import (
     temporary_folder,
     write_manifest,
 )
+from megagpt.checkpoint.tokenizer_files import RunTokenizer, with_tokenizer
 from megagpt.distributed.phase import host_name
 from megagpt.errors import CheckpointError, StorageError, listed
 
@@ -89,6 +90,7 @@ def write_checkpoint(
     config: dict[str, Any],
     state: dict[str, Any],
     max_file_bytes: int = MAX_FILE_BYTES,
+    tokenizer: RunTokenizer | None = None,
 ) -> Path:
     """Write a complete checkpoint from one process and return its folder. Needs no process group.
 
@@ -97,6 +99,7 @@ def write_checkpoint(
     passed directly stay in memory until their file is complete. Values are converted to fp32.
     `config`, `state`: sections of the manifest, as JSON values; resuming needs those of a training run.
     `max_file_bytes`: a new file is started if the next tensor would exceed it; a single tensor is never split.
+    `tokenizer`: the tokenizer that the checkpoint carries, from `tokenizer_files.read_tokenizer`.
 
     Like a save of a run, the checkpoint is written to a temporary folder, read back, renamed, and named in `latest` last.
     Raises CheckpointError if the checkpoint exists already, and if a box is given twice, boxes overlap or do not cover a
@@ -117,7 +120,7 @@ def write_checkpoint(
         problems = list(box_problems(manifest)) if contents else ["there are no tensors"]
         if problems:
             raise CheckpointError(f"{final}: not written: {listed(problems)}")
-        commit(temporary, final, manifest)
+        commit(temporary, final, with_tokenizer(temporary, manifest, tokenizer))
     except OSError as error:
         raise StorageError(f"{final}: not written: {error}") from error
     finally:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,9 +15,11 @@ from megagpt.checkpoint.files import TensorSpec, Written, fsync_folder, write_sa
 from megagpt.checkpoint.format import MASTER, WRITING, resolve_checkpoint
 from megagpt.checkpoint.load import CheckpointReader
 from megagpt.checkpoint.report import require_valid
+from megagpt.checkpoint.tokenizer_files import carried_path
 from megagpt.commands import shell
 from megagpt.commands.progress import progress
 from megagpt.errors import CheckpointError, ConfigError
+from megagpt.inference.device import require_memory
 from megagpt.progress import Progress
 
 EXAMPLE = """example:
@@ -53,16 +56,22 @@ def _export(args: argparse.Namespace) -> None:
     _check_output(output, reader.folder, args.force)
     tensors = reader.manifest.tensors
     specs = [TensorSpec(name, DTYPES[args.dtype], tuple(record.shape)) for name, record in tensors.items()]
-    n_parameters = sum(torch.Size(spec.shape).numel() for spec in specs)
+    sizes = [math.prod(spec.shape) for spec in specs]
+    n_parameters = sum(sizes)
     checksums = not args.skip_checksums
     total_bytes = 4 * n_parameters + (reader.manifest.total_bytes if checksums else 0)
     with progress("export", total_bytes) as bar:
         require_valid(reader.folder, reader.manifest, checksums, bar)
+        largest_twice = max(sizes) * (4 + DTYPES[args.dtype].itemsize)
+        require_memory(f"{reader.folder}: its largest weight", largest_twice, torch.device("cpu"), "use a larger machine")
         written = _write(output, specs, reader, bar)
     print(
         f"{output}: {n_parameters:,} parameters in {len(specs):,} tensors, {args.dtype}, {written.bytes:,} bytes, "
         f"of step {reader.manifest.step:,}"
     )
+    tokenizer = carried_path(reader.folder, reader.manifest)
+    if tokenizer is not None:
+        print(f"its tokenizer: {tokenizer}")
 
 
 def _check_output(output: Path, checkpoint: Path, force: bool) -> None:

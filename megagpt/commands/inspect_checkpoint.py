@@ -4,17 +4,24 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
-from megagpt.checkpoint.format import read_manifest, resolve_checkpoint
+from pydantic import ValidationError
+
+from megagpt.checkpoint.format import MANIFEST, Manifest, read_manifest, resolve_checkpoint
 from megagpt.checkpoint.report import CheckpointReport, TensorReport, bytes_to_read, inspect_checkpoint
+from megagpt.checkpoint.verify import raise_all
 from megagpt.commands import shell
 from megagpt.commands.progress import progress
+from megagpt.config import build_config, upgrade_keys
+from megagpt.errors import CheckpointError, ConfigError, listed
+from megagpt.training.train_state import RunState
 
 EXAMPLE = """example:
   python tools/inspect_checkpoint.py runs/quickstart/checkpoints
 Files are in bytes, samples in sequences; norm is the L2 norm of the fp32 weight. The last column counts values that are NaN
-or infinite. Every file is compared with its size and SHA-256, and the boxes of each tensor must cover it exactly once;
-otherwise the exit code is 2, with one line per problem."""
+or infinite. The exit code is 2, with one line per problem, if a file differs from its size or SHA-256, if the boxes of a tensor
+do not cover it exactly once, if config or state are not those of a run, or if a value is not finite."""
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -41,10 +48,30 @@ def _inspect(args: argparse.Namespace) -> None:
     if args.config:
         print(json.dumps(manifest.config, indent=2))
         return
+    raise_all(folder, config_and_state_problems(folder, manifest))
     checksums = not args.skip_checksums
     with progress("inspect", bytes_to_read(manifest, checksums)) as bar:
         report = inspect_checkpoint(folder, manifest, checksums, bar)
     print(json.dumps(asdict(report), indent=2) if args.json else _text(report))
+    if report.non_finite:
+        names = [tensor.name for tensor in report.tensors if tensor.non_finite]
+        raise CheckpointError(f"{folder}: {report.non_finite:,} values are not finite, in {listed(names)}")
+
+
+def config_and_state_problems(folder: Path, manifest: Manifest) -> list[str]:
+    """Return why a run could not resume with the checkpoint's config and state, one sentence each."""
+    problems = []
+    try:
+        build_config(upgrade_keys(manifest.config), f"{folder / MANIFEST}: config is of another version of megagpt")
+    except ConfigError as error:
+        problems.append(str(error))
+    try:
+        RunState.model_validate(manifest.state)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        problems.append(f"{folder / MANIFEST}: state is of another version of megagpt: {key}: {first['msg']}")
+    return problems
 
 
 def _text(report: CheckpointReport) -> str:
@@ -61,6 +88,7 @@ def _text(report: CheckpointReport) -> str:
             f"ZeRO stage {layout['zero_stage']}, precision {report.precision}",
         ),
         ("files", f"{report.files:,}, {report.bytes:,} bytes"),
+        ("tokenizer", report.tokenizer or "none in the checkpoint"),
         ("written by", ", ".join(report.nodes)),
         ("checked", checked if report.checksums else "boxes of every tensor; no checksum (--skip-checksums)"),
         ("parameters", f"{report.parameters:,} in {len(report.tensors):,} tensors"),

@@ -9,8 +9,8 @@ from typing import Any
 from megagpt.commands import shell
 from megagpt.commands.progress import progress
 from megagpt.data.indexed import IndexedCorpus
-from megagpt.data.offline.report import LARGEST_VOCABULARY, CorpusReport, corpus_report, document_start, sample_documents
-from megagpt.data.tokenizer import Tokenizer, load_tokenizer
+from megagpt.data.offline.report import CorpusReport, corpus_report, document_start, sample_documents
+from megagpt.data.tokenizer import LARGEST_VOCABULARY, Tokenizer, load_tokenizer
 from megagpt.errors import ConfigError
 
 EXAMPLE = """example:

@@ -81,11 +81,17 @@ class GPTChunk(nn.Module):
 
     def logits(self, tokens: Tensor, caches: Mapping[int, KVCache] | None = None) -> Tensor:
         """Return next-token logits; for a model in one chunk. [batch, seq] -> [batch, seq, vocab_size]"""
-        caches = caches or {}
+        return self.loss.logits(self._hidden_after(tokens, caches or {}))
+
+    def _hidden_after(self, tokens: Tensor, caches: Mapping[int, KVCache]) -> Tensor:
+        """Return the output of the final norm, in evaluation. [batch, seq] -> [batch, seq, hidden]"""
         cached_tokens = max((cache.length for cache in caches.values()), default=0)
         ctx = ForwardContext(first_position=cached_tokens, caches=caches)
-        x = _run(self.blocks, self.positions(self.tokens(tokens), ctx), ctx)
-        return self.loss.logits(self.norm(x))
+        return self.norm(_run(self.blocks, self.positions(self.tokens(tokens), ctx), ctx))
+
+    def next_token_logits(self, tokens: Tensor, caches: Mapping[int, KVCache]) -> Tensor:
+        """Return the logits after the last token only. [batch, seq] -> [batch, vocab_size]"""
+        return self.loss.logits(self._hidden_after(tokens, caches)[:, -1])
 
     def _output_weight(self) -> nn.Parameter:
         if not self.config.model.tie_embeddings:

@@ -8,6 +8,7 @@ from megagpt.checkpoint.format import checkpoint_folders, read_manifest, resolve
 from megagpt.checkpoint.run_lock import RunLock
 from megagpt.checkpoint.save import AsyncSaver, SaveResult
 from megagpt.checkpoint.shared_filesystem import require_shared
+from megagpt.checkpoint.tokenizer_files import RunTokenizer, read_carried, read_tokenizer, tokenizer_change
 from megagpt.checkpoint.verify import (
     first_complete,
     newest_complete,
@@ -112,9 +113,16 @@ class Checkpointer:
         """The last checkpoint that this run has written or loaded."""
         self._prepared = False
         self._saver: AsyncSaver | None = None
+        path = engine.config.data.tokenizer
+        tokenizer = run_on_ranks(lambda: _tokenizer_to_carry(path, loaded), only_rank=0)
         if self._config.dir is not None:
             self._saver = AsyncSaver(
-                Path(self._config.dir), self._config.keep, self._config.keep_every, loaded, write_file=write_file
+                Path(self._config.dir),
+                self._config.keep,
+                self._config.keep_every,
+                loaded,
+                tokenizer=tokenizer,
+                write_file=write_file,
             )
 
     @property
@@ -262,8 +270,23 @@ def _resume_of(folder: Path) -> str | None:
 def _amounts(loaded: Restored | LoadedWeights) -> str:
     least, most = min(loaded.bytes_read), max(loaded.bytes_read)
     per_rank = format_bytes(most) if least == most else f"{format_bytes(least)} to {format_bytes(most)}"
-    by_rank = f", {per_rank} read per rank" if len(loaded.bytes_read) > 1 else ""
-    return f"{format_bytes(loaded.total_bytes)} verified{by_rank}"
+    suffix = " per rank" if len(loaded.bytes_read) > 1 else ""
+    return f"{format_bytes(loaded.total_bytes)} verified, {per_rank} read{suffix}"
+
+
+def _tokenizer_to_carry(path: str | None, loaded: Path | None) -> RunTokenizer | None:
+    """Return the tokenizer that this run's checkpoints carry, and warn if the loaded checkpoint has another one.
+
+    `path`: data.tokenizer; a run whose config names none keeps the one of the loaded checkpoint.
+    """
+    tokenizer = None if path is None else read_tokenizer(path)
+    if loaded is None:
+        return tokenizer
+    manifest = read_manifest(loaded)
+    change = tokenizer_change(loaded, manifest, tokenizer)
+    if change is not None:
+        rank_zero_warn(change)
+    return tokenizer or read_carried(loaded, manifest)
 
 
 def _require_no_checkpoint(directory: Path) -> None:

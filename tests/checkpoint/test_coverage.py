@@ -49,9 +49,9 @@ def count_elements(boxes: list[Box], shape: tuple[int, ...]) -> np.ndarray:
     return count
 
 
-def problems(boxes: list[Box], shape: tuple[int, ...]) -> list[str]:
-    """The problems of a manifest with one tensor."""
-    file = FileRecord(name="rank_00000.safetensors", bytes=0, sha256="", node="n")
+def problems(boxes: list[Box], shape: tuple[int, ...], n_bytes: int = 2**62) -> list[str]:
+    """The problems of a manifest with one tensor, in a file of `n_bytes`."""
+    file = FileRecord(name="rank_00000.safetensors", bytes=n_bytes, sha256="", node="n")
     record = TensorRecord(shape=list(shape), kinds=["master"], boxes=[(0, list(box.offset), list(box.size)) for box in boxes])
     return list(box_problems(Manifest(step=0, config={}, state={}, tensors={"w": record}, files=[file])))
 
@@ -123,3 +123,9 @@ def test_a_grid_of_equal_cubes_does_not_overlap_until_one_is_larger() -> None:
     cubes[50] = Box(cubes[50].offset, (3, 3, 4))
     pair = overlap(cubes)
     assert pair is not None and cubes[50] in pair
+
+
+def test_boxes_that_do_not_fit_in_their_file_are_a_problem() -> None:
+    boxes = [Box((0, 0), (3, 5)), Box((3, 0), (2, 5))]
+    assert problems(boxes, (5, 5), n_bytes=4 * 25) == []
+    assert problems(boxes, (5, 5), n_bytes=4 * 25 - 1) == ["rank_00000.safetensors has 99 bytes, but its boxes need 100"]

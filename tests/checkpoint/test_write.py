@@ -12,19 +12,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
+from support.runs import tiny_config
 
 from megagpt.checkpoint.boxes import Box
 from megagpt.checkpoint.load import CheckpointReader
 from megagpt.checkpoint.verify import local_problems
 from megagpt.checkpoint.write import TensorSource, write_checkpoint
 from megagpt.commands import inspect_checkpoint
+from megagpt.config import to_json
 from megagpt.errors import CheckpointError, StorageError
 
-CONFIG: dict[str, Any] = {
-    "parallel": {"tensor": 1, "pipeline": 1, "context": 1},
-    "zero": {"stage": 1},
-    "training": {"precision": "bf16"},
-}
+CONFIG: dict[str, Any] = json.loads(to_json(tiny_config(training={"precision": "bf16"})))
 STATE: dict[str, Any] = {"consumed_samples": 40, "optimizer": "adamw", "optimizer_step": 5, "loss_scaler": {}}
 SHAPES = {"experts.up": (3, 4, 5), "experts.down": (3, 5, 4), "norm.weight": (7,), "embedding": (6, 4)}
 

@@ -143,6 +143,17 @@ def test_a_missing_file_and_a_gap_are_detected(
     assert not output.exists()
 
 
+def test_a_tensor_that_is_larger_than_its_file_is_refused_before_memory_is_allocated(
+    checkpoint: Path, output: Path, capsys: pytest.CaptureFixture
+) -> None:
+    extra = {"shape": [2**40], "kinds": ["master"], "boxes": [[0, [0], [2**40]]]}
+    rewrite_manifest(checkpoint, lambda manifest: manifest["tensors"].update(extra=extra))
+    assert "rank_00000.safetensors has " in error(checkpoint, output, capsys)
+    rewrite_manifest(checkpoint, lambda manifest: manifest["tensors"]["extra"].update(shape=[10**30]))
+    assert "extra" in error(checkpoint, output, capsys)
+    assert not output.exists()
+
+
 def test_a_wrong_path_is_an_error_of_one_line(
     trained: tuple[Path, Weights], checkpoint: Path, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -90,6 +90,7 @@ def test_json_output_has_all_facts(run: Path, capsys: pytest.CaptureFixture) -> 
         "precision": "fp32",
         "files": 4,
         "bytes": sum(path.stat().st_size for path in files),
+        "tokenizer": None,
         "nodes": [host_name()],
         "checksums": True,
         "parameters": (61 + 16) * h + layers * (12 * h * h + 13 * h) + 2 * h,
@@ -100,19 +101,20 @@ def test_text_output_lists_the_contents(run: Path, capsys: pytest.CaptureFixture
     assert main([str(run)]) == 0
     lines = capsys.readouterr().out.splitlines()
     size = sum(path.stat().st_size for path in run.rglob("*.safetensors"))
-    assert lines[:10] == [
+    assert lines[:11] == [
         str(run / "step_00000002"),
         "  step         2",
         "  samples      16",
         "  optimizer    adamw, 2 updates",
         "  saved under  tensor 2, pipeline 1, context 1, ZeRO stage 1, precision fp32",
         f"  files        4, {size:,} bytes",
+        "  tokenizer    none in the checkpoint",
         f"  written by   {host_name()}",
         "  checked      size and SHA-256 of every file, boxes of every tensor",
         "  parameters   53,344 in 52 tensors",
         "",
     ]
-    tables = {line.split()[0]: line for line in lines[10:]}
+    tables = {line.split()[0]: line for line in lines[11:]}
     norm = {tensor["name"]: tensor["norm"] for tensor in as_json(run, capsys)["tensors"]}[TOKEN]
     assert tables["name"].split() == ["name", "shape", "norm", "saved", "not", "finite"]
     assert tables[TOKEN].split(maxsplit=5) == [TOKEN, "61", "x", "32", f"{norm:.6g}", ", ".join(ADAM)]
@@ -130,12 +132,15 @@ def test_values_that_are_not_finite_are_counted_by_state(checkpoint: Path, capsy
         tensors["master/embedding.position.weight@0,0"][0, 0] = float("nan")
 
     rewrite_file(checkpoint, 0, insert)
-    tensors = {tensor["name"]: tensor for tensor in as_json(checkpoint, capsys)["tensors"]}
+    assert main([str(checkpoint), "--json"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err == f"error: {checkpoint}: 4 values are not finite, in embedding.position.weight, {TOKEN}\n"
+    tensors = {tensor["name"]: tensor for tensor in json.loads(printed.out)["tensors"]}
     assert tensors[TOKEN]["non_finite"] == {"exp_avg": 3} and tensors[TOKEN]["norm"] > 0
     assert tensors["embedding.position.weight"]["non_finite"] == {"master": 1}
     assert tensors["embedding.position.weight"]["norm"] is None
     assert sum(bool(tensor["non_finite"]) for tensor in tensors.values()) == 2
-    assert main([str(checkpoint)]) == 0
+    assert main([str(checkpoint)]) == 2
     flagged = [line for line in capsys.readouterr().out.splitlines() if "!" in line]
     assert [(line.split()[0], line.partition("! ")[2]) for line in flagged] == [
         ("embedding.position.weight", "1 of master"),
@@ -167,6 +172,11 @@ def drop_weight(manifest: Tree) -> None:
     manifest["tensors"][TOKEN]["kinds"].remove("master")
 
 
+def claim_tensor(manifest: Tree) -> None:
+    """Claim a tensor of 2^31 values in the first file."""
+    manifest["tensors"]["extra"] = {"shape": [2**31], "kinds": ["master"], "boxes": [[0, [0], [2**31]]]}
+
+
 def exchange_files(manifest: Tree) -> None:
     boxes(manifest)[0][0], boxes(manifest)[-1][0] = boxes(manifest)[-1][0], boxes(manifest)[0][0]
 
@@ -184,7 +194,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "empty box": (in_manifest(lambda manifest: boxes(manifest)[0][2].__setitem__(0, 0)), "is not inside its shape"),
     "no such file": (in_manifest(lambda manifest: boxes(manifest)[0].__setitem__(0, 4)), "is in file 4 of 4"),
     "no weight": (in_manifest(drop_weight), f"{TOKEN}: its weight was not saved, only exp_avg, exp_avg_sq"),
-    "other state": (in_manifest(lambda manifest: manifest["state"].clear()), "of another version of megagpt: KeyError"),
+    "no state": (in_manifest(lambda manifest: manifest["state"].clear()), "state is of another version of megagpt: cons"),
+    "samples": (in_manifest(lambda manifest: manifest["state"].update(consumed_samples="x")), "megagpt: consumed_samples: "),
+    "updates": (in_manifest(lambda manifest: manifest["state"].update(optimizer_step=None)), "megagpt: optimizer_step: "),
+    "other state": (in_manifest(lambda manifest: manifest["state"].update(experts=8)), "megagpt: experts: Extra inputs"),
+    "other config": (in_manifest(lambda manifest: manifest["config"].update(experts={})), "megagpt: experts: no such key"),
+    "no tensors": (in_manifest(lambda manifest: manifest["tensors"].clear()), "manifest.json: has no tensors"),
+    "large tensor": (in_manifest(claim_tensor), "rank_00000.safetensors has "),
     "manifest": (lambda folder: flip_bit(folder / "manifest.json"), "manifest.json: its SHA-256 differs from the one in"),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json: No such file or directory"),
 }  # fmt: skip

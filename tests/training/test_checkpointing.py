@@ -255,6 +255,8 @@ def test_a_loaded_checkpoint_is_reported_once_with_its_size(run: Path, ranks: Po
     assert results[0][2].startswith(f"loaded {folder}: step 2, sample 8; {format_bytes(size)} verified, ")
     assert " read per rank\n" in results[0][2]
     assert results[1][2] == ""
+    [(_, _, alone)] = ranks.run(1, load, checkpoint_config(None), folder)
+    assert " read\n" in alone and "per rank" not in alone
 
 
 def fail_to_write(*_: Any) -> Any:
@@ -310,8 +312,8 @@ def test_saves_are_reported_on_rank_0_and_the_newest_is_known(ranks: Pool, tmp_p
     assert stderr == "" and results[1][1:] == ("", "")
 
 
-def save_with_a_failure(engine: Engine) -> list[Any]:
-    checkpointer = Checkpointer(engine, Path("loaded"), 2, write_file=fail_on_first_call())
+def save_with_a_failure(loaded: Path, engine: Engine) -> list[Any]:
+    checkpointer = Checkpointer(engine, loaded, 2, write_file=fail_on_first_call())
     facts: list[Any] = [checkpointer.last_step, checkpointer.newest]
     checkpointer.save(3, PROGRESS)
     checkpointer.finish()
@@ -323,10 +325,12 @@ def save_with_a_failure(engine: Engine) -> list[Any]:
     return facts
 
 
-def test_a_failed_save_is_reported_and_can_be_repeated(ranks: Pool, tmp_path: Path) -> None:
-    ((facts, _, stderr),) = ranks.run(1, with_engine, checkpoint_config(tmp_path), save_with_a_failure)
-    saved = tmp_path / "checkpoints" / "step_00000003"
-    assert facts == [2, Path("loaded"), None, Path("loaded"), 3, saved]
+def test_a_failed_save_is_reported_and_can_be_repeated(run: Path, ranks: Pool, tmp_path: Path) -> None:
+    loaded = run / "step_00000002"
+    action = partial(save_with_a_failure, loaded)
+    ((facts, _, stderr),) = ranks.run(1, with_engine, checkpoint_config(tmp_path / "own"), action)
+    saved = tmp_path / "own" / "checkpoints" / "step_00000003"
+    assert facts == [2, loaded, None, loaded, 3, saved]
     assert "NOT SAVED: the checkpoint of step 3: rank 0: [Errno 28] No space left on device; training continues" in stderr
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from megagpt.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from megagpt.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, library_errors
 from megagpt.errors import DataError
 
 MAX_CHECKED_BYTES = 2**18
@@ -72,7 +72,8 @@ class GigatokenEncoder:
         self._tokenizer = tokenizer
 
     def __call__(self, texts: list[bytes]) -> Encoded:
-        layout = self._tokenizer.encode_batch(texts, parallel=True).layout
+        with library_errors("gigatoken", "cannot encode these texts; run again with --reference, which is slow"):
+            layout = self._tokenizer.encode_batch(texts, parallel=True).layout
         offsets = np.asarray(layout.offsets.data, np.int64)
         return Encoded(np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets))
 
@@ -87,8 +88,8 @@ def fast_encoder(tokenizer: Tokenizer, threads: int) -> Encoder | None:
     probes = [*PROBES, *(f"a{token} b{token}{token}\n" for token in tokenizer.special_tokens)]
     try:
         encoded = encoder([probe.encode() for probe in probes])
-    except Exception:
-        return None  # the package raises any exception; it does not support this tokenizer
+    except DataError:
+        return None  # gigatoken does not support this tokenizer
     if [encoded.document(number) for number in range(len(probes))] != tokenizer.encode_batch(probes):
         return None
     return encoder
@@ -98,13 +99,16 @@ def _gigatoken(tokenizer: Tokenizer, threads: int) -> GigatokenEncoder | None:
     os.environ.setdefault("RAYON_NUM_THREADS", str(threads))  # read once, when its threads start
     try:
         import gigatoken
-
-        if isinstance(tokenizer, HuggingFaceTokenizer):
-            return GigatokenEncoder(gigatoken.Tokenizer.from_json(tokenizer.to_json()))
-        if isinstance(tokenizer, SentencePieceTokenizer):
-            return GigatokenEncoder(gigatoken.Tokenizer.from_json(_without_special(gigatoken, tokenizer.source)))
-    except Exception:
-        return None  # as above; also ImportError, if there is no wheel for this platform
+    except ImportError:
+        return None  # there is no wheel for this platform
+    try:
+        with library_errors("gigatoken", "cannot load this tokenizer"):
+            if isinstance(tokenizer, HuggingFaceTokenizer):
+                return GigatokenEncoder(gigatoken.Tokenizer.from_json(tokenizer.to_json()))
+            if isinstance(tokenizer, SentencePieceTokenizer):
+                return GigatokenEncoder(gigatoken.Tokenizer.from_json(_without_special(gigatoken, tokenizer.source)))
+    except DataError:
+        return None
     return None
 
 

@@ -114,8 +114,9 @@ def preprocess(job: PreprocessJob, progress: Progress | None = None, reject: Rej
     A pair gets its final name only when it is complete. A run that stops early keeps its temporary files for `resume` if at
     least one input file is finished, else it removes them. Raises DataError.
     """
+    fingerprint = _tokenizer_fingerprint(job.tokenizer)  # before anything is created: it may fail
     log = ResumeLog(Path(f"{job.output_prefix}.preprocess.tmp"))
-    point = _start(job, log)
+    point = _start(job, log, fingerprint)
     dtype = token_dtype(job.tokenizer.vocab_size)
     writers: dict[str, IndexedWriter] = {}
     try:
@@ -152,11 +153,14 @@ class _ResumePoint:
         return {"files_done": self.files_done, "positions": self.positions, "counts": vars(self.counts)}
 
 
-def _start(job: PreprocessJob, log: ResumeLog) -> _ResumePoint:
-    """Read the log, or start it. Raises DataError if the stopped run had different settings."""
+def _start(job: PreprocessJob, log: ResumeLog, fingerprint: str) -> _ResumePoint:
+    """Read the log, or start it. Raises DataError if the stopped run had different settings.
+
+    `fingerprint`: of the tokenizer.
+    """
     files = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in job.files]
     settings: LogRecord = {
-        "tokenizer": _tokenizer_fingerprint(job.tokenizer),
+        "tokenizer": fingerprint,
         "tokens around a document": [list(job.before), list(job.after)],
         "separator": job.separator,
         "keys": list(job.keys),

@@ -10,13 +10,12 @@ import numpy.typing as npt
 
 from megagpt.data.indexed import IndexedCorpus, Tokens, files_of
 from megagpt.data.offline.document_blocks import DocumentBlock, TokenReader, document_blocks
+from megagpt.data.tokenizer import LARGEST_VOCABULARY
 from megagpt.errors import DataError
 from megagpt.progress import Progress
 
 CHUNK_TOKENS = 1 << 22
 """Tokens in memory at a time."""
-LARGEST_VOCABULARY = 1 << 24
-"""More ids than any tokenizer has; limits the counts to 128 MiB even for a damaged file."""
 WINDOW_SEQUENCES = 1 << 20
 """Sequences whose sizes are summed at a time."""
 
