@@ -16,7 +16,9 @@ from megagpt.data.blend import build_datasets, check_vocabulary
 from megagpt.data.tokenizer import load_tokenizer
 from megagpt.distributed.launcher import Launcher, read_launcher
 from megagpt.errors import ConfigError, MegagptError
+from megagpt.output import lossy_output
 from megagpt.planner.auto_schedule import resolve_schedule
+from megagpt.training.loggers.check import check_loggers
 
 if TYPE_CHECKING:
     from megagpt.training.trainer import Trainer
@@ -106,6 +108,7 @@ def checked_config(path: str, overrides: Sequence[str], world_size: int) -> Conf
     config = with_schedule(config, data_parallel_size(config, world_size))
     build_datasets(config.data, config.model.n_positions)
     check_vocabulary(config.data, vocab_size)
+    check_loggers(config)
     return config
 
 
@@ -156,12 +159,13 @@ def _describe_unexpected(rank: int, error: Exception) -> str:
 
 def _fail(rank: int, message: str, debug: bool, code: int) -> int:
     """Print the message and exit without cleanup: other ranks may wait in a collective that this one will never join."""
-    if debug:
-        traceback.print_exc()
     many_ranks = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1
     head = f"[rank {rank}] " if many_ranks else ""
-    print(head + message, file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    with lossy_output():
+        if debug:
+            traceback.print_exc()
+        print(head + message, file=sys.stderr, flush=True)
+        sys.stdout.flush()
     if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
         os._exit(code)
     return code

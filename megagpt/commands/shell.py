@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from megagpt.errors import MegagptError
+from megagpt.output import report_unwritable
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -20,6 +21,7 @@ def command_parser(name: str, description: str | None, example: str) -> argparse
     return parser
 
 
+@report_unwritable
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
     """Parse the arguments, call `main`, and return the exit code: 0, 2 for an error that the user can fix, 130 for Ctrl-C."""
     args = parser.parse_args(argv)
