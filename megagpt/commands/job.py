@@ -91,7 +91,11 @@ def open_trainer(path: str, overrides: Sequence[str], launcher: Launcher) -> Ite
     phase = PhaseTracker(device)
     with Watchdog(store, topology.rank, topology.layout.world_size, phase, parallel.timeout_seconds):
         trainer = Trainer(config, topology, datasets, device, phase, start_time)
-        yield trainer
+        try:
+            yield trainer
+        except BaseException:
+            trainer.logger.close()  # it needs no other rank; without it W&B loses what led to the error
+            raise
         trainer.close()
     destroy_process_group()
 

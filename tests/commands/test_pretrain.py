@@ -19,10 +19,12 @@ RECORD_KEYS = {
     "grad_norm",
     "tokens",
     "tokens_per_second",
+    "tokens_per_second_per_device",
     "step_seconds",
     "data_wait_fraction",
     "tflops_per_device",
     "peak_memory_gib",
+    "time",
 }
 """Keys of a training record of one process on a CPU."""
 

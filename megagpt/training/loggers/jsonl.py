@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections import deque
+from itertools import islice
 from pathlib import Path
 
 from megagpt.errors import ConfigError
@@ -13,6 +14,9 @@ from megagpt.training.loggers.metrics_file import Contents, cannot_write, read_c
 
 MAX_UNWRITTEN = 10_000
 """Records that are kept in memory, some megabytes, while the file cannot be written. After that the oldest are lost."""
+
+BATCH = 256
+"""Records that are written at once."""
 
 
 class JsonlLogger:
@@ -64,11 +68,15 @@ class JsonlLogger:
 
     def _write(self) -> None:
         """Write all records that wait, or warn once that this is not possible."""
+        waiting = len(self._unwritten)
         try:
             if self._rewind_to is not None and self._path.exists():
                 self._drop_after(self._rewind_to, read_contents(self._path, self._rewind_to))
             self._rewind_to = None
-            self._append(b"".join(line for _, line in self._unwritten))
+            while batch := list(islice(self._unwritten, BATCH)):
+                self._append(b"".join(line for _, line in batch))
+                for _ in batch:
+                    self._unwritten.popleft()
         except (OSError, ConfigError) as error:
             if not self._failed:
                 warn(
@@ -79,29 +87,25 @@ class JsonlLogger:
             return
         if self._failed:
             lost = f", {self._lost} of the oldest are lost" if self._lost else ""
-            self._report(f"written again, {len(self._unwritten)} records at once{lost}")
-        self._unwritten.clear()
+            self._report(f"written again, {waiting} records at once{lost}")
         self._failed, self._lost = False, 0
 
     def _append(self, lines: bytes) -> None:
-        """Append complete lines. Raises OSError, and then removes what was written of them.
+        """Append complete lines. Raises OSError, and then removes what was written of them, now or before the next lines.
 
         The file is opened for each call: a network file system reports a full disk when a file is closed.
         """
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            size = os.fstat(descriptor).st_size
+        with self._path.open("ab", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
             if self._cut_at is not None and self._cut_at < size:
-                os.ftruncate(descriptor, self._cut_at)
-                size = self._cut_at
+                size = file.truncate(self._cut_at)
             self._cut_at = size
-            while lines:
-                lines = lines[os.write(descriptor, lines) :]
-        except OSError:
-            os.ftruncate(descriptor, size)
-            raise
-        finally:
-            os.close(descriptor)
+            try:
+                while lines:
+                    lines = lines[file.write(lines) :]
+            except OSError:
+                file.truncate(size)
+                raise
         self._cut_at = None
 
     def _begin(self, step: int) -> None:

@@ -101,6 +101,8 @@ def cannot_write(path: str | Path, error: Exception) -> ConfigError:
 
 def _is_incomplete(line: bytes, n_records: int) -> bool:
     """Return whether a last line is what a killed run or a power failure leaves of a record."""
-    if line.startswith(RECORD_START) or RECORD_START.startswith(line):
+    if line.startswith(RECORD_START):
+        return not line.rstrip().endswith(b"}") or parse_record(line) is not None
+    if RECORD_START.startswith(line):
         return True
     return n_records > 0 and not line.strip(b"\0")  # blocks that the file system had allocated, but not written

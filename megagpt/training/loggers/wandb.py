@@ -3,6 +3,7 @@
 import netrc
 import os
 import socket
+import sys
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -62,8 +63,8 @@ class WandbLogger:
         """Do nothing: repeated steps are logged again, and the later values are drawn after the earlier ones."""
 
     def close(self) -> None:
-        """End the run; all its files are complete on return."""
-        self._run.finish()
+        """End the run; all its files are complete on return. While an exception is handled, the run counts as failed."""
+        self._run.finish(exit_code=int(sys.exc_info()[0] is not None))
         self._teardown()  # in wandb 0.31 finish() can return before the service has written the run's file
 
 
