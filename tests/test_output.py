@@ -114,6 +114,6 @@ def test_an_error_of_the_operating_system_that_is_not_about_the_output_is_not_hi
 def test_the_help_of_a_command_on_a_full_disk_ends_in_one_sentence(command: str) -> None:
     code = f"import sys; from megagpt.commands.{command} import main; sys.exit(main(['--help']))"
     with Path("/dev/full").open("w") as full:
-        result = python(code, stdout=full)
+        result = python(code, stdout=full, env=BUFFERED)
     assert result.returncode == 2
     assert result.stderr == "error: standard output cannot be written: No space left on device\n"

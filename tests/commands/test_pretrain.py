@@ -123,6 +123,13 @@ def test_one_process_trains_without_a_launcher_or_a_compiler(single_process: Pat
     assert all(record["tflops_per_device"] > 0 and record["peak_memory_gib"] > 0.01 for record in run)
 
 
+def test_a_run_whose_output_is_on_a_full_disk_trains_to_its_end(tmp_path: Path) -> None:
+    command = ["bash", "-c", 'exec "$0" "$@" > /dev/full', sys.executable, "pretrain_gpt.py", "--config", config_file(tmp_path)]
+    result = run_command(*command)
+    assert result.returncode == 0, result.stderr
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]
+
+
 @pytest.mark.launch
 def test_two_ranks_of_deepspeed_train_like_one_process(single_process: Path, tmp_path: Path) -> None:
     launcher = [BIN / "deepspeed", "--num_gpus", 2, "--master_port", free_port()]
