@@ -63,5 +63,5 @@ setup(
         "wandb>=0.18",
     ],
     extras_require={"dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.10", "transformers>=4.50"]},
-    entry_points={"console_scripts": [console_script(name) for name in COMMANDS]},
+    entry_points={"console_scripts": ["megagpt = megagpt.__main__:main", *map(console_script, COMMANDS)]},
 )

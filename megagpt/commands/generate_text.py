@@ -1,6 +1,7 @@
 """tools/generate_text.py: continue a prompt with the model of a checkpoint, in one process."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from megagpt.checkpoint.format import resolve_checkpoint
@@ -42,3 +43,7 @@ def _generate(args: argparse.Namespace) -> None:
     prompt = tokenizer.encode_batch([args.prompt])[0]
     new_tokens = generate(model, prompt, args.max_tokens, args.temperature, args.top_k, args.seed, tokenizer.eod_id)
     print(tokenizer.decode([*prompt, *new_tokens]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

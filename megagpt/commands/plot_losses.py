@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -103,3 +104,7 @@ def _curve(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[flo
     """Return the steps and the values of the records that have a value under `key`."""
     points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
     return [step for step, _ in points], [value for _, value in points]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,9 +1,11 @@
 """Loss on held-out data: the same batches in every evaluation, reduced by the same function as the training loss."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megagpt.config.schema import Config
 from megagpt.data.blend import Dataset
@@ -12,12 +14,22 @@ from megagpt.training.metrics import reduce_loss, sum_tokens
 from megagpt.training.micro_batches import global_batches, to_host_batch
 
 
-def evaluate(engine: Engine, dataset: Dataset, config: Config, name: str = "eval") -> dict[str, Any]:
-    """Return NAME_loss (nats per token over `evaluation.steps` global batches) and NAME_perplexity. Collective."""
+def evaluate(
+    engine: Engine,
+    dataset: Dataset,
+    config: Config,
+    name: str = "eval",
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
+    """Return NAME_loss (nats per token over `evaluation.steps` global batches) and NAME_perplexity. Collective.
+
+    Returns None, on all ranks after the same batch, if `stop_requested` is true on some rank before the end.
+    """
     micro_batch_size = config.evaluation.micro_batch_size or config.training.micro_batch_size
     batches = global_batches(dataset, config, engine.topology, micro_batch_size)
     total: torch.Tensor | None = None
     n_tokens = 0
+    stop = torch.zeros(1, device=engine.device)
     for step in range(config.evaluation.steps):
         engine.phase.enter(f"evaluation batch {step}")
         batch = to_host_batch(batches.micro_batches(step * batches.size), config, engine.topology, step)
@@ -25,6 +37,10 @@ def evaluate(engine: Engine, dataset: Dataset, config: Config, name: str = "eval
         loss_sum = engine.evaluate(batch.to(engine.device))
         if loss_sum is not None:
             total = loss_sum.double() if total is None else total + loss_sum
+        if stop.item():  # asked for before this batch, so that the device does not wait for the host
+            return None
+        stop.fill_(stop_requested())
+        dist.all_reduce(stop, group=engine.topology.world_group)
     global_tokens = sum_tokens(n_tokens, engine.topology, engine.device)
     loss = reduce_loss(total, global_tokens, engine.topology, engine.device).loss
     return {f"{name}_loss": loss, f"{name}_perplexity": perplexity(loss)}

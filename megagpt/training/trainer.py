@@ -10,8 +10,9 @@ import torch
 
 from megagpt.checkpoint.verify import require_complete
 from megagpt.config.schema import Config
-from megagpt.data.blend import Datasets
+from megagpt.data.blend import Dataset, Datasets
 from megagpt.data.prefetch import Prefetcher
+from megagpt.distributed.object_collectives import all_gather_object
 from megagpt.distributed.phase import PhaseTracker
 from megagpt.distributed.rank_zero import rank_zero_warn
 from megagpt.engine.engine import Engine, StepResult
@@ -19,7 +20,7 @@ from megagpt.errors import ConfigError, TrainingError
 from megagpt.parallel.topology import Topology
 from megagpt.planner.flops import training_flops_per_token
 from megagpt.resilience.health import OK, Health, Verdict
-from megagpt.resilience.interruption import REQUEUE, Interruption
+from megagpt.resilience.interruption import Interruption, exit_code
 from megagpt.resilience.replicas import check_replicas
 from megagpt.resilience.stragglers import Stragglers
 from megagpt.training.batch_schedule import SampleRange, batch_size, batches_from, steps_between, trained_samples
@@ -106,11 +107,9 @@ class Trainer:
         and CheckpointError if the last checkpoint could not be saved.
         """
         max_hours = self.config.training.max_hours if self.topology.rank == 0 else None  # one clock for all ranks
-        with Interruption(max_hours, self._start_time) as self._interruption:
-            if not self._train_steps():
+        with Interruption(max_hours, self._start_time, self.topology.rank) as self._interruption:
+            if not self._train_steps() or not self._evaluate(self.datasets.test, "test"):
                 return self._stop_early(self._interruption)
-            if self.datasets.test is not None:
-                self.logger.step({"step": self.step, **evaluate(self.engine, self.datasets.test, self.config, "test")})
             self.checkpointer.finish(required=True)
         return 0
 
@@ -165,9 +164,10 @@ class Trainer:
                         self._roll_back(batch, outcome.verdict)
                         break  # restart the batches from the checkpoint
                     self._check_replicas_if_due()
-                    self._evaluate_if_due()
+                    stop = outcome.stop_requested and self.step < self.total_steps
+                    stop = stop or not self._evaluate_if_due()
                     self._save_if_due()
-                    if outcome.stop_requested and self.step < self.total_steps:
+                    if stop:
                         return False
                     self.phase.enter("wait for the next batch")
         return True
@@ -187,19 +187,22 @@ class Trainer:
         return self._interruption is not None and self._interruption.reason is not None
 
     def _stop_early(self, interruption: Interruption) -> int:
-        """Save unless this step is saved already, and return the exit code."""
-        reason = interruption.reason or "another rank was asked to stop"
+        """Save unless this step is saved already, and return the exit code. Collective."""
+        self.phase.enter("exchange of the reasons to stop")
+        reasons = all_gather_object(interruption.reason)
+        reason = interruption.reason or next(f"{text} on rank {rank}" for rank, text in enumerate(reasons) if text is not None)
+        code = exit_code(reasons, saved=self.checkpointer.enabled)
         if not self.checkpointer.enabled:
             rank_zero_warn(f"step {self.step}: stopping early ({reason}); nothing is saved, because checkpoint.dir is not set")
-            return interruption.exit_code
+            return code
         if self.checkpointer.last_step != self.step:
             self._save()
         self.checkpointer.finish(required=True)
         rank_zero_warn(
-            f"step {self.step}: stopping early ({reason}) with exit code {REQUEUE}; start again to resume from this step"
+            f"step {self.step}: stopping early ({reason}) with exit code {code}; start again to resume from this step"
         )
         interruption.leave()
-        return REQUEUE
+        return code
 
     def _load(self, folder: Path) -> None:
         self.phase.enter("checkpoint loading")
@@ -268,11 +271,22 @@ class Trainer:
             self.checkpointer.finish()
             raise
 
-    def _evaluate_if_due(self) -> None:
-        if self.datasets.valid is None or not self._due_or_last(self.config.evaluation.interval):
-            return
-        self.logger.step({"step": self.step, **evaluate(self.engine, self.datasets.valid, self.config)})
+    def _evaluate_if_due(self) -> bool:
+        """Return False if the evaluation was abandoned because some rank was asked to stop."""
+        if not self._due_or_last(self.config.evaluation.interval):
+            return True
+        complete = self._evaluate(self.datasets.valid, "eval")
         self._start_window()
+        return complete
+
+    def _evaluate(self, dataset: Dataset | None, name: str) -> bool:
+        """Evaluate and log; return False, on all ranks, if some rank was asked to stop before the end."""
+        if dataset is None:
+            return True
+        result = evaluate(self.engine, dataset, self.config, name, self._stop_requested)
+        if result is not None:
+            self.logger.step({"step": self.step, **result})
+        return result is not None
 
     def _save_if_due(self) -> None:
         self.checkpointer.poll()
