@@ -1,0 +1,309 @@
+"""Every command that README, the docs, the examples and the programs print is executed, with its own arguments.
+
+The commands run in a scratch clone with small data. First the config of a training command is checked as printed, at its full
+size and for its own number of ranks, as the command itself would do. Then it trains two steps of a small model, in the same
+layout, on up to 8 ranks that are forked instead of launched.
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from deepspeed.launcher import runner as deepspeed_launcher
+from support.commands import ROOT
+from support.documented import COMMENTED, MODULES, PAGES, comment_commands, help_commands, page_commands, page_files
+from support.job import Job
+from support.scratch_clone import SMALL_MODEL, build_clone, enter, stand_ins
+from torch.distributed import run as torchrun
+
+from megagpt.checkpoint.format import read_manifest, resolve_checkpoint
+from megagpt.commands import find_learning_rate, job, quickstart
+from megagpt.config import Config, load_config, to_json
+from megagpt.data.tokenizer import load_tokenizer
+from megagpt.schedules.registry import chunks_per_rank
+
+pytestmark = pytest.mark.launch
+
+NOT_RUN = {
+    r"make (setup|lint|test)$": "set up and check a clone; .ci/run does",
+    r"make quickstart": "makes .venv; the quickstart itself runs in the fixture `clone`",
+    r"source \.venv/bin/activate$": "changes the shell only",
+    r"python tools/get_gpt2_tokenizer\.py": "needs a network; tests/commands/test_get_gpt2_tokenizer.py has substitutes",
+    r"python benchmarks/": "measure speed, for minutes",
+}
+"""Patterns of commands that are not executed here -> the reason."""
+MAX_RANKS = 8
+TASKS_PER_NODE = 8
+SMALL_RUN = (
+    *SMALL_MODEL,
+    "training.tokens=null",
+    "training.epochs=null",
+    "training.batch_ramp=null",
+    "training.micro_batch_size=1",
+    "training.global_batch_size=4",
+    "evaluation.micro_batch_size=null",
+    "evaluation.steps=1",
+    "lr_schedule.warmup_steps=0",
+    "lr_schedule.decay_steps=null",
+    "logging.interval=1",
+)
+SMALLER = {"train_tokenizer": ["--vocab-size", "400"], "find_learning_rate": ["--steps", "8"]}
+"""Arguments that make a tool's work small; they override those before them."""
+ON_RANKS = ("pretrain", "find_learning_rate")
+
+NEXT_STEPS = "next steps of the quickstart"
+SOURCES = {
+    **{page.relative_to(ROOT).as_posix(): page_commands(page) for page in PAGES},
+    **{f"{module} --help": help_commands(module) for module in MODULES},
+    **{path.relative_to(ROOT).as_posix(): comment_commands(path) for path in COMMENTED},
+    NEXT_STEPS: list(quickstart.next_commands("def next_value(self,").values()),
+}
+"""Where commands are printed -> the commands, in order."""
+
+
+Run = tuple[str, int, str]
+"""A run that has been made: module, ranks, and config without its data."""
+
+
+class RanksCommand(NamedTuple):
+    """A command of megagpt on a number of ranks."""
+
+    ranks: int
+    module: str
+    arguments: list[str]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone in which the quickstart has run."""
+    folder = tmp_path_factory.mktemp("documented") / "clone"
+    folder.mkdir()
+    build_clone(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained() -> set[Run]:
+    """The training commands that have run, because several sources print the same one."""
+    return set()
+
+
+@pytest.mark.parametrize("source", [name for name, commands in SOURCES.items() if commands])
+def test_every_command_runs(
+    source: str, clone: Path, trained: set[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "clone"
+    shutil.copytree(clone, folder, symlinks=True)
+    if source in {page.relative_to(ROOT).as_posix() for page in PAGES}:
+        for name, text in page_files(ROOT / source).items():
+            (folder / name).write_text(text)
+    monkeypatch.chdir(folder)
+    executor = Executor(folder, tmp_path, trained)
+    for command in SOURCES[source]:
+        if not any(re.match(pattern, command) for pattern in NOT_RUN):
+            executor.run(command)
+
+
+@pytest.mark.parametrize("pattern", NOT_RUN)
+def test_every_exception_is_needed(pattern: str) -> None:
+    printed = [command for commands in SOURCES.values() for command in commands]
+    assert any(re.match(pattern, command) for command in printed), NOT_RUN[pattern]
+
+
+def test_commands_are_found_in_all_kinds_of_sources() -> None:
+    assert len(SOURCES["README.md"]) >= 12
+    assert len(SOURCES["docs/data.md"]) >= 3
+    assert len(SOURCES["pretrain --help"]) == 3
+    assert len(SOURCES["examples/single_node.sh"]) == 1
+    assert len(SOURCES[NEXT_STEPS]) >= 5
+
+
+class Executor:
+    """Runs commands in a clone, in the current process where possible. Fails with the command and its output."""
+
+    def __init__(self, folder: Path, scratch: Path, trained: set[Run]) -> None:
+        self.folder = folder
+        self.scratch = scratch
+        self.environment = stand_ins(scratch / "bin")
+        self.trained = trained
+        self.runs: set[Path] = set()
+        """Folders of runs that commands of this executor have started."""
+
+    def run(self, command: str) -> None:
+        line, _, redirected = command.partition(" > ")
+        program, *arguments = self._words(line)
+        if program == "python" or program.startswith("megagpt-"):
+            output = self._python(program, arguments, command)
+            if redirected:
+                Path(redirected).write_text(output)
+        elif program in ("deepspeed", "torchrun"):
+            self._ranks(launched(program, arguments), command)
+        elif program in ("bash", "sbatch"):
+            self._script(program, arguments, command)
+        elif program in ("mkdir", "cp", "sha256sum", "cd"):
+            self._shell(command)
+        else:
+            raise AssertionError(f"{command}: is neither executed by this test nor listed in NOT_RUN")
+
+    def _words(self, line: str) -> list[str]:
+        """Return the words of a command after expansion by the shell."""
+        shell = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True)
+        return shell.stdout.split("\0")[:-1]
+
+    def _python(self, program: str, arguments: list[str], command: str) -> str:
+        """Run a tool; return its output."""
+        if program != "python":
+            module = program.removeprefix("megagpt-").replace("-", "_")
+        elif arguments[0] == "-m":
+            module = arguments[1].removeprefix("megagpt.commands.")
+            arguments = arguments[2:]
+        else:
+            assert Path(arguments[0]).is_file(), command
+            module = module_of(arguments.pop(0))
+        if module in ON_RANKS and "--print-config" not in arguments:
+            self._ranks(RanksCommand(1, module, arguments), command)
+            return ""
+        self._remove_outputs(arguments)
+        main = importlib.import_module(f"megagpt.commands.{module}").main
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            try:
+                code = main([*arguments, *SMALLER.get(module, [])])
+            except SystemExit as error:
+                code = error.code
+        assert code == 0, f"{command}\n{output.getvalue()}"
+        return output.getvalue()
+
+    def _remove_outputs(self, arguments: list[str]) -> None:
+        """Remove the results of an earlier command that this one writes again."""
+        for flag in ("--output", "--output-prefix"):
+            if flag in arguments:
+                output = Path(arguments[arguments.index(flag) + 1])
+                for path in output.parent.glob(f"{output.name}[._]*"):
+                    path.unlink()
+                output.unlink(missing_ok=True)
+
+    def _script(self, program: str, arguments: list[str], command: str) -> None:
+        """Run a script with recording programs in the place of launchers; then run what it has started."""
+        nodes, environment = 1, self.environment
+        if program == "sbatch":
+            options = list(iter_options(arguments))
+            nodes = int(dict(option.removeprefix("--").split("=", 1) for option in options).get("nodes", 4))
+            arguments = arguments[len(options) :]
+            environment = environment | {
+                "SLURM_JOB_ID": "1234",
+                "SLURM_JOB_NODELIST": "node[1-2]",
+                "SLURM_NNODES": str(nodes),
+                "SLURM_JOB_NUM_NODES": str(nodes),
+                "SLURM_NTASKS": str(nodes * TASKS_PER_NODE),
+                "SLURM_SUBMIT_DIR": str(self.folder),
+            }
+        script = subprocess.run(["bash", *arguments], env=environment, capture_output=True, text=True, check=False)
+        assert script.returncode == 0, f"{command}\n{script.stdout}{script.stderr}"
+        calls = [json.loads(line) for line in (self.scratch / "bin" / "calls").read_text().splitlines()]
+        (self.scratch / "bin" / "calls").unlink()
+        (call,) = [call for call in calls if "pretrain_gpt.py" in call]
+        launcher = Path(call[0]).name
+        if launcher == "srun":
+            position = call.index("pretrain_gpt.py")
+            self._ranks(RanksCommand(nodes * TASKS_PER_NODE, "pretrain", call[position + 1 :]), command)
+        else:
+            self._ranks(launched(launcher, call[1:]), command)
+
+    def _shell(self, command: str) -> None:
+        result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, f"{command}\n{result.stderr}"
+
+    def _ranks(self, ranks: RanksCommand, command: str) -> None:
+        """Check the config as printed, then run the command on a small model."""
+        args = importlib.import_module(f"megagpt.commands.{ranks.module}").create_parser().parse_args(ranks.arguments)
+        config = job.checked_config(args.config, own_overrides(ranks.module, args), ranks.ranks)
+        world, small = ranks_to_run(config, ranks.ranks), small_run(config)
+        run = what_runs(load_config(args.config, [*own_overrides(ranks.module, args), *small]))
+        if (ranks.module, world, run) in self.trained:
+            return
+        self.trained.add((ranks.module, world, run))
+        self._forget_older_run(config)
+        arguments = [*ranks.arguments, *SMALLER.get(ranks.module, []), "--set", *small]
+        processes = Job(world, arguments, self.scratch / "logs", partial(enter, str(self.folder)), ranks.module)
+        codes = processes.finish(timeout=120)
+        assert codes == [0] * world, f"{command}\n{codes}\n{processes.output()}"
+
+    def _forget_older_run(self, config: Config) -> None:
+        """Remove the stand-in for an older run where a run of another model starts."""
+        if config.checkpoint.dir is None or config.checkpoint.dir.startswith("runs/quickstart"):
+            return
+        run = Path(config.checkpoint.dir).parent
+        if run not in self.runs:
+            shutil.rmtree(run, ignore_errors=True)
+        self.runs.add(run)
+
+
+def launched(launcher: str, words: list[str]) -> RanksCommand:
+    """Return what a launcher starts, read by its own parser."""
+    if launcher == "deepspeed":
+        args = deepspeed_launcher.parse_args(words)
+        return RanksCommand(args.num_gpus * max(args.num_nodes, 1), module_of(args.user_script), args.user_args)
+    args = torchrun.parse_args(words)
+    nodes = int(str(args.nnodes).split(":")[0])
+    script = args.training_script
+    module = script.removeprefix("megagpt-").replace("-", "_") if args.no_python else module_of(script)
+    return RanksCommand(int(args.nproc_per_node) * nodes, module, args.training_script_args)
+
+
+def module_of(script: str) -> str:
+    """Return the module of megagpt.commands that a script runs."""
+    assert (ROOT / script).is_file(), script
+    return "pretrain" if script == "pretrain_gpt.py" else Path(script).stem
+
+
+def own_overrides(module: str, args: argparse.Namespace) -> list[str]:
+    """Return the overrides with which a command loads its config."""
+    if module == "find_learning_rate":
+        return [*find_learning_rate.OVERRIDES, f"training.steps={args.steps}", *args.set]
+    return list(args.set)
+
+
+def what_runs(config: Config) -> str:
+    """Return what distinguishes a run from others. Its data do not: `checked_config` has checked them."""
+    tree = json.loads(to_json(config))
+    del tree["data"], tree["model"]["vocab_size"]
+    return json.dumps(tree)
+
+
+def ranks_to_run(config: Config, ranks: int) -> int:
+    """Return how many of the ranks to run: the layout of one model, and twice that for data parallelism if 8 suffice."""
+    replica = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
+    assert replica <= MAX_RANKS, f"a layout of {replica} ranks is too large to run here"
+    return min(ranks, 2 * replica if 2 * replica <= MAX_RANKS else replica)
+
+
+def small_run(config: Config) -> list[str]:
+    """Return overrides that make a run small, in its own layout: two steps beyond the checkpoint that it resumes from."""
+    parallel, checkpoints = config.parallel, config.checkpoint
+    stages = parallel.pipeline * chunks_per_rank(parallel.schedule, parallel.virtual_stages)
+    step = 0
+    if checkpoints.dir and checkpoints.resume == "auto" and Path(checkpoints.dir, "latest").exists():
+        step = read_manifest(resolve_checkpoint(checkpoints.dir)).step
+    small = [*SMALL_RUN, f"model.n_layer={max(2, stages)}", f"training.steps={step + 2}"]
+    if config.data.tokenizer is not None:
+        small.append(f"model.vocab_size={load_tokenizer(config.data.tokenizer).vocab_size}")
+    return small
+
+
+def iter_options(words: list[str]) -> Iterator[str]:
+    """Yield the options before a script."""
+    for word in words:
+        if not word.startswith("--"):
+            return
+        yield word
