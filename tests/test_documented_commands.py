@@ -2,7 +2,7 @@
 
 The commands run in a scratch clone with small data. First the config of a training command is checked as printed, at its full
 size and for its own number of ranks, as the command itself would do. Then it trains two steps of a small model, in the same
-layout, on up to 8 ranks that are forked instead of launched.
+layout, on the ranks of one replica, which are forked instead of launched.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -21,15 +21,25 @@ from typing import NamedTuple
 import pytest
 from deepspeed.launcher import runner as deepspeed_launcher
 from support.commands import ROOT
-from support.documented import COMMENTED, MODULES, PAGES, comment_commands, help_commands, page_commands, page_files
+from support.documented import (
+    COMMENTED,
+    MODULES,
+    PAGES,
+    comment_commands,
+    help_commands,
+    page_commands,
+    page_files,
+    page_sessions,
+)
 from support.job import Job
 from support.scratch_clone import SMALL_MODEL, build_clone, enter, stand_ins
 from torch.distributed import run as torchrun
 
 from megagpt.checkpoint.format import read_manifest, resolve_checkpoint
-from megagpt.commands import find_learning_rate, job, quickstart
+from megagpt.commands import find_learning_rate, job, pretrain, quickstart
 from megagpt.config import Config, load_config, to_json
 from megagpt.data.tokenizer import load_tokenizer
+from megagpt.errors import MegagptError
 from megagpt.schedules.registry import chunks_per_rank
 
 pytestmark = pytest.mark.launch
@@ -57,7 +67,7 @@ SMALL_RUN = (
     "lr_schedule.decay_steps=null",
     "logging.interval=1",
 )
-SMALLER = {"train_tokenizer": ["--vocab-size", "400"], "find_learning_rate": ["--steps", "8"]}
+SMALLER = {"train_tokenizer": ["--vocab-size", "400"], "find_learning_rate": ["--steps", "30"]}
 """Arguments that make a tool's work small; they override those before them."""
 ON_RANKS = ("pretrain", "find_learning_rate")
 
@@ -83,6 +93,13 @@ class RanksCommand(NamedTuple):
     arguments: list[str]
 
 
+class Result(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    output: str
+
+
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A clone in which the quickstart has run."""
@@ -102,16 +119,27 @@ def trained() -> set[Run]:
 def test_every_command_runs(
     source: str, clone: Path, trained: set[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "clone"
-    shutil.copytree(clone, folder, symlinks=True)
-    if source in {page.relative_to(ROOT).as_posix() for page in PAGES}:
+    executor = clone_of(clone, tmp_path, trained, monkeypatch)
+    if source.endswith(".md"):
         for name, text in page_files(ROOT / source).items():
-            (folder / name).write_text(text)
-    monkeypatch.chdir(folder)
-    executor = Executor(folder, tmp_path, trained)
+            Path(name).write_text(text)
     for command in SOURCES[source]:
         if not any(re.match(pattern, command) for pattern in NOT_RUN):
             executor.run(command)
+
+
+@pytest.mark.parametrize("page", [page.name for page in PAGES if page_sessions(page)])
+def test_every_console_session_prints_what_the_page_shows(
+    page: str, clone: Path, trained: set[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`...` in a page stands for any text."""
+    executor = clone_of(clone, tmp_path, trained, monkeypatch)
+    for command, shown in page_sessions(ROOT / "docs" / page):
+        result = executor.try_to(command)
+        # Lines may be divided otherwise in the page.
+        expected = ".*".join(re.escape(" ".join(part.split())) for part in shown.split("..."))
+        assert re.fullmatch(expected, " ".join(result.output.split())), f"{command}\n{result.output}"
+        assert result.code == (2 if "error: " in shown or '"never"' in shown else 0), command
 
 
 @pytest.mark.parametrize("pattern", NOT_RUN)
@@ -128,11 +156,17 @@ def test_commands_are_found_in_all_kinds_of_sources() -> None:
     assert len(SOURCES[NEXT_STEPS]) >= 5
 
 
+def clone_of(clone: Path, scratch: Path, trained: set[Run], monkeypatch: pytest.MonkeyPatch) -> "Executor":
+    """Copy the clone, make it the current folder, and return an executor in it."""
+    shutil.copytree(clone, scratch / "clone", symlinks=True)
+    monkeypatch.chdir(scratch / "clone")
+    return Executor(scratch, trained)
+
+
 class Executor:
     """Runs commands in a clone, in the current process where possible. Fails with the command and its output."""
 
-    def __init__(self, folder: Path, scratch: Path, trained: set[Run]) -> None:
-        self.folder = folder
+    def __init__(self, scratch: Path, trained: set[Run]) -> None:
         self.scratch = scratch
         self.environment = stand_ins(scratch / "bin")
         self.trained = trained
@@ -140,49 +174,55 @@ class Executor:
         """Folders of runs that commands of this executor have started."""
 
     def run(self, command: str) -> None:
+        """Run a command, which must succeed."""
         line, _, redirected = command.partition(" > ")
         program, *arguments = self._words(line)
-        if program == "python" or program.startswith("megagpt-"):
-            output = self._python(program, arguments, command)
-            if redirected:
-                Path(redirected).write_text(output)
-        elif program in ("deepspeed", "torchrun"):
-            self._ranks(launched(program, arguments), command)
-        elif program in ("bash", "sbatch"):
-            self._script(program, arguments, command)
-        elif program in ("mkdir", "cp", "sha256sum", "cd"):
-            self._shell(command)
+        if program in ("bash", "sbatch"):
+            self._train(self._script(program, arguments, command), command)
+        elif program in ("mkdir", "cp"):
+            if program == "cp":
+                shutil.rmtree(arguments[-1], ignore_errors=True)
+            subprocess.run(["bash", "-c", command], check=True)
         else:
-            raise AssertionError(f"{command}: is neither executed by this test nor listed in NOT_RUN")
+            ranks = self._interpreted(program, arguments, command)
+            if ranks.module in ON_RANKS and "--print-config" not in ranks.arguments:
+                self._train(ranks, command)
+                return
+            self._remove_outputs(ranks.arguments)
+            result = call(ranks.module, [*ranks.arguments, *SMALLER.get(ranks.module, [])])
+            assert result.code == 0, f"{command}\n{result.output}"
+            if redirected:
+                Path(redirected).write_text(result.output)
+
+    def try_to(self, command: str) -> Result:
+        """Run a command as it is, which may fail; return its exit code and output."""
+        program, *arguments = self._words(command)
+        ranks = self._interpreted(program, arguments, command)
+        if ranks.ranks > 1:
+            processes = Job(ranks.ranks, ranks.arguments, self.scratch / "logs", enter_here(), ranks.module)
+            return Result(max(code or 0 for code in processes.finish(timeout=300)), processes.output())
+        if ranks.module == "pretrain":  # a run of full size must not start here
+            args = pretrain.create_parser().parse_args(ranks.arguments)
+            with pytest.raises(MegagptError):
+                job.checked_config(args.config, args.set, 1)
+        return call(ranks.module, ranks.arguments)
+
+    def _interpreted(self, program: str, arguments: list[str], command: str) -> RanksCommand:
+        """Return the command of megagpt that a program starts."""
+        if program in ("deepspeed", "torchrun"):
+            return launched(program, arguments)
+        if program.startswith("megagpt-"):
+            return RanksCommand(1, program.removeprefix("megagpt-").replace("-", "_"), arguments)
+        if program == "python" and arguments[0] == "-m":
+            return RanksCommand(1, arguments[1].removeprefix("megagpt.commands."), arguments[2:])
+        if program == "python" and Path(arguments[0]).is_file():
+            return RanksCommand(1, module_of(arguments[0]), arguments[1:])
+        raise AssertionError(f"{command}: is neither executed by this test nor listed in NOT_RUN")
 
     def _words(self, line: str) -> list[str]:
         """Return the words of a command after expansion by the shell."""
         shell = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True)
         return shell.stdout.split("\0")[:-1]
-
-    def _python(self, program: str, arguments: list[str], command: str) -> str:
-        """Run a tool; return its output."""
-        if program != "python":
-            module = program.removeprefix("megagpt-").replace("-", "_")
-        elif arguments[0] == "-m":
-            module = arguments[1].removeprefix("megagpt.commands.")
-            arguments = arguments[2:]
-        else:
-            assert Path(arguments[0]).is_file(), command
-            module = module_of(arguments.pop(0))
-        if module in ON_RANKS and "--print-config" not in arguments:
-            self._ranks(RanksCommand(1, module, arguments), command)
-            return ""
-        self._remove_outputs(arguments)
-        main = importlib.import_module(f"megagpt.commands.{module}").main
-        output = io.StringIO()
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            try:
-                code = main([*arguments, *SMALLER.get(module, [])])
-            except SystemExit as error:
-                code = error.code
-        assert code == 0, f"{command}\n{output.getvalue()}"
-        return output.getvalue()
 
     def _remove_outputs(self, arguments: list[str]) -> None:
         """Remove the results of an earlier command that this one writes again."""
@@ -193,8 +233,8 @@ class Executor:
                     path.unlink()
                 output.unlink(missing_ok=True)
 
-    def _script(self, program: str, arguments: list[str], command: str) -> None:
-        """Run a script with recording programs in the place of launchers; then run what it has started."""
+    def _script(self, program: str, arguments: list[str], command: str) -> RanksCommand:
+        """Run a script with recording programs in the place of launchers; return what it has started."""
         nodes, environment = 1, self.environment
         if program == "sbatch":
             options = list(iter_options(arguments))
@@ -206,37 +246,30 @@ class Executor:
                 "SLURM_NNODES": str(nodes),
                 "SLURM_JOB_NUM_NODES": str(nodes),
                 "SLURM_NTASKS": str(nodes * TASKS_PER_NODE),
-                "SLURM_SUBMIT_DIR": str(self.folder),
+                "SLURM_SUBMIT_DIR": str(Path.cwd()),
             }
         script = subprocess.run(["bash", *arguments], env=environment, capture_output=True, text=True, check=False)
         assert script.returncode == 0, f"{command}\n{script.stdout}{script.stderr}"
         calls = [json.loads(line) for line in (self.scratch / "bin" / "calls").read_text().splitlines()]
         (self.scratch / "bin" / "calls").unlink()
-        (call,) = [call for call in calls if "pretrain_gpt.py" in call]
-        launcher = Path(call[0]).name
-        if launcher == "srun":
-            position = call.index("pretrain_gpt.py")
-            self._ranks(RanksCommand(nodes * TASKS_PER_NODE, "pretrain", call[position + 1 :]), command)
-        else:
-            self._ranks(launched(launcher, call[1:]), command)
+        ((launcher, *words),) = [started for started in calls if "pretrain_gpt.py" in started]
+        if Path(launcher).name == "srun":
+            return RanksCommand(nodes * TASKS_PER_NODE, "pretrain", words[words.index("pretrain_gpt.py") + 1 :])
+        return launched(Path(launcher).name, words)
 
-    def _shell(self, command: str) -> None:
-        result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-        assert result.returncode == 0, f"{command}\n{result.stderr}"
-
-    def _ranks(self, ranks: RanksCommand, command: str) -> None:
+    def _train(self, ranks: RanksCommand, command: str) -> None:
         """Check the config as printed, then run the command on a small model."""
         args = importlib.import_module(f"megagpt.commands.{ranks.module}").create_parser().parse_args(ranks.arguments)
         config = job.checked_config(args.config, own_overrides(ranks.module, args), ranks.ranks)
+        self._forget_older_run(config)
         world, small = ranks_to_run(config, ranks.ranks), small_run(config)
         run = what_runs(load_config(args.config, [*own_overrides(ranks.module, args), *small]))
         if (ranks.module, world, run) in self.trained:
             return
         self.trained.add((ranks.module, world, run))
-        self._forget_older_run(config)
         arguments = [*ranks.arguments, *SMALLER.get(ranks.module, []), "--set", *small]
-        processes = Job(world, arguments, self.scratch / "logs", partial(enter, str(self.folder)), ranks.module)
-        codes = processes.finish(timeout=120)
+        processes = Job(world, arguments, self.scratch / "logs", enter_here(), ranks.module)
+        codes = processes.finish(timeout=300)
         assert codes == [0] * world, f"{command}\n{codes}\n{processes.output()}"
 
     def _forget_older_run(self, config: Config) -> None:
@@ -247,6 +280,22 @@ class Executor:
         if run not in self.runs:
             shutil.rmtree(run, ignore_errors=True)
         self.runs.add(run)
+
+
+def call(module: str, arguments: list[str]) -> Result:
+    """Call the main function of a command in this process."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            code = importlib.import_module(f"megagpt.commands.{module}").main(arguments)
+        except SystemExit as error:
+            code = int(error.code or 0)
+    return Result(code, output.getvalue())
+
+
+def enter_here() -> Callable[[int], None]:
+    """Return what the ranks of a job do before their work: they change to the folder that is the current one now."""
+    return partial(enter, str(Path.cwd()))
 
 
 def launched(launcher: str, words: list[str]) -> RanksCommand:
@@ -270,7 +319,7 @@ def module_of(script: str) -> str:
 def own_overrides(module: str, args: argparse.Namespace) -> list[str]:
     """Return the overrides with which a command loads its config."""
     if module == "find_learning_rate":
-        return [*find_learning_rate.OVERRIDES, f"training.steps={args.steps}", *args.set]
+        return [*find_learning_rate.OVERRIDES, *args.set, f"training.steps={args.steps}"]
     return list(args.set)
 
 
@@ -282,10 +331,10 @@ def what_runs(config: Config) -> str:
 
 
 def ranks_to_run(config: Config, ranks: int) -> int:
-    """Return how many of the ranks to run: the layout of one model, and twice that for data parallelism if 8 suffice."""
+    """Return how many of the ranks to run: those of one replica of the model, at least 2 if there are more."""
     replica = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
     assert replica <= MAX_RANKS, f"a layout of {replica} ranks is too large to run here"
-    return min(ranks, 2 * replica if 2 * replica <= MAX_RANKS else replica)
+    return min(ranks, max(replica, 2))
 
 
 def small_run(config: Config) -> list[str]:

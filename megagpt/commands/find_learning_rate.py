@@ -55,7 +55,7 @@ def _find(args: argparse.Namespace, launcher: Launcher) -> None:
     if launcher.rank == 0:
         _create_table(args.output)
     points: list[Point] = []
-    overrides = [*OVERRIDES, f"training.steps={args.steps}", *args.set]
+    overrides = [*OVERRIDES, *args.set, f"training.steps={args.steps}"]
     with job.open_trainer(args.config, overrides, launcher) as trainer:
         from megagpt.training.lr_finder import search, suggest
 

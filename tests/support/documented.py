@@ -10,15 +10,20 @@ PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 MODULES = sorted(path.stem for path in (ROOT / "megagpt" / "commands").glob("*.py"))
 COMMENTED = (*sorted((ROOT / "examples").rglob("*.s*")), *sorted((ROOT / "configs").glob("*.json")))
 """Scripts and configs, which may have commands in their comments."""
-_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+_BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 _PROGRAM = re.compile(r"(?:python|deepspeed|torchrun|bash|sbatch|srun|make|source|pip|megagpt-[\w-]+) ")
 _NAMED_FILE = re.compile(r"^// ([\w.-]+\.json)\n")
 
 
 def page_commands(page: Path) -> list[str]:
-    """Return the commands of a page: all lines of its bash blocks, and lines of other blocks that start with a program."""
+    """Return the commands of a page: all lines of its bash blocks, and lines of other blocks that start with a program.
+
+    Console blocks have sessions instead.
+    """
     commands = []
     for language, block in _BLOCK.findall(page.read_text(encoding="utf-8")):
+        if language == "console":
+            continue
         lines = [line.strip() for line in block.replace("\\\n", " ").splitlines()]
         commands += [line for line in lines if line and _is_command(line, language)]
     return commands
@@ -26,6 +31,15 @@ def page_commands(page: Path) -> list[str]:
 
 def _is_command(line: str, language: str) -> bool:
     return not line.startswith("#") if language == "bash" else bool(_PROGRAM.match(line))
+
+
+def page_sessions(page: Path) -> list[tuple[str, str]]:
+    """Return the commands of a page's console blocks, after "$ ", each with the output that the page shows."""
+    sessions = []
+    for language, block in _BLOCK.findall(page.read_text(encoding="utf-8")):
+        if language == "console":
+            sessions += [tuple(part.split("\n", 1)) for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]]
+    return sessions
 
 
 def page_files(page: Path) -> dict[str, str]:

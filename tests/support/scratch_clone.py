@@ -88,17 +88,17 @@ def _write_data(data: Path, folder: Path) -> None:
         file.write((folder / "corpus.jsonl").read_bytes())
     _write_gpt2_tokenizer(data / "gpt2", texts)
     (data / "tokenizer.model").write_bytes(train_bpe(texts, 400, 0.9995))
-    for name in ("corpus", "my_corpus", "web"):
+    for name in ("corpus", "my_corpus", "valid", "web"):
         _write_pair(data / f"{name}_text_document", DOCUMENTS)
     for part in range(2):
         _write_pair(data / f"part_{part}_text_document", 20)
 
 
 def _write_pair(prefix: Path, documents: int) -> None:
-    """Write documents of random tokens, the last one longer than a sample of 2,048."""
+    """Write documents of random tokens, some much more frequent than others; the last one is longer than 2,049 tokens."""
     sizes = np.full(documents, 80)
     sizes[-1] = LONG_WORDS
-    tokens = np.random.default_rng(0).integers(3, 290, int(sizes.sum())).astype(np.uint16)
+    tokens = np.random.default_rng(0).geometric(0.03, int(sizes.sum())).clip(max=290).astype(np.uint16)
     with IndexedWriter(prefix, np.dtype(np.uint16)) as writer:
         writer.add_documents(tokens, sizes)
 
