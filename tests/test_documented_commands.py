@@ -46,7 +46,7 @@ pytestmark = pytest.mark.launch
 
 NOT_RUN = {
     r"make (setup|lint|test)$": "set up and check a clone; .ci/run does",
-    r"make quickstart": "makes .venv; the quickstart itself runs in the fixture `clone`",
+    r"make quickstart": "makes .venv; the steps of the quickstart run in the fixture `clone`",
     r"source \.venv/bin/activate$": "changes the shell only",
     r"python tools/get_gpt2_tokenizer\.py": "needs a network; tests/commands/test_get_gpt2_tokenizer.py has substitutes",
     r"python benchmarks/": "measure speed, for minutes",
@@ -102,10 +102,21 @@ class Result(NamedTuple):
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clone in which the quickstart has run."""
-    folder = tmp_path_factory.mktemp("documented") / "clone"
+    """A clone in which the quickstart has run, with its own 8 ranks. There is another run of the same model, runs/6B."""
+    scratch = tmp_path_factory.mktemp("documented")
+    folder = scratch / "clone"
     folder.mkdir()
     build_clone(folder)
+    executor = Executor(scratch, set())
+
+    def run_step(title: str, command: str, live: bool = False) -> None:
+        result = executor.try_to(command)
+        assert result.code == 0, f"{command}\n{result.output}"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        quickstart.run_all_steps(Path("notes"), run_step)
+    shutil.copytree(folder / "runs" / "quickstart", folder / "runs" / "6B")
     return folder
 
 

@@ -19,6 +19,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -70,6 +71,13 @@ per token. The exit code is 0 if the held-out loss is below {MAX_LOSS_SHARE:.0%}
 a step failed, and 130 after Ctrl-C."""
 
 
+class StepRunner(Protocol):
+    """Runs one step."""
+
+    def __call__(self, title: str, command: str, live: bool = False) -> None:
+        """Run a command; show its output if `live`. Raises StepError if it fails."""
+
+
 class StepError(MegagptError):
     """A step that failed, or a result that is not good enough."""
 
@@ -95,10 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _quickstart(args: argparse.Namespace) -> None:
     text = args.text.absolute() if args.text else None
     os.chdir(ROOT)  # the paths in the config are relative to the repository root
-    run_all_steps(text)
+    run_all_steps(text, run_process)
 
 
-def run_all_steps(text: Path | None) -> None:
+def run_all_steps(text: Path | None, run_step: StepRunner) -> None:
     """Run the steps in order. Raises DataError if the text is not suitable, and StepError if a step fails."""
     start = time.monotonic()
     if not CONFIG.exists():
@@ -303,7 +311,7 @@ def last_eval_loss(metrics: Path) -> float:
     return float(losses[-1])
 
 
-def run_step(title: str, command: str, *, live: bool = False) -> None:
+def run_process(title: str, command: str, live: bool = False) -> None:
     """Run a command; its output goes to a log file named after its script, and also to the console if `live`.
 
     Raises StepError if the command fails, after the end of its output is printed.

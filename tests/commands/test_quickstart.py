@@ -155,7 +155,7 @@ def test_a_failed_step_shows_the_end_of_its_output_and_names_its_log_file(
     quickstart.LOGS.mkdir(parents=True)
     (tmp_path / "broken.py").write_text("import sys\nprint('why it failed')\nsys.exit(3)\n")
     with pytest.raises(quickstart.StepError, match=r"'Break' failed with exit code 3; its full output: .*broken\.log"):
-        quickstart.run_step("Break", "python broken.py --flag 'two words'")
+        quickstart.run_process("Break", "python broken.py --flag 'two words'")
     shown = capfd.readouterr()
     assert "Break: python broken.py --flag 'two words'" in shown.out
     assert "why it failed" in shown.err

@@ -3,8 +3,6 @@
 import json
 import os
 import random
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -36,7 +34,7 @@ LONG_WORDS = 3000
 
 
 def build_clone(folder: Path) -> None:
-    """Fill `folder`, and run the quickstart there on a small config and text."""
+    """Fill `folder`: code, configs, data, and a config and a text for a small quickstart."""
     for name in LINKS:
         (folder / name).symlink_to(ROOT / name)
     for name in ("configs", "data", "docs"):
@@ -47,17 +45,6 @@ def build_clone(folder: Path) -> None:
     config = load_config(ROOT / "configs" / "quickstart.json", [*SMALL_MODEL, *QUICK_RUN])
     (folder / "configs" / "quickstart.json").write_text(to_json(config))
     _write_lines(folder / "notes")
-    quickstart = subprocess.run(
-        [sys.executable, "tools/quickstart.py", "--text", "notes"],
-        cwd=folder,
-        env=ENVIRONMENT,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert quickstart.returncode == 0, quickstart.stdout + quickstart.stderr
-    shutil.copytree(folder / "runs" / "quickstart", folder / "runs" / "6B")
 
 
 def _words(number: int) -> list[str]:
