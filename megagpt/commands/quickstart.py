@@ -60,13 +60,17 @@ MIN_DOCUMENTS = 200
 TEST_FOLDERS = frozenset({"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"})
 GENERATED_FOLDERS = frozenset({"encodings", "pydoc_data"})
 """Folders of the standard library with generated files: megabytes of numbers and help texts instead of code."""
-MAX_LOSS_SHARE = 0.9
-"""The model has learned from context if its held-out loss is below this share of the unigram entropy."""
+MAX_LOSS_SHARE = 0.95
+"""The model has learned from context if its held-out loss is below this share of the unigram entropy.
+
+Measured on held-out parts: 1.00 to 1.02 for token frequencies alone; 0.77 for the default text, and 0.91 for a Chinese novel of
+600,000 characters, which has fewer tokens and more different ones.
+"""
 
 EXAMPLE = f"""examples:
   make quickstart
   make quickstart TEXT=notes/
-Both create .venv first. The run takes 3 to 5 minutes on 2 cores, 7 GB of memory and 30 MB of disk. Losses are in nats
+Both create .venv first. The run takes 3 to 5 minutes on 2 cores, 8 GB of memory and 30 MB of disk. Losses are in nats
 per token. The exit code is 0 if the held-out loss is below {MAX_LOSS_SHARE:.0%} of the unigram entropy, 2 if it is not or
 a step failed, and 130 after Ctrl-C."""
 
