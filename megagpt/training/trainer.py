@@ -110,7 +110,9 @@ class Trainer:
             if not self._train_steps():
                 return self._stop_early(self._interruption)
             if self.datasets.test is not None:
-                self.logger.step({"step": self.step, **evaluate(self.engine, self.datasets.test, self.config, "test")})
+                samples = self.config.evaluation.test_samples
+                losses = evaluate(self.engine, self.datasets.test, self.config, samples, "test")
+                self.logger.step({"step": self.step, **losses})
             self.checkpointer.finish(required=True)
         return 0
 
@@ -271,7 +273,8 @@ class Trainer:
     def _evaluate_if_due(self) -> None:
         if self.datasets.valid is None or not self._due_or_last(self.config.evaluation.interval):
             return
-        self.logger.step({"step": self.step, **evaluate(self.engine, self.datasets.valid, self.config)})
+        losses = evaluate(self.engine, self.datasets.valid, self.config, self.config.evaluation.samples)
+        self.logger.step({"step": self.step, **losses})
         self._start_window()
 
     def _save_if_due(self) -> None:

@@ -252,7 +252,7 @@ def test_a_run_that_waits_for_data_reports_it(ranks: Pool, tmp_path: Path) -> No
 def test_evaluations_come_at_their_interval_and_after_the_last_step(ranks: Pool, tmp_path: Path) -> None:
     prefix = corpus(tmp_path)
     data = {"valid": prefix, "test": prefix}
-    config = train_config(tmp_path, data=data, evaluation={"interval": 4, "steps": 1})
+    config = train_config(tmp_path, data=data, evaluation={"interval": 4, "samples": 8, "test_samples": 8})
     records = ranks.run(2, run_logged, config)[0]
     assert [record["step"] for record in records if "eval_loss" in record] == [4, 6]
     assert [record["step"] for record in records if "test_loss" in record] == [6]
