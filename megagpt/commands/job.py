@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from megagpt.training.trainer import Trainer
 
 CRASHED = 1
+SILENT_SECONDS = 2.0
+"""Time after which a search prints its progress."""
 SECONDS_AFTER_WATCHDOG = 60.0
 """A collective's own timeout names no rank, so it comes this much later than the watchdog's."""
 
@@ -127,7 +129,13 @@ def with_tokenizer(config: Config, path: str) -> Config:
 def with_schedule(config: Config, dp_size: int) -> Config:
     """Return the config with schedule "auto" resolved for `dp_size` data-parallel ranks; print the reason to stderr."""
     n_micro_batches = config.training.global_batch_size // config.training.micro_batch_size
-    config, reason = resolve_schedule(config, n_micro_batches // dp_size)
+    start = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        if time.monotonic() - start > SILENT_SECONDS:
+            print(f"parallel.schedule: {done} of {total} schedules simulated", file=sys.stderr, flush=True)
+
+    config, reason = resolve_schedule(config, n_micro_batches // dp_size, report)
     if reason:
         print(f"parallel.schedule: {reason}", file=sys.stderr, flush=True)
     return config
