@@ -56,6 +56,8 @@ class Restored(NamedTuple):
 
     step: int
     state: RunState
+    config: dict[str, Any]
+    """Config of the saved run, with the present names of its keys."""
     total_bytes: int
     bytes_read: list[int]
     """Bytes of tensors read by each rank."""
@@ -110,6 +112,7 @@ def restore(engine: Engine, folder: Path) -> Restored:
     return Restored(
         step=reader.manifest.step,
         state=state,
+        config=saved_config,
         total_bytes=reader.manifest.total_bytes,
         bytes_read=all_gather_object(reader.bytes_read),
         notes=state_changes(saved_config, engine.config),
