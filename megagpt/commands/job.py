@@ -68,7 +68,9 @@ def open_trainer(path: str, overrides: Sequence[str], launcher: Launcher) -> Ite
     Rank 0 checks everything that it can before the ranks connect, and before torch is imported.
     """
     start_time = time.monotonic()
+    _note(launcher, f"megagpt: checking {path} and its data")
     config = checked_config(path, overrides, launcher.world_size) if launcher.rank == 0 else None
+    _note(launcher, f"starting {launcher.world_size} rank{'s' if launcher.world_size > 1 else ''}")
     import torch
 
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -89,11 +91,18 @@ def open_trainer(path: str, overrides: Sequence[str], launcher: Launcher) -> Ite
     timeout = parallel.timeout_seconds + SECONDS_AFTER_WATCHDOG
     topology = Topology.create(parallel.tensor, parallel.pipeline, timeout, parallel.context)
     phase = PhaseTracker(device)
+    _note(launcher, "building the model and the optimizer, and loading a checkpoint if there is one")
     with Watchdog(store, topology.rank, topology.layout.world_size, phase, parallel.timeout_seconds):
         trainer = Trainer(config, topology, datasets, device, phase, start_time)
         yield trainer
         trainer.close()
     destroy_process_group()
+
+
+def _note(launcher: Launcher, text: str) -> None:
+    """Print a line about a slow part of the start to standard error, on rank 0."""
+    if launcher.rank == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 def checked_config(path: str, overrides: Sequence[str], world_size: int) -> Config:

@@ -19,7 +19,7 @@ from megagpt.config import Config
 from megagpt.data.blend import build_datasets
 from megagpt.data.indexed import IndexedWriter
 from megagpt.distributed.phase import PhaseTracker
-from megagpt.errors import TrainingError
+from megagpt.errors import ConfigError, TrainingError
 from megagpt.resilience.health import OK
 from megagpt.training.trainer import Trainer
 
@@ -343,3 +343,31 @@ def test_a_run_that_is_complete_trains_no_step(ranks: Pool, tmp_path: Path) -> N
     checkpoint = {"dir": str(tmp_path / "checkpoints")}
     assert len(ranks.run(1, run_logged, train_config(tmp_path, checkpoint=checkpoint))[0]) == 6
     assert ranks.run(1, run_logged, train_config(tmp_path, checkpoint=checkpoint))[0] == []
+
+
+def test_a_complete_run_evaluates_its_test_data_once(ranks: Pool, tmp_path: Path) -> None:
+    """Again only for other test data or another number of samples."""
+    sections: Tree = {"data": {"test": corpus(tmp_path)}, "checkpoint": {"dir": str(tmp_path / "checkpoints")}}
+
+    def test_losses(**more: Tree) -> list[float]:
+        records = ranks.run(2, run_logged, train_config(tmp_path, **sections, **more))[0]
+        return [record["test_loss"] for record in records if "test_loss" in record]
+
+    first = test_losses()
+    assert len(first) == 1
+    assert test_losses() == []
+    assert test_losses(evaluation={"test_samples": 3}) != first
+    assert test_losses(evaluation={"test_samples": 3}) == []
+
+
+def refused_resume(config: Config) -> str:
+    with pytest.raises(ConfigError) as error:
+        open_trainer(config)
+    return str(error.value)
+
+
+def test_fewer_steps_than_the_checkpoint_has_end_every_rank_with_an_error(ranks: Pool, tmp_path: Path) -> None:
+    sections: Tree = {"checkpoint": {"dir": str(tmp_path / "checkpoints")}}
+    ranks.run(2, train_only, train_config(tmp_path, **sections))
+    errors = ranks.run(2, refused_resume, train_config(tmp_path, **sections, training={"steps": 4}))
+    assert [error.split(",")[0] for error in errors] == ["training.steps: 4"] * 2
