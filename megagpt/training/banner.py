@@ -8,9 +8,11 @@ from megagpt.data.blend import Dataset
 from megagpt.data.tokenizer import load_tokenizer
 from megagpt.distributed.rank_zero import rank_zero_print, rank_zero_warn
 from megagpt.parallel.topology import Layout
+from megagpt.planner.memory import state_memory
 from megagpt.planner.parameters import parameter_count
 from megagpt.training.evaluation import evaluated_samples
 from megagpt.training.run_warnings import config_warnings, data_warnings, epochs_of_each, tokenizer_warnings
+from megagpt.training.throughput import peak_tflops
 from megagpt.training.trainer import Trainer
 
 MAX_CORPORA = 8
@@ -28,11 +30,13 @@ def announce_run(trainer: Trainer) -> None:
     warnings += data_warnings(config, datasets.train, end)
     if config.data.tokenizer is not None:
         warnings += tokenizer_warnings(config, datasets, load_tokenizer(config.data.tokenizer))
+    rank_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.engine.parameters)  # ZeRO-3 empties them
     lines = [
         f"megagpt {__version__}, PyTorch {torch.__version__}",
         f"model      {parameter_count(config):,} parameters",
         f"layout     {layout_line(config, trainer.topology.layout)}",
-        f"device     {device_name(trainer.device)}, {config.training.precision}",
+        f"memory     {memory_line(config, trainer.topology.layout, rank_parameters)}",
+        f"device     {device_line(trainer.device, config.training.precision)}",
         *length_lines(config, trainer.step, trainer.total_steps),
         *data_lines(config, datasets.train, end),
         *evaluation_lines(config, datasets.valid, datasets.test),
@@ -52,9 +56,22 @@ def layout_line(config: Config, layout: Layout) -> str:
     )
 
 
-def device_name(device: torch.device) -> str:
-    """Return the name of the GPU, or "CPU"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+def memory_line(config: Config, layout: Layout, rank_parameters: int) -> str:
+    """Return the memory of rank 0, which has `rank_parameters`, without activations."""
+    memory = state_memory(config, layout, rank_parameters)
+    return (
+        f"rank 0 has {rank_parameters:,} parameters: {memory.total / 2**30:.3g} GiB of weights, gradients and optimizer "
+        "states; activations come on top"
+    )
+
+
+def device_line(device: torch.device, precision: str) -> str:
+    """Return the name of the device, the precision, and the peak that the MFU is a share of, if there is one."""
+    if device.type != "cuda":
+        return f"CPU, {precision}"
+    peak = peak_tflops(device, precision)
+    text = "no MFU, because its peak is not known" if peak is None else f"peak {peak:g} TFLOP/s"
+    return f"{torch.cuda.get_device_name(device)}, {precision}, {text}"
 
 
 def length_lines(config: Config, step: int, total_steps: int) -> list[str]:
