@@ -68,9 +68,8 @@ def open_trainer(path: str, overrides: Sequence[str], launcher: Launcher) -> Ite
     Rank 0 checks everything that it can before the ranks connect, and before torch is imported.
     """
     start_time = time.monotonic()
-    _note(launcher, f"megagpt: checking {path} and its data")
     config = checked_config(path, overrides, launcher.world_size) if launcher.rank == 0 else None
-    _note(launcher, f"starting {launcher.world_size} rank{'s' if launcher.world_size > 1 else ''}")
+    _note(launcher, f"config and data are checked; starting {launcher.world_size} rank{'s' if launcher.world_size > 1 else ''}")
     import torch
 
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
