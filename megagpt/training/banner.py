@@ -7,6 +7,7 @@ from megagpt.config.schema import Config
 from megagpt.data.blend import Dataset
 from megagpt.data.tokenizer import load_tokenizer
 from megagpt.distributed.rank_zero import rank_zero_print, rank_zero_warn
+from megagpt.engine.deepspeed_internals import local_size
 from megagpt.parallel.topology import Layout
 from megagpt.planner.memory import state_memory
 from megagpt.planner.parameters import parameter_count
@@ -30,7 +31,7 @@ def announce_run(trainer: Trainer) -> None:
     warnings += data_warnings(config, datasets.train, end)
     if config.data.tokenizer is not None:
         warnings += tokenizer_warnings(config, datasets, load_tokenizer(config.data.tokenizer))
-    rank_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.engine.parameters)  # ZeRO-3 empties them
+    rank_parameters = sum(local_size(parameter) for parameter in trainer.engine.parameters)
     lines = [
         f"megagpt {__version__}, PyTorch {torch.__version__}",
         f"model      {parameter_count(config):,} parameters",
