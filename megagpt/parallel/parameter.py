@@ -36,7 +36,13 @@ class Shard:
 
 
 def sharded_parameter(
-    name: str, shape: tuple[int, ...], dim: int, parallel: ParallelContext, std: float, unpadded: int | None = None
+    name: str,
+    shape: tuple[int, ...],
+    dim: int,
+    parallel: ParallelContext,
+    std: float,
+    unpadded: int | None = None,
+    mean: float = 0.0,
 ) -> nn.Parameter:
     """Create this tensor rank's shard of a parameter of `shape`, split along `dim`.
 
@@ -46,20 +52,26 @@ def sharded_parameter(
     local_shape = (*shape[:dim], length, *shape[dim + 1 :])
     full_shape = (*shape[:dim], unpadded or shape[dim], *shape[dim + 1 :])
     parameter = nn.Parameter(torch.empty(local_shape))
-    set_shard(parameter, Shard(name, full_shape, dim, parallel.tp_rank * length, std, mean=0.0))
+    set_shard(parameter, Shard(name, full_shape, dim, parallel.tp_rank * length, std, mean))
     return parameter
 
 
 def replicated_parameter(
-    name: str, shape: tuple[int, ...], parallel: ParallelContext, std: float = 0.0, mean: float = 0.0
+    name: str,
+    shape: tuple[int, ...],
+    parallel: ParallelContext,
+    std: float = 0.0,
+    mean: float = 0.0,
+    own_heads: bool = False,
 ) -> nn.Parameter:
     """Create a parameter that every tensor rank holds in full.
 
     Under sequence parallelism each tensor rank applies it to its own range of the sequence, so each computes a partial
-    gradient.
+    gradient; the same holds if each uses it for its own heads (`own_heads`).
     """
     parameter = nn.Parameter(torch.empty(shape))
-    set_shard(parameter, Shard(name, shape, None, 0, std, mean, partial_gradient=parallel.sequence_parallel))
+    partial = parallel.sequence_parallel or (own_heads and parallel.tp_size > 1)
+    set_shard(parameter, Shard(name, shape, None, 0, std, mean, partial_gradient=partial))
     return parameter
 
 
