@@ -140,7 +140,8 @@ class ColumnParallelLinear(_ParallelLinear):
 
         def create(kind: str, shape: tuple[int, ...], std: float) -> nn.Parameter:
             if replicated:
-                return replicated_parameter(f"{name}.{kind}", (*leading, *shape), parallel, std, own_heads=True)
+                full = (*leading, *shape)
+                return replicated_parameter(f"{name}.{kind}", full, parallel, std, own_heads=True, init_dim=len(leading))
             return sharded_parameter(f"{name}.{kind}", (*leading, *shape), len(leading), parallel, std)
 
         self.weight = create("weight", (length, n_in), std)

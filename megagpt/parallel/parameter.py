@@ -31,6 +31,8 @@ class Shard:
     """Mean of the initial values: 1 for norm weights, else 0."""
     partial_gradient: bool = False
     """Each tensor rank computes a partial gradient; the engine sums them before the optimizer step."""
+    init_dim: int = 0
+    """Dim along which the initial values are drawn in blocks if `dim` is None: the one that other layouts split."""
     second_copy: bool = False
     """The last stage's copy of a tied embedding; gradient norm and checkpoints count only the first copy."""
 
@@ -63,15 +65,17 @@ def replicated_parameter(
     std: float = 0.0,
     mean: float = 0.0,
     own_heads: bool = False,
+    init_dim: int = 0,
 ) -> nn.Parameter:
     """Create a parameter that every tensor rank holds in full.
 
     Under sequence parallelism each tensor rank applies it to its own range of the sequence, so each computes a partial
     gradient; the same holds if each uses it for its own heads (`own_heads`).
+    `init_dim`: the dim that other layouts split.
     """
     parameter = nn.Parameter(torch.empty(shape))
     partial = parallel.sequence_parallel or (own_heads and parallel.tp_size > 1)
-    set_shard(parameter, Shard(name, shape, None, 0, std, mean, partial_gradient=partial))
+    set_shard(parameter, Shard(name, shape, None, 0, std, mean, partial_gradient=partial, init_dim=init_dim))
     return parameter
 
 
