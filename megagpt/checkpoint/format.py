@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from megagpt.checkpoint.boxes import Box
 from megagpt.checkpoint.files import sha256_of_file, write_durably
 from megagpt.errors import CheckpointError, StorageError
-from megagpt.regular_file import is_damage, read_regular_file
+from megagpt.regular_file import is_damage, read_regular_file, require_regular_file
 
 MANIFEST, MANIFEST_SUM, LATEST = "manifest.json", "manifest.sha256", "latest"
 MASTER = "master"
@@ -152,7 +152,7 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         if is_damage(error):
             raise CheckpointError(f"{error.filename}: {error.strerror}; the checkpoint is incomplete") from None
-        raise unreadable(error) from None
+        raise unreadable(Path(error.filename or path), error) from None
     match = re.fullmatch(rb"([0-9a-f]{64}) [ *]manifest\.json\r?\n?", checksum_line)
     if match is None:
         raise CheckpointError(f"{folder / MANIFEST_SUM}: not a line of sha256sum for {MANIFEST}; the file is damaged")
@@ -169,10 +169,30 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def unreadable(error: OSError) -> StorageError:
+def content_problem(path: Path, n_bytes: int, sha256: str) -> str | None:
+    """Return one sentence if the size or SHA-256 of a file is not as written, else None.
+
+    Raises StorageError if the file cannot be read, which says nothing about its content, and OSError if it is missing or no
+    regular file.
+    """
+    try:
+        require_regular_file(path)
+        size = path.stat().st_size
+        if size != n_bytes:
+            return f"{path}: {size} bytes, expected {n_bytes}; the file is damaged"
+        if sha256_of_file(path) != sha256:
+            return f"{path}: its SHA-256 differs from the manifest's; the file is damaged"
+    except OSError as error:
+        if not is_damage(error):
+            raise unreadable(path, error) from None
+        raise
+    return None
+
+
+def unreadable(path: Path, error: OSError) -> StorageError:
     """Return the error for a file of a checkpoint that cannot be read now, although it may be intact."""
     return StorageError(
-        f"{error.filename}: {error.strerror}; the checkpoint may be intact, so no older one is used in its place: "
+        f"{path}: {error.strerror}; the checkpoint may be intact, so no older one is used in its place: "
         "make it readable, or name another checkpoint in checkpoint.resume"
     )
 

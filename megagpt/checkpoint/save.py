@@ -7,7 +7,6 @@ those of training.
 """
 
 import secrets
-import shutil
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagpt.checkpoint.boxes import Box
-from megagpt.checkpoint.files import write_safetensors
+from megagpt.checkpoint.files import remove_tree, write_safetensors
 from megagpt.checkpoint.format import Manifest, rank_file, replaced_folder, step_folder, temporary_folder
 from megagpt.checkpoint.retention import remove_old
 from megagpt.checkpoint.tokenizer_files import RunTokenizer, with_tokenizer
@@ -259,6 +258,6 @@ def _remove_temporary(temporary: Path, rank: int) -> None:
     with suppress(OSError):  # what cannot be removed now is removed at the next start
         (temporary / rank_file(rank)).unlink(missing_ok=True)
         if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove_tree(temporary)
         else:
             temporary.rmdir()  # if it is not shared, it belongs to this node only

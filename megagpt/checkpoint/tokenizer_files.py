@@ -4,21 +4,18 @@ The files are in the folder `tokenizer` of the checkpoint, under the names that 
 size and SHA-256 of each. They are read once at the start of a run, so a file that changes later does not matter.
 """
 
-import errno
 import hashlib
 import os
 from pathlib import Path
 from typing import NamedTuple
 
 from megagpt.checkpoint.files import fsync_folder, sha256_of_file
-from megagpt.checkpoint.format import Manifest, TokenizerFileRecord, TokenizerRecord
+from megagpt.checkpoint.format import Manifest, TokenizerFileRecord, TokenizerRecord, content_problem
 from megagpt.data.tokenizer import MAX_TOKENIZER_BYTES, tokenizer_files
-from megagpt.errors import CheckpointError, DataError, StorageError, listed
-from megagpt.regular_file import read_regular_file, require_regular_file
+from megagpt.errors import CheckpointError, DataError, listed
+from megagpt.regular_file import read_regular_file
 
 FOLDER = "tokenizer"
-_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.EFBIG}
-"""Errors that say that a file is missing or no file; any other one says nothing about its content."""
 
 
 class RunTokenizer(NamedTuple):
@@ -143,14 +140,6 @@ def tokenizer_change(folder: Path, manifest: Manifest, tokenizer: RunTokenizer |
 def _file_problem(folder: Path, record: TokenizerFileRecord) -> str | None:
     path = folder / record.name
     try:
-        require_regular_file(path)
-        size = path.stat().st_size
-        if size != record.bytes:
-            return f"{path}: {size} bytes, expected {record.bytes}; the file is damaged"
-        if sha256_of_file(path) != record.sha256:
-            return f"{path}: its SHA-256 differs from the manifest's; the file is damaged"
+        return content_problem(path, record.bytes, record.sha256)
     except OSError as error:
-        if error.errno not in _DAMAGE:
-            raise StorageError(f"{path}: {error.strerror}; make it readable: the checkpoint may be intact") from None
         return f"{path}: {error.strerror}; a file of the checkpoint's tokenizer"
-    return None

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from megagpt.checkpoint.coverage import box_problems
-from megagpt.checkpoint.files import remove_tree, sha256_of_file, write_durably
+from megagpt.checkpoint.files import remove_tree, write_durably
 from megagpt.checkpoint.format import (
     LATEST,
     MANIFEST,
@@ -20,16 +20,16 @@ from megagpt.checkpoint.format import (
     FileRecord,
     Manifest,
     checkpoint_folders,
+    content_problem,
     latest_name,
     read_manifest,
     unfinished_folders,
-    unreadable,
 )
 from megagpt.checkpoint.tokenizer_files import folders_of, tokenizer_problems
 from megagpt.distributed.object_collectives import all_gather_object, attempt, broadcast_object, run_on_ranks
 from megagpt.distributed.phase import host_name
 from megagpt.errors import CheckpointError, StorageError, listed
-from megagpt.regular_file import is_damage, read_regular_file, require_regular_file
+from megagpt.regular_file import read_regular_file
 
 Warn = Callable[[str], None]
 """Prints a warning."""
@@ -66,18 +66,13 @@ def damaged_files(folder: Path, files: Iterable[FileRecord]) -> list[str]:
     for file in files:
         path = folder / file.name
         try:
-            require_regular_file(path)
-            size = path.stat().st_size
-            if size != file.bytes:
-                problems.append(f"{path}: {size} bytes, expected {file.bytes}; the file is damaged")
-            elif sha256_of_file(path) != file.sha256:
-                problems.append(f"{path}: its SHA-256 differs from the manifest's; the file is damaged")
+            problem = content_problem(path, file.bytes, file.sha256)
         except FileNotFoundError:
-            problems.append(f"{path}: missing; node {file.node} wrote it")
+            problem = f"{path}: missing; node {file.node} wrote it"
         except OSError as error:
-            if not is_damage(error):
-                raise unreadable(error) from None
-            problems.append(f"{path}: {error.strerror}; the file is damaged")
+            problem = f"{path}: {error.strerror}; the file is damaged"
+        if problem is not None:
+            problems.append(problem)
     return problems
 
 
@@ -105,7 +100,6 @@ def newest_complete(directory: Path, warn: Warn) -> Path | None:
     there is none, if files are on the disks of single nodes, and (StorageError) if a file cannot be read.
     """
     candidates, latest_problem = broadcast_object(run_on_ranks(lambda: _candidates(directory), only_rank=0))
-    run_on_ranks(lambda: require_latest(directory, candidates), only_rank=0)
     folder, problems = first_complete(candidates)
     if latest_problem is not None:
         problems.insert(0, latest_problem)
@@ -217,8 +211,9 @@ def _compare_folder(folder: Path, manifest: Manifest) -> tuple[FolderDifferences
 
 
 def _candidates(directory: Path) -> tuple[list[Path], str | None]:
-    """Return the folders to try, in order, and what is wrong with `latest`."""
+    """Return the folders to try, in order, and what is wrong with `latest`. Raises what `require_latest` raises."""
     candidates = checkpoint_folders(directory)
+    require_latest(directory, candidates)
     latest = latest_name(directory)
     if latest is None or latest in {folder.name for folder in candidates}:
         return candidates, None

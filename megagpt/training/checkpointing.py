@@ -267,7 +267,7 @@ def _resume_of(folder: Path) -> str | None:
     return section.get("resume") if isinstance(section, dict) else None
 
 
-def _amounts(loaded: Restored | LoadedWeights) -> str:
+def _amounts(loaded: LoadedWeights) -> str:
     least, most = min(loaded.bytes_read), max(loaded.bytes_read)
     per_rank = format_bytes(most) if least == most else f"{format_bytes(least)} to {format_bytes(most)}"
     suffix = " per rank" if len(loaded.bytes_read) > 1 else ""

@@ -3,8 +3,9 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
@@ -66,7 +67,8 @@ class RunState(RunProgress):
     """State of the fp16 loss scale; empty for other precisions."""
 
 
-class LoadedWeights(NamedTuple):
+@dataclass(frozen=True)
+class LoadedWeights:
     """Result of loading the weights of a checkpoint."""
 
     step: int
@@ -75,14 +77,11 @@ class LoadedWeights(NamedTuple):
     """Bytes of tensors read by each rank."""
 
 
-class Restored(NamedTuple):
+@dataclass(frozen=True)
+class Restored(LoadedWeights):
     """Result of loading a checkpoint."""
 
-    step: int
     state: RunState
-    total_bytes: int
-    bytes_read: list[int]
-    """Bytes of tensors read by each rank."""
     notes: list[str]
     """What differs from the saved run, one sentence each."""
 
