@@ -20,9 +20,12 @@ MANIFEST_OF_0_1 = {
     "version": 2,
     "step": 7,
     "config": {
+        "model": {"n_layer": 1, "n_embd": 4, "n_head": 2, "n_positions": 8, "vocab_size": 61},
         "parallel": {"tensor": 2, "pipeline": 1, "context": 1},
         "zero": {"stage": 1},
-        "training": {"precision": "fp32"},
+        "data": {"train": "data/corpus"},
+        "training": {"precision": "fp32", "steps": 10, "micro_batch_size": 2, "global_batch_size": 8},
+        "resilience": {"most_skipped": 16},
     },
     "state": {"samples": 56, "passed_over": [], "optimizer": "adamw", "optimizer_step": 7, "loss_scaler": {}},
     "tensors": {"w": {"shape": [3, 4], "kinds": ["master", "exp_avg"], "boxes": [[0, [0, 0], [3, 2]], [1, [0, 2], [3, 2]]]}},

@@ -23,6 +23,12 @@ PROGRESS: Tree = {
     "skipped_sample_ranges": [(8, 16), (24, 32)],
     "recent_losses": [2.5, 2.25],
     "consecutive_skips": 1,
+    "data": {
+        "seed": 1234,
+        "split": None,
+        "sequence_length": 16,
+        "parts": {"train": [{"prefix": "data/a", "weight": 1.0, "sequences": 60, "tokens": 1800, "fingerprint": "0f"}]},
+    },
 }
 REST: Tree = {"optimizer_step": 4, "optimizer": "adamw", "loss_scaler": {}}
 
