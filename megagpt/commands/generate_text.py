@@ -80,7 +80,12 @@ def _generate(args: argparse.Namespace) -> None:
     new_tokens = generate(
         model, prompt, args.max_tokens, args.temperature, args.top_k, args.seed, tokenizer.eod_id, tokenizer.vocab_size
     )
-    print(tokenizer.decode([*prompt, *new_tokens]))
+    print(_with_prompt(args.prompt, tokenizer.decode(prompt), tokenizer.decode([*prompt, *new_tokens])))
+
+
+def _with_prompt(prompt: str, decoded: str, text: str) -> str:
+    """Return `text` with the prompt as the user gave it: a tokenizer may lose line ends or spaces of it (`decoded`)."""
+    return prompt + text.removeprefix(decoded) if text.startswith(decoded) else text
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -91,6 +91,8 @@ def test_ids_that_the_tokenizer_lacks_are_never_generated_and_a_note_says_so(
     assert generate(checkpoint, "--temperature", "9") == 0
     printed = capsys.readouterr()
     assert set(printed.out.split()) <= set(vocab)
+    assert generate(checkpoint, "--prompt", "abc\n  other", "--max-tokens", "1") == 0
+    assert capsys.readouterr().out.startswith("abc\n  other")  # the tokenizer has neither the line end nor the word
     assert printed.err == "note: model.vocab_size is 400, and the tokenizer has 4 tokens: ids from 4 on are never generated\n"
 
 
