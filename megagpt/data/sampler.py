@@ -17,8 +17,8 @@ from megagpt.data.indexed import check_ids
 class TokenBatch:
     """Tokens of one micro-batch."""
 
-    index: int
-    """Index of the micro-batch in the global batch, the same for every data-parallel size."""
+    first_sample: int
+    """Number of the first sample in the run; the others follow it."""
     tokens: npt.NDArray[np.int64]
     """[batch, seq + 1]"""
     starts: npt.NDArray[np.bool_]
@@ -52,5 +52,5 @@ class GlobalBatches:
             tokens = np.stack([sample.tokens for sample in samples])
             starts = np.stack([sample.starts for sample in samples])
             check_ids(tokens, self._vocab_size, f"sample {first_sample + row}")
-            batches.append(TokenBatch(row // self._micro_batch_size, tokens, starts))
+            batches.append(TokenBatch(first_sample + row, tokens, starts))
         return batches

@@ -1,5 +1,7 @@
 """Causal self-attention; the heads are split over the tensor ranks."""
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,7 +51,7 @@ class CausalSelfAttention(nn.Module):
         self.recompute_core = recompute_core
         self.qkv = ColumnParallelLinear(f"{name}.qkv", model.n_embd, 3 * model.n_embd, parallel, model.init_std)
         self.proj = RowParallelLinear(f"{name}.proj", model.n_embd, model.n_embd, parallel, residual_std)
-        self.dropout = AttentionDropout(model.attn_pdrop, parallel, index)
+        self.dropout = AttentionDropout(model.attn_pdrop, self.heads, parallel, index)
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         qkv = self.qkv(x)  # [batch, seq, heads * 3 * head_dim]
@@ -78,9 +80,10 @@ class CausalSelfAttention(nn.Module):
         return self.qkv.flops_per_token() + self.core_flops_per_token(sequence_length) + self.proj.flops_per_token()
 
     def _core(self, query: Tensor, key: Tensor, value: Tensor, ctx: ForwardContext) -> Tensor:
-        probability = self.dropout.prepare(query.device, ctx)
+        if self.training and self.dropout.probability > 0:
+            return cast(Tensor, self.dropout(query, key, value, ctx))
         mask = ctx.attention_mask
-        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, dropout_p=probability)
+        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None)
 
 
 def _cached_attention(query: Tensor, key: Tensor, value: Tensor, cache: KVCache) -> Tensor:

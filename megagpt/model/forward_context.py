@@ -16,8 +16,8 @@ class MicroBatch:
     """[batch, seq], int64; under context parallelism this rank's positions, [batch, seq / ranks]."""
     labels: Tensor
     """Shape of `tokens`; `IGNORED` at positions that do not count in the loss."""
-    seed: int = 0
-    """Dropout seed: different for every micro-batch of the run, equal under every layout."""
+    samples: Tensor | None = None
+    """[batch], int64, number of each sample in the run. Dropout in training needs it: its masks belong to samples."""
     positions: Tensor | None = None
     """[batch, seq], int64; 0 to seq - 1 if absent."""
     documents: Tensor | None = None
@@ -29,8 +29,8 @@ class MicroBatch:
 class ForwardContext:
     """What every layer may need in one forward pass."""
 
-    seed: int = 0
-    """Dropout seed of the micro-batch."""
+    token_keys: Tensor | None = None
+    """Key of each token of the full sequence for dropout masks, [batch, seq], int64; absent without dropout."""
     positions: Tensor | None = None
     """Position of each token of the full sequence, [batch, seq]; counted from `first_position` if absent."""
     attention_mask: Tensor | None = None

@@ -14,6 +14,7 @@ from megagpt.config.schema import Config
 from megagpt.model.attention import document_mask
 from megagpt.model.block import Block
 from megagpt.model.dropout import ResidualDropout
+from megagpt.model.dropout_masks import token_keys
 from megagpt.model.forward_context import ForwardContext, MicroBatch
 from megagpt.model.kv_cache import KVCache
 from megagpt.model.norm import LayerNorm
@@ -21,7 +22,7 @@ from megagpt.model.positions import LearnedPositions
 from megagpt.parallel.embedding import VocabParallelEmbedding, VocabParallelLoss
 from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.parameter import mark_second_copy
-from megagpt.parallel.seeding import initialize
+from megagpt.parallel.seeding import initialize, stable_seed
 
 TOKEN_EMBEDDING = "embedding.token.weight"
 """Name of the parameter that a tied output layer shares."""
@@ -70,7 +71,7 @@ class GPTChunk(nn.Module):
         mask = None
         if micro_batch.documents is not None:
             mask = document_mask(micro_batch.documents, DTYPES[self.config.training.precision])
-        ctx = ForwardContext(seed=micro_batch.seed, positions=micro_batch.positions, attention_mask=mask)
+        ctx = ForwardContext(positions=micro_batch.positions, attention_mask=mask, token_keys=self._token_keys(micro_batch))
         if self.is_first:
             x = self.dropout(self.positions(self.tokens(x), ctx), ctx)
         if self.config.training.recompute == "full" and torch.is_grad_enabled():
@@ -92,6 +93,14 @@ class GPTChunk(nn.Module):
     def next_token_logits(self, tokens: Tensor, caches: Mapping[int, KVCache]) -> Tensor:
         """Return the logits after the last token only. [batch, seq] -> [batch, vocab_size]"""
         return self.loss.logits(self._hidden_after(tokens, caches)[:, -1])
+
+    def _token_keys(self, micro_batch: MicroBatch) -> Tensor | None:
+        """Return the keys of the dropout masks of all positions, [batch, seq]; None if this forward has no dropout."""
+        model = self.config.model
+        if not self.training or micro_batch.samples is None or not (model.embd_pdrop or model.attn_pdrop or model.resid_pdrop):
+            return None
+        length = micro_batch.tokens.shape[1] * self.parallel.context.size
+        return token_keys(stable_seed(self.config.training.seed, "dropout"), micro_batch.samples, length)
 
     def _output_weight(self) -> nn.Parameter:
         if not self.config.model.tie_embeddings:
@@ -116,7 +125,7 @@ def _run(blocks: Sequence[Block], x: Tensor, ctx: ForwardContext) -> Tensor:
 
 
 def _run_recomputed(blocks: Sequence[Block], x: Tensor, ctx: ForwardContext, group_size: int) -> Tensor:
-    """Save only the input of each group of blocks; the backward runs the group again. Dropout seeds itself, so no RNG state."""
+    """Save only the input of each group of blocks; the backward runs the group again. Dropout has no RNG state to save."""
     for first in range(0, len(blocks), group_size):
         group = blocks[first : first + group_size]
         x = checkpoint(_run, group, x, ctx, use_reentrant=False, preserve_rng_state=False)

@@ -14,10 +14,7 @@ class LearnedPositions(nn.Module):
     def __init__(self, name: str, positions: int, width: int, parallel: ParallelContext, std: float) -> None:
         super().__init__()
         self.weight = replicated_parameter(f"{name}.weight", (positions, width), parallel, std)
-        # Sequence parallelism splits the range of a context rank further, over the tensor ranks.
-        self.range_index = parallel.context.rank
-        if parallel.sequence_parallel:
-            self.range_index = parallel.context.rank * parallel.tp_size + parallel.tp_rank
+        self.range_index = parallel.range_index
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         length = x.shape[1]

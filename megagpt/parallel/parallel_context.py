@@ -26,6 +26,14 @@ class ParallelContext:
     context: ContextParallel = field(default_factory=ContextParallel)
     """Context-parallel group, independent of the tensor group."""
 
+    @property
+    def range_index(self) -> int:
+        """Index of this rank's range of positions outside of attention.
+
+        Sequence parallelism splits the range of a context rank further, over the tensor ranks.
+        """
+        return self.context.rank * self.tp_size + self.tp_rank if self.sequence_parallel else self.context.rank
+
     @classmethod
     def of(cls, topology: Topology, sequence_parallel: bool, deferred_gradients: DeferredGradients) -> "ParallelContext":
         """Return the context of this rank in `topology`."""

@@ -4,8 +4,7 @@ Initial weights: drawn in fixed blocks along the dim that may be split; each blo
 seed, the parameter name and the block number. A rank draws only its own blocks, and every layout gets the same weights
 bit for bit.
 
-Dropout: the device's generator is seeded before each use from (run seed, step, micro-batch, layer, position in the
-layer). A resumed run needs no saved random state, and recomputation draws the same masks.
+Dropout draws nothing: `megagpt/model/dropout_masks.py` computes its masks from keys made here.
 """
 
 import hashlib
@@ -23,18 +22,6 @@ def stable_seed(*parts: int | str) -> int:
     """Return a 63-bit seed that is equal on every machine and different for different `parts`."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def seed_dropout(device: torch.device, *parts: int | str) -> None:
-    """Seed the default generator of `device`, which dropout draws from.
-
-    Not torch.manual_seed: it seeds every visible device, and took 0.7 ms a call on a CPU against 1.5 us for this.
-    """
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        torch.cuda.default_generators[index].manual_seed(stable_seed(*parts))
-    elif device.type == "cpu":
-        torch.default_generator.manual_seed(stable_seed(*parts))
 
 
 @torch.no_grad()

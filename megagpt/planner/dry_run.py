@@ -91,7 +91,7 @@ class DryRun:
     def _micro_batch(self) -> MicroBatch:
         shape = (self.config.training.micro_batch_size, self.config.model.n_positions // self.topology.layout.context)
         tokens = torch.zeros(shape, dtype=torch.int64)
-        return MicroBatch(tokens, tokens)
+        return MicroBatch(tokens, tokens, samples=torch.zeros(shape[0], dtype=torch.int64))
 
     def _message(self) -> Tensor:
         """Return a tensor of the shape that stages exchange."""

@@ -20,7 +20,7 @@ def evaluate(engine: Engine, dataset: Dataset, config: Config, name: str = "eval
     n_tokens = 0
     for step in range(config.evaluation.steps):
         engine.phase.enter(f"evaluation batch {step}")
-        batch = to_host_batch(batches.micro_batches(step * batches.size), config, engine.topology, step)
+        batch = to_host_batch(batches.micro_batches(step * batches.size), config, engine.topology)
         n_tokens += batch.n_tokens
         loss_sum = engine.evaluate(batch.to(engine.device))
         if loss_sum is not None:

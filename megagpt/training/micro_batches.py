@@ -14,7 +14,6 @@ from megagpt.data.sampler import GlobalBatches, TokenBatch
 from megagpt.model.forward_context import MicroBatch
 from megagpt.parallel.context_parallel import ContextParallel
 from megagpt.parallel.embedding import IGNORED
-from megagpt.parallel.seeding import stable_seed
 from megagpt.parallel.topology import Topology
 
 
@@ -35,8 +34,8 @@ class HostBatch:
     n_tokens: int
     """Unmasked tokens of this rank."""
     micro_batch_size: int
-    seeds: list[int]
-    """Dropout seed of each micro-batch."""
+    samples: Tensor
+    """Number of each sample in the run, [micro-batches * batch]."""
     tokens: Tensor
     """All micro-batches together, [micro-batches * batch, seq], as are the following."""
     labels: Tensor
@@ -46,6 +45,7 @@ class HostBatch:
     def to(self, device: torch.device) -> list[MicroBatch]:
         """Copy to `device`, with one copy per tensor, and return the micro-batches."""
         size = self.micro_batch_size
+        samples = self.samples.to(device, non_blocking=True).split(size)
         tokens = self.tokens.to(device, non_blocking=True).split(size)
         labels = self.labels.to(device, non_blocking=True).split(size)
         positions = documents = None
@@ -57,11 +57,11 @@ class HostBatch:
             MicroBatch(
                 tokens=tokens[index],
                 labels=labels[index],
-                seed=seed,
+                samples=samples[index],
                 positions=positions[index] if positions is not None else None,
                 documents=documents[index] if documents is not None else None,
             )
-            for index, seed in enumerate(self.seeds)
+            for index in range(len(samples))
         ]
 
 
@@ -69,21 +69,20 @@ def to_host_batch(
     batches: Sequence[TokenBatch],
     config: Config,
     topology: Topology,
-    step: int,
     first_sample: int = 0,
     size: int | None = None,
     pin_memory: bool = False,
 ) -> HostBatch:
     """Convert token batches [batch, seq + 1] to inputs and labels [batch, seq], or to this context rank's positions.
 
-    Each micro-batch's dropout seed is made from (run seed, step, micro-batch index). Positions and attention restart at
-    each document, and a document's first token is no label, if the config says so.
+    Positions and attention restart at each document, and a document's first token is no label, if the config says so.
     `size`: sequences in the global batch; training.global_batch_size by default.
     """
     data = config.data
     context = ContextParallel(rank=topology.cp_rank, size=topology.layout.context)
     tokens = torch.from_numpy(np.concatenate([batch.tokens for batch in batches]))  # [micro-batches * batch, seq + 1]
     starts = np.concatenate([batch.starts for batch in batches])
+    samples = np.concatenate([batch.first_sample + np.arange(len(batch.tokens)) for batch in batches])
     labels = tokens[:, 1:]
     if data.mask_document_ends:
         labels = labels.masked_fill(torch.from_numpy(starts[:, 1:]), IGNORED)
@@ -98,7 +97,7 @@ def to_host_batch(
         size=size or config.training.global_batch_size,
         n_tokens=int((labels != IGNORED).sum()) if data.mask_document_ends else labels.numel(),
         micro_batch_size=len(batches[0].tokens),
-        seeds=[stable_seed(config.training.seed, step, batch.index) for batch in batches],
+        samples=_to_host(torch.from_numpy(samples), pin_memory),
         tokens=_to_host(context.local_positions(tokens[:, :-1]), pin_memory),
         labels=_to_host(labels, pin_memory),
         positions=positions,

@@ -200,9 +200,9 @@ class Trainer:
         remaining = range(self.step, self.total_steps)
         ranges = islice(batches_from(self.consumed_samples, config.training, self.skipped_ranges), len(remaining))
         pin_memory = self.device.type == "cuda"
-        for step, (first_sample, size) in zip(remaining, ranges, strict=True):
+        for first_sample, size in ranges:
             token_batches = dataset.micro_batches(first_sample, size)
-            yield to_host_batch(token_batches, config, topology, step, first_sample, size, pin_memory)
+            yield to_host_batch(token_batches, config, topology, first_sample, size, pin_memory)
 
     def _stop_requested(self) -> bool:
         return self._interruption is not None and self._interruption.reason is not None

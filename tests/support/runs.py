@@ -20,7 +20,6 @@ from megagpt.model.gpt import GPTChunk, build_chunk
 from megagpt.parallel.context_parallel import ContextParallel
 from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.parameter import shard_of
-from megagpt.parallel.seeding import stable_seed
 from megagpt.parallel.topology import Topology
 from megagpt.training.trainer import Trainer
 
@@ -66,10 +65,9 @@ def micro_batches(config: Config, step: int, dp_rank: int, dp_size: int) -> list
     # Different numbers of labels per sequence, so that a mean of micro-batch means differs from the mean over all tokens.
     labels[torch.rand(labels.shape, generator=generator) < torch.linspace(0, 0.9, size).unsqueeze(1)] = -100
     first, share = dp_rank * size // dp_size, size // dp_size
+    samples = step * size + torch.arange(size)
     return [
-        MicroBatch(
-            tokens[row : row + micro, :-1], labels[row : row + micro], stable_seed(config.training.seed, step, row // micro)
-        )
+        MicroBatch(tokens[row : row + micro, :-1], labels[row : row + micro], samples[row : row + micro])
         for row in range(first, first + share, micro)
     ]
 
