@@ -13,6 +13,7 @@ from support.pool import Pool
 from support.runs import tiny_config
 
 from megagpt.model.block import Block
+from megagpt.model.dropout_masks import token_keys
 from megagpt.model.forward_context import ForwardContext, MicroBatch
 from megagpt.model.gpt import build_chunk
 from megagpt.parallel.deferred_gradients import DeferredGradients
@@ -52,7 +53,7 @@ def bytes_saved(recompute: str, dropout: float, tensor: int = 1) -> float:
 
     x = torch.randn(BATCH, SEQ // tensor, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        block(x, ForwardContext(seed=1))
+        block(x, ForwardContext(token_keys=token_keys(1, torch.arange(BATCH), SEQ)))
     return sum(saved.untyped_storage().nbytes() for saved in saved_tensors.values()) / (BATCH * SEQ * HIDDEN)
 
 

@@ -35,7 +35,7 @@ def packed(tokens: Tensor, reset_positions: bool = True, reset_attention: bool =
     return MicroBatch(
         tokens=tokens[:, :-1],
         labels=tokens[:, 1:].masked_fill(positions[:, 1:] == 0, IGNORED),
-        seed=5,
+        samples=torch.tensor([5, 6]),
         positions=positions[:, :-1] if reset_positions else None,
         documents=documents[:, :-1] if reset_attention else None,
     )

@@ -12,7 +12,7 @@ from support.runs import Tree, create_engine, full_model, full_weights, local_we
 from megagpt.config import Config
 from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.parameter import replicated_parameter, sharded_parameter
-from megagpt.parallel.seeding import initialize, seed_dropout, stable_seed
+from megagpt.parallel.seeding import initialize, stable_seed
 
 BIG: Tree = {"model": {"n_embd": 96, "vocab_size": 300, "vocab_multiple": 64}}
 parts = st.lists(st.integers(-(2**40), 2**40) | st.text(max_size=8), max_size=5)
@@ -39,52 +39,6 @@ def test_seeds_are_the_same_in_every_version_so_that_a_run_can_be_repeated(purpo
 def test_seeds_are_63_bit_numbers_and_differ_for_different_parts(first: list[int | str], second: list[int | str]) -> None:
     assert 0 <= stable_seed(*first) < 2**63
     assert (stable_seed(*first) == stable_seed(*second)) == (first == second)
-
-
-CPU = torch.device("cpu")
-
-
-def test_dropout_seeds_the_generator_of_its_device() -> None:
-    seed_dropout(CPU, 1, 2, "mlp residual")
-    assert torch.default_generator.initial_seed() == stable_seed(1, 2, "mlp residual")
-    mask = torch.native_dropout(torch.ones(100), 0.5, True)[1]
-    seed_dropout(CPU, 1, 3, "mlp residual")
-    other = torch.native_dropout(torch.ones(100), 0.5, True)[1]
-    seed_dropout(CPU, 1, 2, "mlp residual")
-    again = torch.native_dropout(torch.ones(100), 0.5, True)[1]
-    assert torch.equal(again, mask) and not torch.equal(other, mask)
-
-
-@pytest.mark.skipif(torch.cuda.is_initialized(), reason="shows only before CUDA starts")
-def test_dropout_seeds_no_other_device() -> None:
-    """torch.manual_seed also seeds all GPUs, or queues that until CUDA starts. It was 500 times slower."""
-
-    def queued() -> list[object]:
-        return list(torch.cuda._lazy_seed_tracker.get_calls())
-
-    before = queued()
-    seed_dropout(CPU, 1, 2)
-    assert queued() == before
-    torch.manual_seed(0)
-    assert queued() != before  # so it would have been seen
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_dropout_on_a_gpu_seeds_that_gpu_only() -> None:
-    torch.manual_seed(0)
-    seed_dropout(torch.device("cuda", 0), 1, 2)
-    assert torch.cuda.default_generators[0].initial_seed() == stable_seed(1, 2)
-    seed_dropout(CPU, 3)
-    assert torch.cuda.default_generators[0].initial_seed() == stable_seed(1, 2)
-    seed_dropout(torch.device("cuda"), 4)  # the current one
-    assert torch.cuda.default_generators[torch.cuda.current_device()].initial_seed() == stable_seed(4)
-    assert torch.default_generator.initial_seed() == stable_seed(3)
-
-
-def test_the_meta_device_has_no_generator_to_seed() -> None:
-    before = torch.default_generator.get_state()
-    seed_dropout(torch.device("meta"), 1)
-    assert torch.equal(torch.default_generator.get_state(), before)
 
 
 @settings(deadline=None)

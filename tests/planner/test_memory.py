@@ -24,13 +24,13 @@ def bytes_saved_by_a_real_forward(config: Config) -> int:
 
     tokens = torch.zeros(config.training.micro_batch_size, config.model.n_positions, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        model(None, MicroBatch(tokens, tokens))
+        model(None, MicroBatch(tokens, tokens, samples=torch.arange(len(tokens))))
     return sum(saved.untyped_storage().nbytes() for saved in saved_tensors.values())
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_a_dry_run_saves_the_bytes_of_a_real_forward(recompute: str) -> None:
-    config = tiny_config(model={"resid_pdrop": 0.1}, training={"recompute": recompute})
+    config = tiny_config(model={"resid_pdrop": 0.1, "attn_pdrop": 0.1}, training={"recompute": recompute})
     with open_dry_run(config, Layout(), 0) as dry_run:
         assert dry_run.saved_bytes(0) == bytes_saved_by_a_real_forward(config)
 

@@ -49,10 +49,11 @@ def run_config(folder: Path, data: str, parallel: Tree, zero_stage: int, steps: 
 
 
 def layout_config(layout: LayoutCase, data: str, steps: int, decay_steps: int, **sections: Tree) -> Config:
-    """Return the config of a run under `layout`, with the same global batches under each."""
+    """Return the config of a run with dropout under `layout`, with the same global batches under each."""
     parallel = layout.parallel
     dp_size = layout.world_size // (parallel.get("tensor", 1) * parallel.get("pipeline", 1) * parallel.get("context", 1))
     tree: Tree = {
+        "model": {"embd_pdrop": 0.1, "resid_pdrop": 0.1, "attn_pdrop": 0.1},
         "data": {"train": data},
         "training": {"steps": steps, "micro_batch_size": 4 // dp_size, "global_batch_size": 8},
         "lr_schedule": {"warmup_steps": 3, "decay_steps": decay_steps},

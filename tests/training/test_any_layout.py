@@ -15,6 +15,7 @@ from megagpt.schedules.registry import SCHEDULES
 
 DRAWS = int(os.environ.get("MEGAGPT_LAYOUT_DRAWS", "30"))
 STEPS = 2
+DROPOUTS: list[Tree] = [{}, {"embd_pdrop": 0.2, "attn_pdrop": 0.2, "resid_pdrop": 0.2}]
 
 
 @st.composite
@@ -33,6 +34,7 @@ def cases(draw: st.DrawFn) -> tuple[int, Tree, Tree]:
             "n_positions": draw(st.sampled_from([8, 16])),
             "vocab_size": draw(st.integers(17, 70)),  # the last tensor ranks may have padding only
             "tie_embeddings": draw(st.booleans()),
+            **draw(st.sampled_from(DROPOUTS)),
         },
         "training": {
             "steps": STEPS,
@@ -51,7 +53,10 @@ def cases(draw: st.DrawFn) -> tuple[int, Tree, Tree]:
     layout: Tree = {
         "parallel": parallel,
         "zero": {"stage": draw(st.integers(0, 3 if pipeline == 1 else 2))},
-        "recompute": draw(st.sampled_from(["none", "selective", "full"])),
+        "training": {
+            "recompute": draw(st.sampled_from(["none", "selective", "full"])),
+            "micro_batch_size": micro * draw(st.sampled_from([split for split in (1, 2) if per_rank % split == 0])),
+        },
     }
     return tensor * pipeline * context * data, run, layout
 
@@ -61,7 +66,7 @@ def cases(draw: st.DrawFn) -> tuple[int, Tree, Tree]:
 def test_any_layout_trains_as_one_process_does(ranks: Pool, case: tuple[int, Tree, Tree]) -> None:
     world, run, layout = case
     note(f"{world} ranks: {run} {layout}")
-    training = {**run["training"], "recompute": layout["recompute"]}
+    training = {**run["training"], **layout["training"]}
     config = tiny_config(**{**run, "training": training, "parallel": layout["parallel"], "zero": layout["zero"]})
     expected = ranks.run(1, train, tiny_config(**run), STEPS)
     compare(ranks.run(world, train, config, STEPS), expected)

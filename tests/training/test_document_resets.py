@@ -49,7 +49,7 @@ def read_batches(folder: Path, data: Tree, topology: Topology, steps: int = 5) -
     batches = global_batches(build_datasets(config.data, config.model.n_positions).train, config, topology, 2)
     micro_batches: list[MicroBatch] = []
     for step in range(steps):
-        host_batch = to_host_batch(batches.micro_batches(8 * step), config, topology, step)
+        host_batch = to_host_batch(batches.micro_batches(8 * step), config, topology)
         micro_batches += host_batch.to(torch.device("cpu"))
     return micro_batches
 
@@ -62,7 +62,7 @@ def test_labels_positions_and_documents_restart_where_the_corpus_has_a_document_
     lengths, starts_in_the_middle = set(), 0
     for before, batch in zip(plain, masked, strict=True):
         assert before.positions is None and before.documents is None and (before.labels != -100).all()
-        assert torch.equal(batch.tokens, before.tokens) and batch.seed == before.seed
+        assert torch.equal(batch.tokens, before.tokens) and torch.equal(batch.samples, before.samples)
         for row in range(2):
             tokens, following = before.tokens[row].tolist(), before.labels[row].tolist()
             pairs = list(zip(tokens, following, strict=True))

@@ -123,11 +123,39 @@ def test_recompute_does_not_change_losses_or_norms(recompute: str, name: str, ra
     assert results[0]["norms"] == pytest.approx(single_process[0]["norms"][:3], rel=1e-5)
 
 
-def test_dropout_is_the_same_under_data_and_pipeline_parallelism_and_with_recompute(ranks: Pool) -> None:
-    dropout: Tree = {"model": {"embd_pdrop": 0.2, "attn_pdrop": 0.2, "resid_pdrop": 0.2}}
-    reference = ranks.run(1, train, tiny_config(**dropout), 3)
-    without = ranks.run(1, train, tiny_config(), 3)
-    assert abs(reference[0]["losses"][0] - without[0]["losses"][0]) > 1e-3
-    compare(ranks.run(4, train, tiny_config(parallel={"pipeline": 2}, **dropout), 3), reference)
-    for recompute in ("selective", "full"):
-        compare(ranks.run(1, train, tiny_config(training={"recompute": recompute}, **dropout), 3), reference)
+DROPOUT: Tree = {"embd_pdrop": 0.1, "attn_pdrop": 0.2, "resid_pdrop": 0.1}
+SGD: Tree = {"type": "sgd", "learning_rate": 0.1, "clip_grad": 0.0, "weight_decay": 0.0}
+DROPOUT_LAYOUTS: dict[str, tuple[int, Tree, int, Tree]] = {
+    "larger micro-batches": (1, {}, 1, {"micro_batch_size": 8}),
+    "data 4, ZeRO-3, smaller micro-batches": (4, {}, 3, {"micro_batch_size": 1}),
+    "tensor 2": (2, {"tensor": 2}, 1, {}),
+    "tensor 4, sequence parallel, selective recompute": (
+        4,
+        {"tensor": 4, "sequence_parallel": True},
+        1,
+        {"recompute": "selective"},
+    ),
+    "context 2, ZeRO-3": (2, {"context": 2}, 3, {}),
+    "context 2 x tensor 2, sequence parallel": (4, {"context": 2, "tensor": 2, "sequence_parallel": True}, 2, {}),
+    "pipeline 2 x data 2, zbv, full recompute": (4, {"pipeline": 2, "schedule": "zbv"}, 2, {"recompute": "full"}),
+    "tensor 2 x pipeline 2 x context 2, 1f1b": (8, {"tensor": 2, "pipeline": 2, "context": 2}, 1, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def single_process_with_dropout(ranks: Pool) -> Any:
+    """The results of one process with SGD, whose weights show the gradients; each kind of dropout changes them."""
+    results, *others = (
+        ranks.run(1, train, tiny_config(model=model, optimizer=SGD), 3)
+        for model in (DROPOUT, *({**DROPOUT, key: 0.0} for key in DROPOUT))
+    )
+    for other in others:
+        assert abs(other[0]["losses"][0] - results[0]["losses"][0]) > 1e-3
+    return results
+
+
+@pytest.mark.parametrize("name", DROPOUT_LAYOUTS)
+def test_dropout_is_the_same_under_every_layout(name: str, ranks: Pool, single_process_with_dropout: Any) -> None:
+    world, parallel, stage, training = DROPOUT_LAYOUTS[name]
+    config = tiny_config(model=DROPOUT, optimizer=SGD, parallel=parallel, zero={"stage": stage}, training=training)
+    compare(ranks.run(world, train, config, 3), single_process_with_dropout)

@@ -12,7 +12,6 @@ from support.runs import tiny_config
 from megagpt.config import Config
 from megagpt.data.sampler import TokenBatch
 from megagpt.parallel.embedding import IGNORED
-from megagpt.parallel.seeding import stable_seed
 from megagpt.parallel.topology import Layout, Topology
 from megagpt.training.micro_batches import HostBatch, global_batches, positions_in_document, to_host_batch
 
@@ -28,12 +27,15 @@ def host_config(**data: Any) -> Config:
 def token_batches(count: int = 3) -> list[TokenBatch]:
     """Return micro-batches of 2 samples of 17 random tokens, with document starts in different places."""
     generator = np.random.default_rng(0)
-    return [TokenBatch(index, generator.integers(0, 61, (2, 17)), generator.random((2, 17)) < 0.3) for index in range(count)]
+    return [
+        TokenBatch(first, generator.integers(0, 61, (2, 17)), generator.random((2, 17)) < 0.3)
+        for first in range(0, 2 * count, 2)
+    ]
 
 
 def test_labels_are_the_inputs_shifted_by_one_token() -> None:
     batches = token_batches()
-    host = to_host_batch(batches, host_config(), SINGLE, step=0)
+    host = to_host_batch(batches, host_config(), SINGLE)
     rows = np.concatenate([batch.tokens for batch in batches])
     assert torch.equal(host.tokens, torch.from_numpy(rows[:, :-1]))
     assert torch.equal(host.labels, torch.from_numpy(rows[:, 1:]))
@@ -42,7 +44,7 @@ def test_labels_are_the_inputs_shifted_by_one_token() -> None:
 
 def test_a_document_start_is_no_label_if_the_config_says_so() -> None:
     batches = token_batches()
-    host = to_host_batch(batches, host_config(**MASKED), SINGLE, step=0)
+    host = to_host_batch(batches, host_config(**MASKED), SINGLE)
     starts = torch.from_numpy(np.concatenate([batch.starts for batch in batches]))[:, 1:]
     assert bool((host.labels[starts] == IGNORED).all()) and bool((host.labels[~starts] != IGNORED).all())
 
@@ -52,27 +54,27 @@ def test_a_document_start_is_no_label_if_the_config_says_so() -> None:
 def test_the_token_count_is_a_host_number_equal_to_the_unmasked_labels(data: dict[str, bool], context: int) -> None:
     batches, counts = token_batches(), []
     for rank in range(context):
-        host = to_host_batch(batches, host_config(**data), Topology(Layout(context=context), rank), step=0)
+        host = to_host_batch(batches, host_config(**data), Topology(Layout(context=context), rank))
         assert type(host.n_tokens) is int
         assert host.n_tokens == int((host.labels != IGNORED).sum())
         counts.append(host.n_tokens)
-    assert sum(counts) == to_host_batch(batches, host_config(**data), SINGLE, step=0).n_tokens
+    assert sum(counts) == to_host_batch(batches, host_config(**data), SINGLE).n_tokens
 
 
 def test_a_batch_without_any_label_has_no_tokens() -> None:
     batch = TokenBatch(0, np.zeros((2, 17), np.int64), np.ones((2, 17), bool))
-    assert to_host_batch([batch], host_config(**MASKED), SINGLE, step=0).n_tokens == 0
+    assert to_host_batch([batch], host_config(**MASKED), SINGLE).n_tokens == 0
 
 
 @pytest.mark.parametrize("context", [1, 2])
 def test_each_kind_of_data_is_one_contiguous_tensor(context: int) -> None:
     config = host_config(mask_document_ends=True, reset_positions=True, reset_attention=True)
-    host = to_host_batch(token_batches(), config, Topology(Layout(context=context), 0), step=0)
+    host = to_host_batch(token_batches(), config, Topology(Layout(context=context), 0))
     for tensor in (host.tokens, host.labels, host.positions, host.documents):
         assert tensor is not None and tensor.is_contiguous()
     assert host.tokens.shape == host.labels.shape == (6, 16 // context)
     micro_batches = host.to(torch.device("cpu"))
-    for name in ("tokens", "labels", "positions", "documents"):
+    for name in ("samples", "tokens", "labels", "positions", "documents"):
         storages = {getattr(batch, name).untyped_storage().data_ptr() for batch in micro_batches}
         assert len(storages) == 1, name  # views of one tensor: one copy to the device for all micro-batches
 
@@ -86,38 +88,38 @@ def test_memory_is_pinned_only_if_asked(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)  # which needs a GPU
     config = host_config(reset_positions=True, reset_attention=True)
-    to_host_batch(token_batches(), config, SINGLE, step=0)
+    to_host_batch(token_batches(), config, SINGLE)
     assert pinned == []
-    to_host_batch(token_batches(), config, SINGLE, step=0, pin_memory=True)
-    assert pinned == [torch.Size((6, 16))] * 4
+    to_host_batch(token_batches(), config, SINGLE, pin_memory=True)
+    assert sorted(pinned) == [torch.Size((6,))] + [torch.Size((6, 16))] * 4
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_pinned_batches_reach_a_gpu_unchanged() -> None:
-    host = to_host_batch(token_batches(), host_config(), SINGLE, step=0, pin_memory=True)
+    host = to_host_batch(token_batches(), host_config(), SINGLE, pin_memory=True)
     assert host.tokens.is_pinned() and host.labels.is_pinned()
     on_gpu = host.to(torch.device("cuda", 0))
     torch.cuda.synchronize()
     assert torch.equal(torch.cat([batch.tokens for batch in on_gpu]).cpu(), host.tokens)
 
 
-def test_micro_batches_have_the_rows_of_their_token_batches_and_their_own_seeds() -> None:
+def test_micro_batches_have_the_rows_of_their_token_batches_and_the_numbers_of_their_samples() -> None:
     batches = token_batches()[1:]  # as on a rank that does not have the first micro-batch
     config = host_config(reset_positions=True, reset_attention=True)
-    micro_batches = to_host_batch(batches, config, SINGLE, step=5).to(torch.device("cpu"))
+    micro_batches = to_host_batch(batches, config, SINGLE).to(torch.device("cpu"))
     assert len(micro_batches) == 2
     for source, batch in zip(batches, micro_batches, strict=True):
         assert np.array_equal(batch.tokens, source.tokens[:, :-1])
         assert np.array_equal(batch.labels, source.tokens[:, 1:])
-        assert batch.seed == stable_seed(config.training.seed, 5, source.index)
+        assert batch.samples is not None and batch.samples.tolist() == [source.first_sample, source.first_sample + 1]
         assert np.array_equal(batch.positions, positions_in_document(source.starts[:, :-1]))
         assert np.array_equal(batch.documents, np.cumsum(source.starts[:, :-1], 1))
 
 
 def test_context_ranks_get_consecutive_ranges_of_the_tokens_and_all_positions_and_documents() -> None:
     config = host_config(reset_positions=True, reset_attention=True)
-    full = to_host_batch(token_batches(), config, SINGLE, step=0)
-    shares = [to_host_batch(token_batches(), config, Topology(Layout(context=2), rank), step=0) for rank in range(2)]
+    full = to_host_batch(token_batches(), config, SINGLE)
+    shares = [to_host_batch(token_batches(), config, Topology(Layout(context=2), rank)) for rank in range(2)]
     assert torch.equal(torch.cat([share.tokens for share in shares], 1), full.tokens)
     assert torch.equal(torch.cat([share.labels for share in shares], 1), full.labels)
     for share in shares:
@@ -125,9 +127,9 @@ def test_context_ranks_get_consecutive_ranges_of_the_tokens_and_all_positions_an
 
 
 def test_a_batch_knows_its_samples() -> None:
-    host = to_host_batch(token_batches(), host_config(), SINGLE, step=0, first_sample=40, size=12)
+    host = to_host_batch(token_batches(), host_config(), SINGLE, first_sample=40, size=12)
     assert (host.first_sample, host.size) == (40, 12)
-    default: HostBatch = to_host_batch(token_batches(), host_config(), SINGLE, step=0)
+    default: HostBatch = to_host_batch(token_batches(), host_config(), SINGLE)
     assert (default.first_sample, default.size) == (0, 16)
 
 
@@ -158,6 +160,7 @@ def test_data_parallel_ranks_share_the_global_batch_and_other_ranks_of_a_replica
     for rank in range(layout.world_size):
         topology = Topology(layout, rank)
         batches = global_batches(dataset, host_config(), topology, 2).micro_batches(16)
+        assert [batch.first_sample for batch in batches] == [int(batch.tokens[0][0]) for batch in batches]
         samples[rank] = [int(tokens[0]) for batch in batches for tokens in batch.tokens]
         assert samples[rank] == list(range(16 + 8 * topology.dp_rank, 24 + 8 * topology.dp_rank))
     assert len(set(map(tuple, samples.values()))) == 2
