@@ -87,7 +87,7 @@ class ModelConfig(Section):
     embd_pdrop: float = Field(default=0.0, ge=0, lt=1)
     """Dropout probability after the embeddings."""
     attn_pdrop: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout probability of the attention weights."""
+    """Dropout probability of the attention weights. Above 0, attention takes memory quadratic in the sequence length."""
     resid_pdrop: float = Field(default=0.0, ge=0, lt=1)
     """Dropout probability before each residual addition."""
     clf_pdrop: float = Field(default=0.0, ge=0, lt=1)
