@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from megagpt.training.trainer import Trainer
 
 CRASHED = 1
+SILENT_SECONDS = 2.0
+"""Time after which a search prints its progress."""
 SECONDS_AFTER_WATCHDOG = 60.0
 """A collective's own timeout names no rank, so it comes this much later than the watchdog's."""
 
@@ -69,6 +71,7 @@ def open_trainer(path: str, overrides: Sequence[str], launcher: Launcher) -> Ite
     """
     start_time = time.monotonic()
     config = checked_config(path, overrides, launcher.world_size) if launcher.rank == 0 else None
+    _note(launcher, f"config and data are checked; starting {launcher.world_size} rank{'s' if launcher.world_size > 1 else ''}")
     import torch
 
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -91,11 +94,18 @@ def open_trainer(path: str, overrides: Sequence[str], launcher: Launcher) -> Ite
     timeout = parallel.timeout_seconds + SECONDS_AFTER_WATCHDOG
     topology = Topology.create(parallel.tensor, parallel.pipeline, timeout, parallel.context)
     phase = PhaseTracker(device)
+    _note(launcher, "building the model and the optimizer, and loading a checkpoint if there is one")
     with Watchdog(store, topology.rank, topology.layout.world_size, phase, parallel.timeout_seconds):
         trainer = Trainer(config, topology, datasets, device, phase, start_time)
         yield trainer
         trainer.close()
     destroy_process_group()
+
+
+def _note(launcher: Launcher, text: str) -> None:
+    """Print a line about a slow part of the start to standard error, on rank 0."""
+    if launcher.rank == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 def checked_config(path: str, overrides: Sequence[str], world_size: int) -> Config:
@@ -131,7 +141,13 @@ def with_tokenizer(config: Config, path: str) -> Config:
 def with_schedule(config: Config, dp_size: int) -> Config:
     """Return the config with schedule "auto" resolved for `dp_size` data-parallel ranks; print the reason to stderr."""
     n_micro_batches = config.training.global_batch_size // config.training.micro_batch_size
-    config, reason = resolve_schedule(config, n_micro_batches // dp_size)
+    start = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        if time.monotonic() - start > SILENT_SECONDS:
+            print(f"parallel.schedule: {done} of {total} schedules simulated", file=sys.stderr, flush=True)
+
+    config, reason = resolve_schedule(config, n_micro_batches // dp_size, report)
     if reason:
         print(f"parallel.schedule: {reason}", file=sys.stderr, flush=True)
     return config

@@ -36,6 +36,9 @@ def _pretrain(args: argparse.Namespace, launcher: Launcher) -> int:
         _print_config(args, launcher)
         return 0
     with job.open_trainer(args.config, args.set, launcher) as trainer:
+        from megagpt.training.banner import announce_run
+
+        announce_run(trainer)
         return trainer.train()
 
 

@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 
 from megagpt.config.find import find_config, merge_trees
 from megagpt.config.flat import from_flat, is_flat
-from megagpt.config.renamed import RENAMED_KEYS
+from megagpt.config.renamed import RENAMED_KEYS, REPLACED_KEYS
 from megagpt.config.rules import broken_rules
 from megagpt.config.schema import Config, accepted_types
 from megagpt.errors import ConfigError
@@ -205,6 +205,8 @@ def _unknown_key(path: list[str]) -> str:
     new_name = RENAMED_KEYS.get(".".join(path))
     if new_name is not None:
         return f"renamed to {new_name}"
+    if ".".join(path) in REPLACED_KEYS:
+        return REPLACED_KEYS[".".join(path)]
     siblings = _fields(path[:-1])
     near = difflib.get_close_matches(path[-1], siblings, n=1) or _keys_elsewhere(path[-1])
     hint = f"did you mean {near[0]}?" if near else f"valid here: {', '.join(siblings)}"

@@ -10,12 +10,16 @@ RENAMED_KEYS = {
     "resilience.spike_deviations": "resilience.spike_num_std",
 }
 """Old key -> new key, both dotted."""
+REPLACED_KEYS = {
+    "evaluation.steps": "replaced by evaluation.samples, the number of samples: steps x training.global_batch_size",
+}
+"""Old key without an equivalent -> what to use instead."""
 
 
 def upgrade_keys(tree: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of `tree`, a config as nested dicts, in which all old keys have their new names.
 
-    If a key is present under both names, the value of the new name stays.
+    If a key is present under both names, the value of the new name stays. Replaced keys are dropped.
     """
     upgraded = copy.deepcopy(tree)
     for old, new in RENAMED_KEYS.items():
@@ -25,6 +29,9 @@ def upgrade_keys(tree: dict[str, Any]) -> dict[str, Any]:
         if old_name in section:
             value = section.pop(old_name)
             _section(upgraded, new_sections, create=True).setdefault(new_name, value)
+    for old in REPLACED_KEYS:
+        *sections, name = old.split(".")
+        _section(upgraded, sections, create=False).pop(name, None)
     return upgraded
 
 

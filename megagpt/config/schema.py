@@ -295,8 +295,11 @@ class EvaluationConfig(Section):
 
     interval: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     """Steps between evaluations; only after the last step if absent."""
-    steps: int = Field(default=10, ge=1, le=10**9)
-    """Global batches per evaluation. If the data has fewer, its samples are used more than once."""
+    samples: int | None = Field(default=1024, ge=1, le=10**15)
+    """Samples of the validation data per evaluation, always the first ones, so that losses of different layouts, batch sizes
+    and runs can be compared. If the data has fewer, or for null, all of it is used, once."""
+    test_samples: int | None = Field(default=None, ge=1, le=10**15)
+    """Samples of the test data for the evaluation after the last step; all of the test data if absent."""
     micro_batch_size: int | None = Field(default=None, ge=1, le=2**20)
     """Sequences per micro-batch in evaluation; training.micro_batch_size if absent."""
 

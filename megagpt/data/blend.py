@@ -20,6 +20,10 @@ class Dataset(Protocol):
     def samples_per_epoch(self) -> int:
         """Samples until every token has been seen about once."""
 
+    @property
+    def unrepeated_samples(self) -> int:
+        """Samples before the first one that contains a piece of text for the second time."""
+
     def sample(self, index: int) -> Sample:
         """Return sample `index` >= 0."""
 
@@ -37,17 +41,28 @@ class Blend:
 
     def __init__(self, corpora: Sequence[Dataset], weights: Sequence[float]) -> None:
         """Raises DataError if a weight is too small a share."""
-        self._corpora = corpora
+        self.corpora = corpora
         try:
             self._interleave = Interleave(weights)
         except ValueError as error:
             raise DataError(f"data: weights {', '.join(f'{weight:g}' for weight in weights)}: {error}; leave it out") from None
         self.samples_per_epoch = sum(corpus.samples_per_epoch for corpus in corpora)
 
+    @property
+    def unrepeated_samples(self) -> int:
+        """Samples before the first corpus starts again."""
+        return min(
+            self._interleave.first_position(number, corpus.unrepeated_samples) for number, corpus in enumerate(self.corpora)
+        )
+
+    def samples_of_each(self, n_samples: int) -> list[int]:
+        """Return how many of the first `n_samples` samples come from each corpus."""
+        return self._interleave.counts(n_samples)
+
     def sample(self, index: int) -> Sample:
         """Return sample `index` >= 0."""
         corpus, corpus_index = self._interleave.at(index)
-        return self._corpora[corpus].sample(corpus_index)
+        return self.corpora[corpus].sample(corpus_index)
 
 
 def build_datasets(data: DataConfig, sequence_length: int) -> Datasets:

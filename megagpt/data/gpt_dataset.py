@@ -45,6 +45,7 @@ class PackedCorpus:
                 f"{corpus.prefix}: {tokens} tokens in {len(sequences)} of its documents, too few for one sample of "
                 f"model.n_positions {sequence_length} + 1"
             )
+        self.unrepeated_samples = self.samples_per_epoch
         self._cache: IndexCache | None = None
         if len(sequences) + self.samples_per_epoch >= index_cache.MIN_SIZE:
             self._cache = IndexCache(corpus, cache_dir)

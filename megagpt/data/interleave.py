@@ -46,9 +46,17 @@ class Interleave:
         block = self._block(number)
         return int(block.corpora[offset]), int(block.indices[offset])
 
+    def counts(self, position: int) -> list[int]:
+        """Return the samples of each corpus before `position`."""
+        return counts_before(position, self._numerators, self._denominator)
+
+    def first_position(self, corpus: int, index: int) -> int:
+        """Return the first position that can have sample `index` of a corpus."""
+        return self._window(corpus, index)[0]
+
     def _compute_block(self, number: int) -> _Block:
         first = number * BLOCK
-        counts = counts_before(first, self._numerators, self._denominator)
+        counts = self.counts(first)
         corpora, indices = np.empty(BLOCK, np.int16), np.empty(BLOCK, np.int64)
         waiting = [(*self._window(corpus, count), corpus) for corpus, count in enumerate(counts)]
         heapq.heapify(waiting)

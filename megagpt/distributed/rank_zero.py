@@ -11,6 +11,12 @@ def rank_zero_print(text: str) -> None:
         print(text, flush=True)
 
 
+def rank_zero_note(text: str) -> None:
+    """Print a line about the progress of something slow to standard error, on rank 0 only."""
+    if dist.get_rank() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
 def rank_zero_warn(text: str) -> None:
     """Print a warning to standard error, on rank 0 only."""
     if dist.get_rank() == 0:

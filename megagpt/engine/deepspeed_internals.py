@@ -116,6 +116,11 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_tensor")
 
 
+def local_size(parameter: nn.Parameter) -> int:
+    """Return the number of values in this rank's shard of the model; ZeRO-3's own sharding does not count."""
+    return int(cast(Any, parameter).ds_numel) if is_partitioned(parameter) else parameter.numel()
+
+
 def local_weights(parameter: nn.Parameter) -> Tensor:
     """Return the weights that this rank stores: the parameter, or its partition under ZeRO stage 3."""
     return cast(Any, parameter).ds_tensor if is_partitioned(parameter) else parameter.detach()

@@ -1,17 +1,18 @@
 """Simulate every schedule and pick the fastest that fits in memory."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from megagpt.planner.schedule_costs import CostModel
-from megagpt.schedules.plan import Plan
 from megagpt.schedules.registry import SCHEDULES, chunks_per_rank, make_plan
-from megagpt.schedules.simulate import simulate
+from megagpt.schedules.simulate import peak_activations, step_time
 
 MAX_CHUNKS = 4
 """Largest number of chunks per rank that is tried: each further chunk adds messages and saves less of the bubble."""
 _ROUNDING = 1 + 1e-9
 """Tolerance for sums of the same times in another order."""
+FILL = 4
+"""Micro-batches, in multiples of the ranks, after which a step is expected to repeat itself."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Choice:
     name: str
     virtual_stages: int
     """Value of `parallel.virtual_stages`: 1 except for interleaved schedules."""
-    plan: Plan
+    n_stages: int
     makespan: float
     """Time of one step, in the unit of the costs."""
     in_flight: float
@@ -41,20 +42,24 @@ def best_plan(
     transfer: float = 0.0,
     max_in_flight: float | None = None,
     max_stages: int | None = None,
+    report: Callable[[int, int], object] = lambda done, total: None,
 ) -> Choice:
     """Return the schedule with the shortest step; among equal ones, the least memory, then the fewest stages.
 
-    `transfer`: travel time of a message. `max_in_flight`: number of in-flight micro-batches that fit in a rank's memory.
-    `max_stages`: number of layers of the model; None for any number of stages.
+    `costs` must not depend on the micro-batch. `transfer`: travel time of a message. `max_in_flight`: number of in-flight
+    micro-batches that fit in a rank's memory.
+    `max_stages`: number of layers of the model; None for any number of stages. `report`: called after each schedule with
+    the number of schedules that are done and of all.
     Raises ValueError if there are fewer layers than ranks, or if no schedule fits in memory (the message names the one
     that needs the least).
     """
     if max_stages is not None and max_stages < ranks:
         raise ValueError(f"{max_stages} layers cannot fill one stage on each of {ranks} ranks")
-    choices = [
-        _simulate(name, virtual_stages, ranks, micro_batches, costs, transfer)
-        for name, virtual_stages in _candidates(ranks, max_stages)
-    ]
+    candidates = list(_candidates(ranks, max_stages))
+    choices = []
+    for name, virtual_stages in candidates:
+        choices.append(_simulate(name, virtual_stages, ranks, micro_batches, costs, transfer))
+        report(len(choices), len(candidates))
     limit = float("inf") if max_in_flight is None else max_in_flight * _ROUNDING
     fitting = [choice for choice in choices if choice.in_flight <= limit]
     if not fitting:
@@ -76,10 +81,36 @@ def _candidates(ranks: int, max_stages: int | None) -> Iterator[tuple[str, int]]
 
 
 def _simulate(name: str, virtual_stages: int, ranks: int, micro_batches: int, costs: CostModel, transfer: float) -> Choice:
-    plan = make_plan(name, ranks, micro_batches, virtual_stages)
-    simulation = simulate(plan, costs(plan.n_stages), transfer, in_order=False)
-    in_flight = max(simulation.peak_activations) / plan.chunks_per_rank
-    return Choice(name, virtual_stages, plan, simulation.makespan, in_flight)
+    """Simulate one schedule.
+
+    With many micro-batches a step repeats itself: `ranks` more of them add a constant time. So the shortest steps that show
+    this, with the same remainder of micro-batches, are simulated, and the time of the full step follows from them.
+    """
+    chunks = chunks_per_rank(name, virtual_stages)
+    cost = costs(ranks * chunks)
+
+    def measure(count: int) -> tuple[float, int]:
+        plan = make_plan(name, ranks, count, virtual_stages)
+        return step_time(plan, cost, transfer), peak_activations(plan)
+
+    remainder = micro_batches % ranks
+    # The rounds of interleaved schedules share the remainder, one micro-batch each.
+    rounds = FILL + remainder if SCHEDULES[name].interleaved else FILL
+    while (rounds + 3) * ranks + remainder < micro_batches:
+        first, second, third = (measure((rounds + more) * ranks + remainder) for more in range(3))
+        if _is_linear(first[0], second[0], third[0]) and third[1] - second[1] == second[1] - first[1]:
+            periods = (micro_batches - remainder) // ranks - rounds - 2
+            makespan = third[0] + periods * (third[0] - second[0])
+            peak = third[1] + periods * (third[1] - second[1])
+            return Choice(name, virtual_stages, ranks * chunks, makespan, peak / chunks)
+        rounds *= 2
+    makespan, peak = measure(micro_batches)
+    return Choice(name, virtual_stages, ranks * chunks, makespan, peak / chunks)
+
+
+def _is_linear(first: float, second: float, third: float) -> bool:
+    """Return whether the three values grow by equal differences, but for rounding."""
+    return abs((third - second) - (second - first)) <= (_ROUNDING - 1) * third
 
 
 def _ranked(choices: list[Choice]) -> list[Choice]:
@@ -89,7 +120,7 @@ def _ranked(choices: list[Choice]) -> list[Choice]:
     while remaining:
         shortest = min(choice.makespan for choice in remaining) * _ROUNDING
         equal = [choice for choice in remaining if choice.makespan <= shortest]
-        best = min(equal, key=lambda choice: (choice.in_flight, choice.plan.n_stages))
+        best = min(equal, key=lambda choice: (choice.in_flight, choice.n_stages))
         ranked.append(best)
         remaining.remove(best)
     return ranked

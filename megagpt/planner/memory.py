@@ -1,9 +1,10 @@
 """Estimate of a rank's memory: weights, gradients and optimizer states exactly, activations from a dry run."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megagpt.config.schema import Config
+from megagpt.model.gpt import DTYPES
 from megagpt.parallel.topology import Layout
 from megagpt.planner.dry_run import open_dry_run
 from megagpt.schedules.plan import Action, ActionKind, Plan
@@ -51,10 +52,16 @@ def _plan(config: Config, layout: Layout) -> Plan:
 
 
 def _rank_memory(config: Config, layout: Layout, rank: int, plan: Plan) -> MemoryEstimate:
-    stage = config.zero.stage
     with open_dry_run(config, layout, rank) as dry_run:
-        n_parameters, dtype = dry_run.n_parameters, dry_run.dtype
+        n_parameters = dry_run.n_parameters
         saved_bytes = {stage: dry_run.saved_bytes(stage) for stage in dry_run.chunks}
+    activations = _peak_activations(plan.actions[layout.coordinates(rank).pipeline], saved_bytes)
+    return replace(state_memory(config, layout, n_parameters), activations=activations)
+
+
+def state_memory(config: Config, layout: Layout, n_parameters: int) -> MemoryEstimate:
+    """Return the memory of a rank with `n_parameters` without its activations."""
+    stage, dtype = config.zero.stage, DTYPES[config.training.precision]
     states = 1 + OPTIMIZER_STATES[config.optimizer.type] + (config.optimizer.momentum > 0)
     optimizer = 4 * states * n_parameters // (layout.dp_cp if stage >= 1 else 1)
     return MemoryEstimate(
@@ -62,7 +69,7 @@ def _rank_memory(config: Config, layout: Layout, rank: int, plan: Plan) -> Memor
         weights=dtype.itemsize * n_parameters // (layout.dp_cp if stage == 3 else 1),
         gradients=4 * n_parameters,
         optimizer=0 if config.zero.offload_optimizer == "cpu" else optimizer,
-        activations=_peak_activations(plan.actions[layout.coordinates(rank).pipeline], saved_bytes),
+        activations=0,
     )
 
 

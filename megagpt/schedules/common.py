@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
 
 from megagpt.schedules.plan import Action, ActionKind
 
@@ -41,8 +40,8 @@ def delay_weight_gradients(order: Sequence[Action], delay: int) -> list[Action]:
         if action.kind is not ActionKind.BACKWARD:
             split.append(action)
             continue
-        split.append(replace(action, kind=ActionKind.BACKWARD_INPUT))
-        pending.append(replace(action, kind=ActionKind.BACKWARD_WEIGHT))
+        split.append(Action(ActionKind.BACKWARD_INPUT, action.stage, action.micro_batch))
+        pending.append(Action(ActionKind.BACKWARD_WEIGHT, action.stage, action.micro_batch))
         if len(pending) > delay:
             split.append(pending.popleft())
     return split + list(pending)

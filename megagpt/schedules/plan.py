@@ -5,8 +5,9 @@ compares them. `registry.py` lists the functions that build them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 
 class ActionKind(Enum):
@@ -21,9 +22,10 @@ class ActionKind(Enum):
     BACKWARD_WEIGHT = "W"
     """Weight gradients that a BACKWARD_INPUT left out."""
 
+    __hash__ = object.__hash__  # each kind exists once; Enum's own hash is slow, and plans have millions of actions
 
-@dataclass(frozen=True)
-class Action:
+
+class Action(NamedTuple):
     """One entry of a rank's list. `str()` gives for example `2F5`: forward of micro-batch 5 on stage 2."""
 
     kind: ActionKind
@@ -144,7 +146,7 @@ def actions_for(kind: ActionKind, stage: int, micro_batches: Sequence[int]) -> l
 def _halves(action: Action) -> tuple[Action, ...]:
     if action.kind is not ActionKind.BACKWARD:
         return (action,)
-    return replace(action, kind=ActionKind.BACKWARD_INPUT), replace(action, kind=ActionKind.BACKWARD_WEIGHT)
+    return action._replace(kind=ActionKind.BACKWARD_INPUT), action._replace(kind=ActionKind.BACKWARD_WEIGHT)
 
 
 def _never_collide(stages: Sequence[int], group_size: int) -> bool:

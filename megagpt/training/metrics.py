@@ -1,5 +1,6 @@
 """Reductions of per-rank numbers to values that are equal on all ranks."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -45,3 +46,28 @@ def reduce_loss(
         dist.all_reduce(numbers, group=topology.world_group)
     total, stop_requests, tokens = torch.cat([numbers, n_tokens.view(1)]).tolist()
     return LossSummary(total / max(1, tokens), int(tokens), stop_requests > 0)
+
+
+class LossMean:
+    """Mean training loss since the last record, weighted by unmasked tokens. Steps without an update are only counted."""
+
+    def __init__(self) -> None:
+        self._sum = 0.0
+        self._n_tokens = 0
+        self._last = math.nan
+        self.skipped = 0
+        """Steps without an update."""
+
+    def add(self, loss: float, n_tokens: int, skipped: bool) -> None:
+        """Count one step."""
+        self._last = loss
+        if skipped:
+            self.skipped += 1
+            return
+        self._sum += loss * n_tokens
+        self._n_tokens += n_tokens
+
+    @property
+    def mean(self) -> float:
+        """The mean loss per token; the loss of the last step if no step had an update."""
+        return self._sum / self._n_tokens if self._n_tokens else self._last

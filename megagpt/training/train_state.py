@@ -72,6 +72,8 @@ class LoadedWeights:
     """Result of loading the weights of a checkpoint."""
 
     step: int
+    config: dict[str, Any]
+    """Config of the saved run, with the present names of its keys."""
     total_bytes: int
     bytes_read: list[int]
     """Bytes of tensors read by each rank."""
@@ -133,6 +135,7 @@ def restore(engine: Engine, folder: Path) -> Restored:
     return Restored(
         step=reader.manifest.step,
         state=state,
+        config=saved_config,
         total_bytes=reader.manifest.total_bytes,
         bytes_read=all_gather_object(reader.bytes_read),
         notes=state_changes(saved_config, engine.config),
@@ -146,9 +149,15 @@ def restore_weights(engine: Engine, folder: Path) -> LoadedWeights:
     """
     reader = run_on_ranks(lambda: CheckpointReader(folder))
     assert reader is not None
-    run_on_ranks(lambda: _check_model(engine, reader))
+    saved_config = run_on_ranks(lambda: _check_model(engine, reader))
+    assert saved_config is not None
     run_on_ranks(lambda: _fill_weights(engine, engine.zero_state(), reader))
-    return LoadedWeights(reader.manifest.step, reader.manifest.total_bytes, all_gather_object(reader.bytes_read))
+    return LoadedWeights(
+        step=reader.manifest.step,
+        config=saved_config,
+        total_bytes=reader.manifest.total_bytes,
+        bytes_read=all_gather_object(reader.bytes_read),
+    )
 
 
 def state_changes(saved: dict[str, Any], config: Config) -> list[str]:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,17 +15,17 @@ from megagpt.data.identity import DataIdentity, data_identity, training_data_cha
 from megagpt.data.prefetch import Prefetcher
 from megagpt.distributed.object_collectives import run_on_ranks
 from megagpt.distributed.phase import PhaseTracker
-from megagpt.distributed.rank_zero import rank_zero_warn
+from megagpt.distributed.rank_zero import rank_zero_print, rank_zero_warn
 from megagpt.distributed.same_everywhere import require_same
 from megagpt.engine.engine import Engine, StepResult
-from megagpt.errors import ConfigError, DataError, TrainingError
+from megagpt.errors import DataError, TrainingError
 from megagpt.parallel.topology import Topology
 from megagpt.planner.flops import training_flops_per_token
 from megagpt.resilience.health import OK, Health, Verdict
 from megagpt.resilience.interruption import REQUEUE, Interruption
 from megagpt.resilience.replicas import check_replicas
 from megagpt.resilience.stragglers import Stragglers
-from megagpt.training.batch_schedule import SampleRange, batch_size, batches_from, steps_between, trained_samples
+from megagpt.training.batch_schedule import SampleRange, batches_from, trained_samples
 from megagpt.training.checkpointing import (
     Checkpointer,
     find_checkpoint,
@@ -38,14 +38,17 @@ from megagpt.training.evaluation import evaluate
 from megagpt.training.loggers.base import FanOut, Logger, MetricsRecord
 from megagpt.training.loggers.build import build_loggers
 from megagpt.training.lr_schedule import learning_rate
-from megagpt.training.metrics import reduce_loss, sum_tokens
+from megagpt.training.metrics import LossMean, reduce_loss, sum_tokens
 from megagpt.training.micro_batches import HostBatch, global_batches, to_host_batch
 from megagpt.training.noise_scale import NoiseScale
+from megagpt.training.run_length import learning_rate_change, require_not_shorter, total_steps
+from megagpt.training.test_result import TestResult
 from megagpt.training.throughput import ThroughputWindow, peak_memory_gib, peak_tflops
 from megagpt.training.train_state import RunProgress
 
 PREFETCHED_BATCHES = 2
 """Global batches that a rank prepares while it trains on another."""
+EVERY_LABEL_MASKED = Verdict("skip", "every label of the global batch is masked, so there is nothing to learn from it")
 
 
 class StepOutcome(NamedTuple):
@@ -98,15 +101,21 @@ class Trainer:
         self.consumed_samples = 0
         self.skipped_ranges: list[SampleRange] = []
         self.health = Health(config.resilience)
-        if checkpoint is not None:
-            self._load(checkpoint)
-        elif initial_weights is not None:
+        saved_config = self._load(checkpoint) if checkpoint is not None else None
+        if initial_weights is not None:
             self.phase.enter("loading of the initial weights")
             load_initial_weights(self.engine, initial_weights)
+        require_not_shorter(config, datasets, self.step, self.consumed_samples)
         self.checkpointer = Checkpointer(self.engine, checkpoint, self.step, lock)
         self.total_steps = total_steps(config, datasets, self.step, self.consumed_samples)
+        if saved_config is not None and self.step < self.total_steps:
+            change = learning_rate_change(saved_config, config, datasets, self.step, self.total_steps)
+            if change is not None:
+                rank_zero_warn(change)
+        self._test_result = TestResult(config)
+        self._test_is_due = datasets.test is not None and not self._test_result.exists(self.step, self.total_steps)
         self.logger: Logger = FanOut()
-        if topology.rank == 0:
+        if topology.rank == 0 and not self.is_complete:
             run_config = {**config.model_dump(mode="json"), "layout": vars(topology.layout)}
             self.logger = build_loggers(config.logging, self.total_steps, run_config, self.step)
         self._noise_scale = NoiseScale(self.engine)
@@ -114,21 +123,32 @@ class Trainer:
         self._flops_per_token = training_flops_per_token(config)
         self._peak_tflops = peak_tflops(device, config.training.precision)
         self._window = ThroughputWindow()
+        self._losses = LossMean()
         self._interruption: Interruption | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is left to do, not even the evaluation on the test data."""
+        return self.step >= self.total_steps and not self._test_is_due
 
     def train(self) -> int:
         """Train to the last step, with evaluations and saves, and return the exit code.
 
-        0: the run is complete. `REQUEUE`: it was asked to stop and has saved. Raises TrainingError if the run must stop,
-        and CheckpointError if the last checkpoint could not be saved.
+        0: the run is complete; a run that was complete before writes nothing. `REQUEUE`: it was asked to stop and has saved.
+        Raises TrainingError if the run must stop, and CheckpointError if the last checkpoint could not be saved.
         """
+        if self.step >= self.total_steps:
+            rank_zero_print(
+                f"complete: step {self.step} of {self.total_steps} is in the checkpoint, so no step is left to train"
+            )
+        if self.is_complete:
+            return 0
         max_hours = self.config.training.max_hours if self.topology.rank == 0 else None  # one clock for all ranks
         try:
             with Interruption(max_hours, self._start_time) as self._interruption:
                 if not self._train_steps():
                     return self._stop_early(self._interruption)
-                if self.datasets.test is not None:
-                    self.logger.step({"step": self.step, **evaluate(self.engine, self.datasets.test, self.config, "test")})
+                self._evaluate_test()
                 self.checkpointer.finish(required=True)
         except BaseException:
             self.checkpointer.release_lock()
@@ -151,7 +171,7 @@ class Trainer:
         loss_sum = self.engine.forward_backward(micro_batches, n_tokens)
         self.phase.enter("reduction of the loss")
         summary = reduce_loss(loss_sum, n_tokens, self.topology, self.device, self._stop_requested())
-        verdict = self.health.check_loss(summary.loss)
+        verdict = self.health.check_loss(summary.loss) if summary.n_tokens else EVERY_LABEL_MASKED
         result = self.engine.step(learning_rate) if verdict is OK else self.engine.discard()
         if verdict is OK:
             verdict = self.health.check_gradient(result.skipped, self.config.training.precision == "fp16")
@@ -161,6 +181,7 @@ class Trainer:
         self.step += 1
         self.consumed_samples = batch.first_sample + batch.size
         self._window.add_step(summary.n_tokens, batch.size, seconds_waited)
+        self._losses.add(summary.loss, summary.n_tokens, result.skipped)
         return StepOutcome(result, learning_rate, summary.n_tokens, summary.loss, verdict, summary.stop_requested)
 
     def close(self) -> None:
@@ -222,7 +243,8 @@ class Trainer:
         interruption.leave()
         return REQUEUE
 
-    def _load(self, folder: Path) -> None:
+    def _load(self, folder: Path) -> dict[str, Any]:
+        """Load a checkpoint and return its config. Collective."""
         self.phase.enter("checkpoint loading")
         restored = load_checkpoint(self.engine, folder)
         state = restored.state
@@ -236,6 +258,7 @@ class Trainer:
                 f"the training data differs from the checkpoint's: {'; '.join(changes)}. The run continues at sample "
                 f"{self.consumed_samples} of this data; to start at its first sample, use checkpoint.initialize_from"
             )
+        return restored.config
 
     def _roll_back(self, batch: HostBatch, verdict: Verdict) -> None:
         """Load the last checkpoint, and skip this batch when it comes up again. Raises TrainingError without a checkpoint."""
@@ -251,6 +274,7 @@ class Trainer:
         self.checkpointer.last_step = self.step
         self.logger.rewind(self.step)
         self._start_window()
+        self._losses = LossMean()
         rank_zero_warn(f"rolled back to step {self.step}; skipping samples {failed_range[0]}-{failed_range[1] - 1}")
 
     def _log(self, outcome: StepOutcome) -> None:
@@ -263,6 +287,7 @@ class Trainer:
         if self.step in (1, self.total_steps) or _is_due(self.step, self.config.logging.interval):
             self.logger.step(self._metrics(outcome))
             self._start_window()
+            self._losses = LossMean()
 
     def _metrics(self, outcome: StepOutcome) -> MetricsRecord:
         """Build the record of the steps since the last one. Collective."""
@@ -271,7 +296,7 @@ class Trainer:
         trained = trained_samples(self.consumed_samples, self.skipped_ranges)
         record: MetricsRecord = {
             "step": self.step,
-            "loss": outcome.loss,
+            "loss": self._losses.mean,
             "learning_rate": outcome.learning_rate,
             "grad_norm": outcome.result.grad_norm,
             "tokens": trained * config.model.n_positions,
@@ -282,7 +307,9 @@ class Trainer:
             record["batch_size"] = window.batch_size
         record |= self._noise_scale.take_report()
         if config.training.precision == "fp16":
-            record |= {"loss_scale": outcome.result.loss_scale, "skipped": int(outcome.result.skipped)}
+            record["loss_scale"] = outcome.result.loss_scale
+        if config.training.precision == "fp16" or self._losses.skipped:
+            record["skipped"] = self._losses.skipped
         return record | self._stragglers.report(seconds, window.steps)
 
     def _check_replicas_if_due(self) -> None:
@@ -298,8 +325,17 @@ class Trainer:
     def _evaluate_if_due(self) -> None:
         if self.datasets.valid is None or not self._due_or_last(self.config.evaluation.interval):
             return
-        self.logger.step({"step": self.step, **evaluate(self.engine, self.datasets.valid, self.config)})
+        losses = evaluate(self.engine, self.datasets.valid, self.config, self.config.evaluation.samples)
+        self.logger.step({"step": self.step, **losses})
         self._start_window()
+
+    def _evaluate_test(self) -> None:
+        if self.datasets.test is None:
+            return
+        losses = evaluate(self.engine, self.datasets.test, self.config, self.config.evaluation.test_samples, "test")
+        self.logger.step({"step": self.step, **losses})
+        if self.topology.rank == 0:
+            self._test_result.write(self.step, losses)
 
     def _save_if_due(self) -> None:
         self.checkpointer.poll()
@@ -332,31 +368,6 @@ def same_data_on_all_ranks(config: Config) -> DataIdentity:
     contents = {f"data.{part}": str([corpus.content for corpus in corpora]) for part, corpora in identity.parts.items()}
     require_same(contents, DataError, "copy the same .bin and .idx files to all nodes, or put them on a shared file system")
     return identity
-
-
-def total_steps(config: Config, datasets: Datasets, step: int = 0, consumed_samples: int = 0) -> int:
-    """Return the length of the run in optimizer steps.
-
-    `step` and `consumed_samples`: progress so far, maybe with other batch sizes.
-    Raises ConfigError if an epoch is shorter than one step.
-    """
-    training = config.training
-    if training.steps is not None:
-        return training.steps
-    if training.tokens is not None:
-        target = -(-training.tokens // config.model.n_positions)
-        return step + steps_between(consumed_samples, target, training)[0]
-    assert training.epochs is not None
-    target = int(training.epochs * datasets.train.samples_per_epoch)
-    more, end = steps_between(consumed_samples, target, training)
-    steps = step + more - (more > 0 and end > target)
-    if steps == 0:
-        key = "global_batch_size" if training.batch_ramp.start is None else "batch_ramp.start"
-        raise ConfigError(
-            f"training.epochs: {training.epochs:g} epochs of {datasets.train.samples_per_epoch} samples are less than "
-            f"one step of training.{key} {batch_size(0, training)}"
-        )
-    return steps
 
 
 def _is_due(step: int, interval: int | None) -> bool:

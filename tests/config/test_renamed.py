@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megagpt.config import build_config, load_config, upgrade_keys
-from megagpt.config.renamed import RENAMED_KEYS
+from megagpt.config.renamed import RENAMED_KEYS, REPLACED_KEYS
 from megagpt.errors import ConfigError
 
 SMALL: dict[str, Any] = {
@@ -44,6 +44,13 @@ def test_an_old_name_on_the_command_line_is_an_error_that_says_the_new_name(old:
     with pytest.raises(ConfigError) as error:
         load_config(path, [f"{old}=3"])
     assert str(error.value) == f"{path}: {old}: renamed to {new}"
+
+
+@pytest.mark.parametrize("old, instead", REPLACED_KEYS.items())
+def test_a_replaced_key_is_an_error_that_says_what_to_use_and_is_dropped_from_an_old_checkpoint(old: str, instead: str) -> None:
+    with pytest.raises(ConfigError, match=f"^config: {old}: {instead}$"):
+        build_config(with_key(old, 3))
+    assert build_config(upgrade_keys(with_key(old, 3))) == build_config(SMALL)
 
 
 def test_an_old_name_is_listed_with_all_other_problems() -> None:

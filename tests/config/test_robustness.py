@@ -93,7 +93,7 @@ def test_ten_thousand_unknown_keys_are_reported_shortened(tmp_path: Path) -> Non
         "model.vocab_multiple=1000000000",
         "training.global_batch_size=1073741825",
         "training.steps=" + "9" * 30,
-        "evaluation.steps=" + "9" * 30,
+        "evaluation.samples=" + "9" * 30,
         "parallel.timeout_seconds=1e300",
         "resilience.spike_window=" + "9" * 30,
         'data.split="1,nan,1"',

@@ -57,7 +57,7 @@ def test_training_and_evaluation_see_the_same_samples_and_masks_as_one_process(d
         config = tiny_config(
             data={"train": prefix, "valid": prefix, **data},
             training={"steps": 3, "micro_batch_size": 2, "global_batch_size": 8},
-            evaluation={"interval": 3, "steps": 2},
+            evaluation={"interval": 3, "samples": 16},
             parallel=parallel,
             logging={"interval": 1, "metrics_file": str(tmp_path / f"{world}.jsonl")},
         )

@@ -7,7 +7,8 @@ from torch_orders import torch_plan
 
 from megagpt.schedules.one_f_one_b import gpipe, one_f_one_b
 from megagpt.schedules.plan import Action, ActionKind, Plan, forward_plan, split_backward
-from megagpt.schedules.simulate import ScheduleError, kind_costs, simulate
+from megagpt.schedules.registry import SCHEDULES, make_plan
+from megagpt.schedules.simulate import ScheduleError, kind_costs, peak_activations, simulate, step_time
 
 
 def edited(plan: Plan, rank: int, order: list[Action]) -> Plan:
@@ -148,3 +149,22 @@ def test_a_random_order_is_refused_or_simulated_with_every_dependency_kept():
             chain = [f"0F{batch}", f"1F{batch}", f"1B{batch}", f"0B{batch}"]
             assert all(ends[a] <= starts[b] for a, b in pairwise(chain))
     assert 0 < simulated < 300
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("transfer", [0.0, 0.3, 4.0])
+def test_the_fast_step_time_and_the_peak_are_those_of_the_full_simulation(name: str, transfer: float):
+    cost = kind_costs(1.0, 1.9, 1.1, 0.8)
+    for ranks, micro_batches in ((1, 3), (2, 5), (4, 9), (5, 3)):
+        plan = make_plan(name, ranks, micro_batches, 3 if SCHEDULES[name].interleaved else 1)
+        full = simulate(plan, cost, transfer, in_order=False)
+        assert step_time(plan, cost, transfer) == full.makespan
+        assert peak_activations(plan) == max(full.peak_activations)
+
+
+def test_the_fast_step_time_finds_deadlocks():
+    plan = one_f_one_b(2, 2)
+    first, second, third, fourth = plan.actions[0]
+    assert third.kind is ActionKind.BACKWARD
+    with pytest.raises(ScheduleError, match="deadlock"):
+        step_time(edited(plan, 0, [third, first, second, fourth]), kind_costs())

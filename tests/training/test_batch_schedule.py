@@ -18,7 +18,7 @@ from megagpt.config.schema import BatchRampConfig, TrainingConfig
 from megagpt.data.sampler import GlobalBatches
 from megagpt.errors import ConfigError
 from megagpt.training.batch_schedule import batch_size, batches_from, steps_between, trained_samples
-from megagpt.training.trainer import total_steps
+from megagpt.training.run_length import total_steps
 
 RAMP = {"start": 4, "increment": 4, "samples": 48}
 SIZES = [4, 4, 4, 4, 8, 8, 12, 12, 16, 16]

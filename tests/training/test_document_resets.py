@@ -165,7 +165,7 @@ def test_an_evaluation_has_the_same_masks(reference: tuple[Path, list[Tree]], ra
     folder, expected = reference
     prefix = str(folder / "corpus")
     no_change: Tree = {"learning_rate": 1e-20, "weight_decay": 0.0}  # so that the evaluation has the first step's weights
-    config = run_config(tmp_path, {**ALL, "train": prefix, "valid": prefix}, 1, optimizer=no_change, evaluation={"steps": 1})
+    config = run_config(tmp_path, {**ALL, "train": prefix, "valid": prefix}, 1, optimizer=no_change, evaluation={"samples": 8})
     (result,) = ranks.run(1, run_trainer, config)
     (loss,) = [record["eval_loss"] for record in result["records"] if "eval_loss" in record]
     assert loss == pytest.approx(expected[0]["losses"][0], rel=1e-5)

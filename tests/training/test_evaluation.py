@@ -5,11 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.pool import Pool
-from support.runs import Tree, corpus, local_weights, open_trainer, tiny_config
+from support.runs import Tree, corpus, full_model, local_weights, open_trainer, tiny_config
 
 from megagpt.config import Config
-from megagpt.training.evaluation import evaluate, perplexity
+from megagpt.data.blend import Blend, Dataset, build_datasets
+from megagpt.data.indexed import IndexedCorpus
+from megagpt.data.shuffle import count_samples
+from megagpt.training.evaluation import evaluate, evaluated_samples, perplexity
 
 LAYOUTS: dict[str, tuple[int, Tree, int]] = {
     "1 process": (1, {}, 1),
@@ -32,11 +36,26 @@ def evaluation_config(data: str, name: str, **sections: Tree) -> Config:
     return tiny_config(**{**tree, **sections})
 
 
+def float64_loss(config: Config, dataset: Dataset, n_samples: int) -> float:
+    """Return the mean loss over the unmasked tokens of the first samples, one by one in float64, from the logits."""
+    model = full_model(config).double()
+    total, tokens = 0.0, 0
+    for index in range(n_samples):
+        sample = dataset.sample(index)
+        inputs, labels = torch.from_numpy(sample.tokens[:-1]), torch.from_numpy(sample.tokens[1:])
+        counted = torch.from_numpy(~sample.starts[1:])
+        with torch.no_grad():
+            logits = model.logits(inputs.unsqueeze(0))[0]
+        losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")[counted]
+        total, tokens = total + losses.sum().item(), tokens + int(counted.sum())
+    return total / tokens
+
+
 def compare_with_training(config: Config) -> dict[str, Any]:
     """Evaluate the batches of the first two steps, train them at a learning rate of almost zero, and return the losses."""
     trainer = open_trainer(config)
     evaluations = [
-        evaluate(trainer.engine, trainer.datasets.train, with_steps(config, steps), "valid")["valid_loss"] for steps in (1, 2)
+        evaluate(trainer.engine, trainer.datasets.train, config, samples, "valid")["valid_loss"] for samples in (8, 16)
     ]
     with trainer.batches() as batches:
         outcomes = [trainer.train_step(batch, 1e-30) for _, batch in zip(range(2), batches, strict=False)]
@@ -46,10 +65,6 @@ def compare_with_training(config: Config) -> dict[str, Any]:
         "losses": [outcome.loss for outcome in outcomes],
         "tokens": [outcome.n_tokens for outcome in outcomes],
     }
-
-
-def with_steps(config: Config, steps: int) -> Config:
-    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"steps": steps})})
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -68,11 +83,62 @@ def test_the_evaluation_loss_equals_the_training_loss_of_the_same_batches(name: 
         assert result["evaluations"] == pytest.approx(single["evaluations"], rel=1e-6)
 
 
+def losses_of(config: Config, samples: list[int | None]) -> list[float]:
+    """Return the evaluation loss of each number of samples, with the initial weights."""
+    trainer = open_trainer(config)
+    losses = [evaluate(trainer.engine, trainer.datasets.train, config, number)["eval_loss"] for number in samples]
+    trainer.close()
+    return losses
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_loss_is_the_exact_mean_over_the_first_samples(name: str, ranks: Pool, tmp_path: Path) -> None:
+    """For one sample, a part of a batch, a batch and a part, and all samples: 3e-6 is the error of fp32 sums."""
+    config = evaluation_config(corpus(tmp_path), name)
+    dataset = build_datasets(config.data, config.model.n_positions).train
+    numbers = [1, 5, 11, None]
+    expected = [float64_loss(config, dataset, number or dataset.samples_per_epoch) for number in numbers]
+    for losses in ranks.run(LAYOUTS[name][0], losses_of, config, numbers):
+        assert losses == pytest.approx(expected, rel=3e-6)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, None), (8, 4, 2), (2, 2, None), (40, 4, None)])
+def test_batch_sizes_do_not_change_the_loss(sizes: tuple[int, int, int | None], ranks: Pool, tmp_path: Path) -> None:
+    global_batch, micro_batch, evaluation_micro_batch = sizes
+    config = evaluation_config(
+        corpus(tmp_path),
+        "1 process",
+        training={"steps": 3, "global_batch_size": global_batch, "micro_batch_size": micro_batch},
+        evaluation={"micro_batch_size": evaluation_micro_batch},
+    )
+    dataset = build_datasets(config.data, config.model.n_positions).train
+    (loss,) = ranks.run(1, losses_of, config, [11])[0]
+    assert loss == pytest.approx(float64_loss(config, dataset, 11), rel=3e-6)
+
+
+def test_more_samples_than_the_data_has_are_all_samples_once(ranks: Pool, tmp_path: Path) -> None:
+    limited, everything = ranks.run(1, losses_of, evaluation_config(corpus(tmp_path), "1 process"), [10**15, None])[0]
+    assert limited == everything
+
+
+def test_all_samples_of_a_blend_are_those_before_the_first_corpus_starts_again(tmp_path: Path) -> None:
+    prefixes = [corpus(tmp_path / name, documents) for name, documents in (("a", 60), ("b", 20))]
+    data = {"train": {prefixes[0]: 0.25, prefixes[1]: 0.75}}
+    blend = build_datasets(tiny_config(data=data).data, 16).train
+    available = evaluated_samples(blend, None)
+    seen = [blend.sample(index).tokens.tobytes() for index in range(available)]
+    assert len(set(seen)) == available
+    assert evaluated_samples(blend, available + 5) == available and evaluated_samples(blend, 3) == 3
+    short = count_samples(IndexedCorpus(prefixes[1]).n_tokens, 16)
+    assert isinstance(blend, Blend)
+    assert blend.samples_of_each(available)[1] <= short < blend.samples_of_each(available + 2)[1]
+
+
 def evaluate_twice(config: Config) -> tuple[list[Tree], bool]:
     """Evaluate twice; return both results, and whether the weights changed."""
     trainer = open_trainer(config)
     before = local_weights(trainer.engine)
-    results = [evaluate(trainer.engine, trainer.datasets.train, config) for _ in range(2)]
+    results = [evaluate(trainer.engine, trainer.datasets.train, config, config.evaluation.samples) for _ in range(2)]
     after = local_weights(trainer.engine)
     trainer.close()
     changed = any((one[-1] != other[-1]).any() for one, other in zip(before, after, strict=True))
@@ -80,11 +146,11 @@ def evaluate_twice(config: Config) -> tuple[list[Tree], bool]:
 
 
 def test_an_evaluation_changes_nothing_and_has_no_dropout(ranks: Pool, tmp_path: Path) -> None:
-    dropout: Tree = {"model": {"embd_pdrop": 0.5, "resid_pdrop": 0.5, "attn_pdrop": 0.5}, "evaluation": {"steps": 2}}
+    dropout: Tree = {"model": {"embd_pdrop": 0.5, "resid_pdrop": 0.5, "attn_pdrop": 0.5}, "evaluation": {"samples": 16}}
     config = evaluation_config(corpus(tmp_path), "1 process", **dropout)
     ((first, second), changed) = ranks.run(1, evaluate_twice, config)[0]
     assert first == second and not changed
-    without = evaluation_config(corpus(tmp_path), "1 process", evaluation={"steps": 2})
+    without = evaluation_config(corpus(tmp_path), "1 process", evaluation={"samples": 16})
     assert ranks.run(1, evaluate_twice, without)[0][0][0] == first
 
 
@@ -92,13 +158,13 @@ def test_the_micro_batch_size_of_the_evaluation_does_not_change_the_loss(ranks: 
     data = corpus(tmp_path)
     losses = []
     for size in (None, 1, 4):
-        config = evaluation_config(data, "pipeline 2 x data 2", evaluation={"steps": 2, "micro_batch_size": size})
+        config = evaluation_config(data, "pipeline 2 x data 2", evaluation={"samples": 16, "micro_batch_size": size})
         losses.append(ranks.run(4, evaluate_twice, config)[0][0][0]["eval_loss"])
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
 
 
 def test_the_perplexity_is_the_exponential_of_the_loss(ranks: Pool, tmp_path: Path) -> None:
-    config = evaluation_config(corpus(tmp_path), "1 process", evaluation={"steps": 1})
+    config = evaluation_config(corpus(tmp_path), "1 process", evaluation={"samples": 8})
     result = ranks.run(1, evaluate_twice, config)[0][0][0]
     assert result.keys() == {"eval_loss", "eval_perplexity"}
     assert result["eval_perplexity"] == math.exp(result["eval_loss"])

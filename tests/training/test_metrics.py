@@ -8,7 +8,7 @@ from support.reads import HostReads
 from support.runs import Tree
 
 from megagpt.parallel.topology import Topology
-from megagpt.training.metrics import LossSummary, reduce_loss, sum_tokens
+from megagpt.training.metrics import LossMean, LossSummary, reduce_loss, sum_tokens
 
 LAYOUTS: dict[str, tuple[int, Tree]] = {
     "1 process": (1, {}),
@@ -91,3 +91,17 @@ def count_many() -> int:
     topology = create({})
     n_tokens = sum_tokens(2**25 + dist.get_rank(), topology, CPU)
     return reduce_loss(None, n_tokens, topology, CPU).n_tokens
+
+
+def test_the_mean_loss_is_weighted_by_tokens_without_the_steps_that_were_skipped() -> None:
+    losses = LossMean()
+    for loss, n_tokens, skipped in ((2.0, 30, False), (float("nan"), 50, True), (9.0, 50, True), (4.0, 10, False)):
+        losses.add(loss, n_tokens, skipped)
+    assert (losses.mean, losses.skipped) == (2.5, 2)
+
+
+def test_if_all_steps_were_skipped_the_loss_is_that_of_the_last_one() -> None:
+    losses = LossMean()
+    losses.add(3.0, 10, True)
+    losses.add(5.0, 10, True)
+    assert (losses.mean, losses.skipped) == (5.0, 2)

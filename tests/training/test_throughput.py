@@ -60,13 +60,20 @@ def test_a_window_measures_the_time_since_its_start() -> None:
         ("NVIDIA H100 PCIe", 756.5),
         ("NVIDIA H100 NVL", 835.5),
         ("NVIDIA H200", 989.4),
-        ("Tesla V100-SXM2-16GB", 125.0),
+        ("NVIDIA B200", 2250.0),
+        ("NVIDIA L40S", 362.1),
+        ("NVIDIA GeForce RTX 4090", 165.2),
         ("NVIDIA GeForce GTX 1080", None),
     ],
 )
 def test_the_peak_of_a_device_is_found_by_its_name(name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_tflops(GPU, "bf16") == peak_tflops(GPU, "fp16") == peak
+
+
+def test_a_device_without_bf16_units_has_a_peak_for_fp16_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100-SXM2-16GB")
+    assert (peak_tflops(GPU, "fp16"), peak_tflops(GPU, "bf16")) == (125.0, None)
 
 
 def test_there_is_no_peak_for_fp32_and_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

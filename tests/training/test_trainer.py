@@ -5,22 +5,23 @@ import threading
 import time
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.pool import Pool
 from support.reads import HostReads
 from support.records import RecordList
-from support.runs import Tree, corpus, create_topology, open_trainer, tiny_config
+from support.runs import Tree, corpus, create_topology, local_weights, open_trainer, tiny_config
 
 from megagpt.config import Config
 from megagpt.data.blend import build_datasets
+from megagpt.data.indexed import IndexedWriter
 from megagpt.distributed.phase import PhaseTracker
 from megagpt.errors import ConfigError, TrainingError
 from megagpt.resilience.health import OK
-from megagpt.training.trainer import Trainer, total_steps
+from megagpt.training.trainer import Trainer
 
 SEQ = 16
 """Tokens of a sequence."""
@@ -221,6 +222,56 @@ def test_a_record_covers_the_steps_since_the_last_one(ranks: Pool, tmp_path: Pat
         assert record["tokens_per_second"] == pytest.approx(8 * SEQ / record["step_seconds"])
 
 
+def test_the_logged_loss_is_the_mean_over_the_tokens_since_the_last_record(ranks: Pool, tmp_path: Path) -> None:
+    """Compared with a run that logs each step. The number of labels differs from step to step."""
+    changes: Tree = {"training": {"steps": 7}, "data": {"mask_document_ends": True}}
+    every = ranks.run(2, run_logged, train_config(tmp_path, **changes))[0]
+    some = ranks.run(2, run_logged, train_config(tmp_path, **changes, logging={"interval": 3}))[0]
+    dataset = build_datasets(train_config(tmp_path, **changes).data, SEQ).train
+    tokens = [sum(int((~dataset.sample(8 * step + row).starts[1:]).sum()) for row in range(8)) for step in range(7)]
+    assert len(set(tokens)) > 1
+    losses = [record["loss"] for record in every]
+    for record, (first, end) in zip(some, ((0, 1), (1, 3), (3, 6), (6, 7)), strict=True):
+        weighted = sum(n * loss for n, loss in zip(tokens[first:end], losses[first:end], strict=True))
+        assert record["loss"] == pytest.approx(weighted / sum(tokens[first:end]), rel=1e-9)
+
+
+def test_an_evaluation_and_a_save_between_two_records_drop_no_step_from_the_mean_loss(ranks: Pool, tmp_path: Path) -> None:
+    sections: Tree = {"training": {"steps": 3}, "logging": {"interval": 3}}
+    plain = ranks.run(1, run_logged, train_config(tmp_path, **sections))[0]
+    busy = train_config(
+        tmp_path,
+        **sections,
+        data={"valid": corpus(tmp_path)},
+        evaluation={"interval": 2, "samples": 8},
+        checkpoint={"dir": str(tmp_path / "checkpoints"), "interval": 2},
+    )
+    records = [record for record in ranks.run(1, run_logged, busy)[0] if "loss" in record]
+    assert [record["loss"] for record in records] == [record["loss"] for record in plain]
+
+
+def masked_run(config: Config) -> tuple[int, str, bool]:
+    """Train on documents of one token with all labels masked; return the steps, the error, and whether a weight changed."""
+    trainer = open_trainer(config)
+    before = local_weights(trainer.engine)
+    with pytest.raises(TrainingError) as error:
+        trainer.train()
+    after = local_weights(trainer.engine)
+    trainer.close()
+    changed = any((one[-1] != other[-1]).any() for one, other in zip(before, after, strict=True))
+    return trainer.step, str(error.value), changed
+
+
+def test_steps_without_any_label_change_nothing_and_end_the_run_after_max_skipped(ranks: Pool, tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "ones", np.dtype(np.uint16)) as writer:
+        writer.add_documents(np.arange(2000, dtype=np.uint16) % 61, [1] * 2000)
+    data = {"train": str(tmp_path / "ones"), "mask_document_ends": True}
+    config = train_config(tmp_path, data=data, resilience={"max_skipped": 2})
+    ((steps, error, changed),) = ranks.run(1, masked_run, config)
+    assert steps == 3 and not changed
+    assert error.startswith("step 3: every label of the global batch is masked")
+
+
 class SlowDataset:
     """A dataset whose samples take 20 ms each."""
 
@@ -252,7 +303,7 @@ def test_a_run_that_waits_for_data_reports_it(ranks: Pool, tmp_path: Path) -> No
 def test_evaluations_come_at_their_interval_and_after_the_last_step(ranks: Pool, tmp_path: Path) -> None:
     prefix = corpus(tmp_path)
     data = {"valid": prefix, "test": prefix}
-    config = train_config(tmp_path, data=data, evaluation={"interval": 4, "steps": 1})
+    config = train_config(tmp_path, data=data, evaluation={"interval": 4, "samples": 8, "test_samples": 8})
     records = ranks.run(2, run_logged, config)[0]
     assert [record["step"] for record in records if "eval_loss" in record] == [4, 6]
     assert [record["step"] for record in records if "test_loss" in record] == [6]
@@ -288,36 +339,35 @@ def train_with_different_replicas(config: Config) -> int:
     return trainer.step
 
 
-def length(step: int = 0, consumed: int = 0, **training: Any) -> int:
-    """Return the number of steps of a run with 100 samples per epoch."""
-    datasets: Any = SimpleNamespace(train=SimpleNamespace(samples_per_epoch=100))
-    config = tiny_config(training={"steps": None, "global_batch_size": 8, **training})
-    return total_steps(config, datasets, step, consumed)
-
-
-def test_the_length_of_a_run_is_its_steps_or_follows_from_tokens_or_epochs() -> None:
-    assert length(steps=7) == 7
-    assert [length(tokens=tokens) for tokens in (1, 8 * SEQ, 8 * SEQ + 1)] == [1, 1, 2]
-    assert [length(epochs=epochs) for epochs in (0.08, 1, 1.04, 2)] == [1, 12, 13, 25]
-
-
-def test_the_length_of_a_resumed_run_counts_the_samples_so_far() -> None:
-    """After 3 steps of 16 samples, 52 of 100 samples remain."""
-    assert length(step=3, consumed=48, epochs=1) == 3 + 6
-    assert length(step=3, consumed=48, tokens=100 * SEQ) == 3 + 7
-    assert length(step=3, consumed=48, steps=5) == 5
-    assert length(step=20, consumed=160, epochs=1) == 20
-
-
-def test_epochs_shorter_than_a_step_are_refused() -> None:
-    with pytest.raises(ConfigError) as error:
-        length(epochs=0.07)
-    assert str(error.value) == (
-        "training.epochs: 0.07 epochs of 100 samples are less than one step of training.global_batch_size 8"
-    )
-
-
 def test_a_run_that_is_complete_trains_no_step(ranks: Pool, tmp_path: Path) -> None:
     checkpoint = {"dir": str(tmp_path / "checkpoints")}
     assert len(ranks.run(1, run_logged, train_config(tmp_path, checkpoint=checkpoint))[0]) == 6
     assert ranks.run(1, run_logged, train_config(tmp_path, checkpoint=checkpoint))[0] == []
+
+
+def test_a_complete_run_evaluates_its_test_data_once(ranks: Pool, tmp_path: Path) -> None:
+    """Again only for other test data or another number of samples."""
+    sections: Tree = {"data": {"test": corpus(tmp_path)}, "checkpoint": {"dir": str(tmp_path / "checkpoints")}}
+
+    def test_losses(**more: Tree) -> list[float]:
+        records = ranks.run(2, run_logged, train_config(tmp_path, **sections, **more))[0]
+        return [record["test_loss"] for record in records if "test_loss" in record]
+
+    first = test_losses()
+    assert len(first) == 1
+    assert test_losses() == []
+    assert test_losses(evaluation={"test_samples": 3}) != first
+    assert test_losses(evaluation={"test_samples": 3}) == []
+
+
+def refused_resume(config: Config) -> str:
+    with pytest.raises(ConfigError) as error:
+        open_trainer(config)
+    return str(error.value)
+
+
+def test_fewer_steps_than_the_checkpoint_has_end_every_rank_with_an_error(ranks: Pool, tmp_path: Path) -> None:
+    sections: Tree = {"checkpoint": {"dir": str(tmp_path / "checkpoints")}}
+    ranks.run(2, train_only, train_config(tmp_path, **sections))
+    errors = ranks.run(2, refused_resume, train_config(tmp_path, **sections, training={"steps": 4}))
+    assert [error.split(",")[0] for error in errors] == ["training.steps: 4"] * 2

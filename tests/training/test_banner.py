@@ -1,0 +1,72 @@
+"""The banner's numbers are those of the config and the data."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.runs import corpus, tiny_config
+
+from megagpt.data.blend import build_datasets
+from megagpt.parallel.topology import Layout
+from megagpt.training.banner import (
+    data_lines,
+    device_line,
+    evaluation_lines,
+    layout_line,
+    length_lines,
+    memory_line,
+    output_lines,
+)
+
+
+def test_the_layout_is_one_product() -> None:
+    config = tiny_config(parallel={"tensor": 2, "pipeline": 2}, zero={"stage": 2})
+    assert layout_line(config, Layout(data=3, tensor=2, pipeline=2)) == (
+        "data 3 x pipeline 2 x context 1 x tensor 2 = 12 ranks, ZeRO-2, 1f1b"
+    )
+
+
+def test_batch_and_length_count_tokens_and_a_resumed_run_names_its_first_step() -> None:
+    config = tiny_config()
+    assert length_lines(config, 0, 10) == [
+        "batch      16 sequences x 16 = 256 tokens per step; micro-batch 2",
+        "steps      10, at most 2,560 tokens",
+    ]
+    assert length_lines(config, 4, 10)[1] == "steps      4 to 10, at most 2,560 tokens"
+
+
+def test_the_data_has_its_size_and_the_number_of_times_that_it_is_read(tmp_path: Path) -> None:
+    prefix = corpus(tmp_path)
+    config = tiny_config(data={"train": prefix}, evaluation={"interval": 5, "samples": 7})
+    dataset = build_datasets(config.data, 16).train
+    samples = dataset.samples_per_epoch
+    assert data_lines(config, dataset, 2 * samples) == [
+        f"data       {prefix}: {samples:,} samples, {samples * 16:,} tokens, read 2.00 times"
+    ]
+    (line,) = evaluation_lines(config, dataset, dataset)
+    assert line == (
+        f"evaluation every 5 steps and at the end on 7 of {samples} validation samples; at the end on all {samples} test "
+        "samples"
+    )
+    assert evaluation_lines(config, None, None) == []
+
+
+def test_everything_that_is_written_is_named() -> None:
+    config = tiny_config(checkpoint={"dir": "runs/x", "interval": 3}, logging={"metrics_file": "runs/x.jsonl"})
+    assert output_lines(config) == ["writes     checkpoints to runs/x every 3 steps and at the end; metrics to runs/x.jsonl"]
+    assert output_lines(tiny_config()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("NVIDIA A100", "peak 312 TFLOP/s"), ("Other", "no MFU, because its peak is not known")]
+)
+def test_a_gpu_has_its_peak_or_a_reason_for_having_none(name: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert device_line(torch.device("cuda", 0), "bf16") == f"{name}, bf16, {text}"
+    assert device_line(torch.device("cpu"), "bf16") == "CPU, bf16"
+
+
+def test_the_memory_of_weights_gradients_and_adam_in_fp32_is_20_bytes_per_parameter() -> None:
+    """4 for the weight, 4 for its gradient, 12 for the optimizer's copy and two moments."""
+    text = memory_line(tiny_config(zero={"stage": 0}), Layout(data=4), 2**30)
+    assert text.startswith("rank 0 has 1,073,741,824 parameters: 20 GiB of")
