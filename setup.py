@@ -62,6 +62,9 @@ setup(
         "matplotlib>=3.8",
         "wandb>=0.18",
     ],
-    extras_require={"dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.10", "transformers>=4.50"]},
+    extras_require={
+        "tensorboard": ["tensorboard>=2.16"],
+        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.10", "transformers>=4.50"],
+    },
     entry_points={"console_scripts": [console_script(name) for name in COMMANDS]},
 )

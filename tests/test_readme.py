@@ -12,7 +12,15 @@ import pytest
 from megagpt.config import load_config
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/launching.md", "docs/data.md", "docs/schedules.md", "docs/communication.md", "docs/checkpoints.md")
+PAGES = (
+    "README.md",
+    "docs/launching.md",
+    "docs/data.md",
+    "docs/schedules.md",
+    "docs/communication.md",
+    "docs/checkpoints.md",
+    "docs/metrics.md",
+)
 PATH = re.compile(r"(?<![\w./-])((?:\.ci|configs|docs|examples|megagpt|tests|tools)/[\w./-]*|\w[\w-]*\.(?:py|md|txt)|LICENSE)")
 LINK = re.compile(r"\]\(([^)#:]+)\)")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from megagpt.commands import job, shell
 from megagpt.distributed.launcher import Launcher
 from megagpt.errors import ConfigError
+from megagpt.output import lossy_output, report_unwritable
 
 if TYPE_CHECKING:
     from megagpt.training.lr_finder import Point, Suggestion
@@ -28,6 +29,7 @@ OVERRIDES = (
     "resilience.on_spike=none",
     "logging.metrics_file=null",
     "logging.wandb.project=null",
+    "logging.tensorboard.dir=null",
 )
 """Turn off everything of the run but its training steps. A spike is expected: its update is made."""
 
@@ -44,6 +46,7 @@ def create_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@report_unwritable
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     args = create_parser().parse_args(argv)
@@ -56,7 +59,7 @@ def _find(args: argparse.Namespace, launcher: Launcher) -> None:
         _create_table(args.output)
     points: list[Point] = []
     overrides = [*OVERRIDES, f"training.steps={args.steps}", *args.set]
-    with job.open_trainer(args.config, overrides, launcher) as trainer:
+    with lossy_output(), job.open_trainer(args.config, overrides, launcher) as trainer:
         from megagpt.training.lr_finder import search, suggest
 
         for point in search(trainer, rates):

@@ -18,7 +18,9 @@ from megagpt.data.blend import build_datasets, check_vocabulary
 from megagpt.data.tokenizer import load_tokenizer
 from megagpt.distributed.launcher import Launcher, read_launcher
 from megagpt.errors import ConfigError, MegagptError
+from megagpt.output import lossy_output, note
 from megagpt.planner.auto_schedule import resolve_schedule
+from megagpt.training.loggers.check import check_loggers
 
 if TYPE_CHECKING:
     from megagpt.training.trainer import Trainer
@@ -97,7 +99,11 @@ def open_trainer(path: str, overrides: Sequence[str], launcher: Launcher) -> Ite
     _note(launcher, "building the model and the optimizer, and loading a checkpoint if there is one")
     with Watchdog(store, topology.rank, topology.layout.world_size, phase, parallel.timeout_seconds):
         trainer = Trainer(config, topology, datasets, device, phase, start_time)
-        yield trainer
+        try:
+            yield trainer
+        except BaseException:
+            trainer.logger.close()  # it needs no other rank; without it W&B loses what led to the error
+            raise
         trainer.close()
     destroy_process_group()
 
@@ -105,7 +111,7 @@ def open_trainer(path: str, overrides: Sequence[str], launcher: Launcher) -> Ite
 def _note(launcher: Launcher, text: str) -> None:
     """Print a line about a slow part of the start to standard error, on rank 0."""
     if launcher.rank == 0:
-        print(text, file=sys.stderr, flush=True)
+        note(text)
 
 
 def checked_config(path: str, overrides: Sequence[str], world_size: int) -> Config:
@@ -120,6 +126,7 @@ def checked_config(path: str, overrides: Sequence[str], world_size: int) -> Conf
     config = with_schedule(config, data_parallel_size(config, world_size))
     build_datasets(config.data, config.model.n_positions)
     check_vocabulary(config.data, vocab_size)
+    check_loggers(config)
     return config
 
 
@@ -145,11 +152,11 @@ def with_schedule(config: Config, dp_size: int) -> Config:
 
     def report(done: int, total: int) -> None:
         if time.monotonic() - start > SILENT_SECONDS:
-            print(f"parallel.schedule: {done} of {total} schedules simulated", file=sys.stderr, flush=True)
+            note(f"parallel.schedule: {done} of {total} schedules simulated")
 
     config, reason = resolve_schedule(config, n_micro_batches // dp_size, report)
     if reason:
-        print(f"parallel.schedule: {reason}", file=sys.stderr, flush=True)
+        note(f"parallel.schedule: {reason}")
     return config
 
 
@@ -176,12 +183,13 @@ def _describe_unexpected(rank: int, error: Exception) -> str:
 
 def _fail(rank: int, message: str, debug: bool, code: int) -> int:
     """Print the message and exit without cleanup: other ranks may wait in a collective that this one will never join."""
-    if debug:
-        traceback.print_exc()
     many_ranks = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1
     head = f"[rank {rank}] " if many_ranks else ""
-    print(head + message, file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    with lossy_output():
+        if debug:
+            traceback.print_exc()
+        print(head + message, file=sys.stderr, flush=True)
+        sys.stdout.flush()
     if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
         os._exit(code)
     return code

@@ -1,13 +1,13 @@
 """tools/plot_losses.py: draw the loss curves of runs from their metrics files."""
 
 import argparse
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megagpt.commands import shell
 from megagpt.errors import ConfigError, DataError
+from megagpt.training.loggers.metrics_file import MAX_LINE_BYTES, lines_of, parse_record
 
 EXAMPLE = """example:
   python tools/plot_losses.py --metrics runs/quickstart/metrics.jsonl --output loss.png
@@ -75,31 +75,29 @@ def _run_names(paths: Sequence[str]) -> list[str]:
 def read_metrics(path: str) -> list[dict[str, Any]]:
     """Return the records of a metrics file. An incomplete last line, of a run that is being written, is ignored.
 
-    Raises DataError if the file is missing, is not a metrics file, or has no loss yet.
+    Raises DataError if the file is missing, is not a metrics file, or has no finite loss yet.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a metrics file: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-    records = [_record(path, number, line) for number, line in enumerate(lines, start=1)]
-    if not any("loss" in record for record in records):
+        with Path(path).open("rb") as file:
+            records = list(_records(path, file))
+    except OSError as error:
+        raise DataError(f"{path}: not a metrics file: {error.strerror}") from None
+    if not any(record.get("loss") is not None for record in records):
         raise DataError(f"{path}: has no line with a loss yet")
     return records
 
 
-def _record(path: str, number: int, line: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        record = None
-    if not isinstance(record, dict) or "step" not in record:
-        raise DataError(f"{path}: not a metrics file: line {number} is not a JSON record with a step")
-    return record
+def _records(path: str, file: BinaryIO) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(lines_of(file), start=1):
+        record = parse_record(line)
+        if not line.endswith(b"\n") and len(line) < MAX_LINE_BYTES:
+            return
+        if record is None:
+            raise DataError(f"{path}: not a metrics file: line {number} is not a JSON record with a step")
+        yield record
 
 
 def _curve(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Return the steps and the values of the records that have a value under `key`."""
+    """Return the steps and the values of the records that have a value under `key`; null, for NaN and Infinity, is none."""
     points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
     return [step for step, _ in points], [value for _, value in points]

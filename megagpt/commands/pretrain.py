@@ -9,6 +9,7 @@ from megagpt.commands import job, shell
 from megagpt.config import data_parallel_size, load_config, to_json
 from megagpt.distributed.launcher import Launcher
 from megagpt.engine.deepspeed_config import deepspeed_config
+from megagpt.output import lossy_output, report_unwritable
 
 EXAMPLE = """examples:
   deepspeed --num_gpus 8 pretrain_gpt.py --config configs/6B.json --set parallel.tensor=8 --set parallel.pipeline=1
@@ -25,6 +26,7 @@ def create_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@report_unwritable
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     args = create_parser().parse_args(argv)
@@ -33,16 +35,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _pretrain(args: argparse.Namespace, launcher: Launcher) -> int:
     if args.print_config:
-        _print_config(args, launcher)
-        return 0
-    with job.open_trainer(args.config, args.set, launcher) as trainer:
+        return _print_config(args, launcher)
+    with lossy_output(), job.open_trainer(args.config, args.set, launcher) as trainer:
         from megagpt.training.banner import announce_run
 
         announce_run(trainer)
         return trainer.train()
 
 
-def _print_config(args: argparse.Namespace, launcher: Launcher) -> None:
+@report_unwritable
+def _print_config(args: argparse.Namespace, launcher: Launcher) -> int:
     """Print the config as it would run on the launcher's ranks, or on the smallest number of ranks that its layout needs."""
     config = load_config(args.config, args.set)
     tokenizer = config.data.tokenizer
@@ -54,3 +56,4 @@ def _print_config(args: argparse.Namespace, launcher: Launcher) -> None:
     config = job.with_schedule(config, dp_size)
     dp_cp_size = dp_size * config.parallel.context
     print(json.dumps({"config": json.loads(to_json(config)), "deepspeed": deepspeed_config(config, dp_cp_size)}, indent=2))
+    return 0

@@ -253,6 +253,8 @@ def last_eval_loss(metrics: Path) -> float:
     losses = [record["eval_loss"] for record in records if "eval_loss" in record]
     if not losses:
         raise StepError(f"{metrics}: no line with eval_loss; the training run has not evaluated")
+    if losses[-1] is None:
+        raise StepError(f"{metrics}: the last eval_loss is not a finite number")
     return float(losses[-1])
 
 

@@ -1,12 +1,12 @@
 """Shared by all command lines: argument parsers with an example, errors in one line, --debug for the traceback."""
 
 import argparse
-import io
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
 from megagpt.errors import MegagptError
+from megagpt.output import report_unwritable
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -21,16 +21,9 @@ def command_parser(name: str, description: str | None, example: str) -> argparse
     return parser
 
 
-def replace_unprintable() -> None:
-    """Print characters that the terminal's encoding lacks as escapes such as \\xe9; by default they are exceptions."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
+@report_unwritable
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
     """Parse the arguments, call `main`, and return the exit code: 0, 2 for an error that the user can fix, 130 for Ctrl-C."""
-    replace_unprintable()
     args = parser.parse_args(argv)
     try:
         main(args)

@@ -351,7 +351,7 @@ class ResilienceConfig(Section):
 
 
 class WandbConfig(Section):
-    """Weights & Biases. Only rank 0 writes."""
+    """Weights & Biases. Only rank 0 writes. With checkpoint.dir, a run that resumes is the same run there."""
 
     project: Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$")] | None = None
     """Project name; disabled if absent. Offline if there is no network or no API key."""
@@ -361,19 +361,29 @@ class WandbConfig(Section):
     """Folder of the local files; the current folder if absent."""
 
 
+class TensorBoardConfig(Section):
+    """TensorBoard. Only rank 0 writes."""
+
+    dir: PathText | None = None
+    """Folder of the event files; disabled if absent. Needs the tensorboard package."""
+
+
 class LoggingConfig(Section):
     """What a run reports."""
 
     interval: int = Field(default=10, ge=1, le=MAX_STEPS)
     """Steps between log lines."""
     metrics_file: PathText | None = None
-    """File that gets one JSON line per logged step and per evaluation; none if absent."""
+    """File that gets one JSON line per logged step and per evaluation; none if absent. A new run keeps the records of an
+    earlier one in FILE.1, FILE.2 and so on. docs/metrics.md describes the fields."""
     noise_scale_interval: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     """Steps between measurements of the gradient noise scale (McCandlish et al., arXiv 1812.06162); none if absent. Logged as
     noise_scale, in tokens, and suggested_batch_size, the same in sequences. A measurement costs one more forward and
     backward, with one micro-batch at a time in the pipeline. Its running mean restarts with each start of the run."""
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
+    tensorboard: TensorBoardConfig = TensorBoardConfig()
+    """TensorBoard."""
 
 
 class Config(Section):

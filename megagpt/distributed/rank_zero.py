@@ -1,8 +1,8 @@
-"""Print once per run, from rank 0."""
-
-import sys
+"""Print once per run, from rank 0. A job prints in `lossy_output`, so that output that cannot be written raises nothing."""
 
 import torch.distributed as dist
+
+from megagpt.output import note, warn
 
 
 def rank_zero_print(text: str) -> None:
@@ -14,10 +14,10 @@ def rank_zero_print(text: str) -> None:
 def rank_zero_note(text: str) -> None:
     """Print a line about the progress of something slow to standard error, on rank 0 only."""
     if dist.get_rank() == 0:
-        print(text, file=sys.stderr, flush=True)
+        note(text)
 
 
 def rank_zero_warn(text: str) -> None:
     """Print a warning to standard error, on rank 0 only."""
     if dist.get_rank() == 0:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        warn(text)

@@ -119,6 +119,8 @@ def output_lines(config: Config) -> list[str]:
         parts.append(f"checkpoints to {checkpoint.dir} {when}at the end")
     if config.logging.metrics_file is not None:
         parts.append(f"metrics to {config.logging.metrics_file}")
+    if config.logging.tensorboard.dir is not None:
+        parts.append(f"TensorBoard events to {config.logging.tensorboard.dir}")
     if config.logging.wandb.project is not None:
         parts.append(f"W&B project {config.logging.wandb.project}")
     return [f"writes     {'; '.join(parts)}"] if parts else []

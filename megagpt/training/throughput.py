@@ -85,6 +85,7 @@ class ThroughputWindow:
         tflops = flops_per_token * self.tokens / seconds / world_size / 1e12
         record = {
             "tokens_per_second": self.tokens / seconds,
+            "tokens_per_second_per_device": self.tokens / seconds / world_size,
             "step_seconds": seconds / self.steps,
             "data_wait_fraction": self.seconds_waited / seconds,
             "tflops_per_device": tflops,

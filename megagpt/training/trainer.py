@@ -116,8 +116,7 @@ class Trainer:
         self._test_is_due = datasets.test is not None and not self._test_result.exists(self.step, self.total_steps)
         self.logger: Logger = FanOut()
         if topology.rank == 0 and not self.is_complete:
-            run_config = {**config.model_dump(mode="json"), "layout": vars(topology.layout)}
-            self.logger = build_loggers(config.logging, self.total_steps, run_config, self.step)
+            self.logger = build_loggers(config, topology.layout, device, self.step, self.total_steps)
         self._noise_scale = NoiseScale(self.engine)
         self._stragglers = Stragglers(self.phase, topology, device, config.resilience.straggler_factor)
         self._flops_per_token = training_flops_per_token(config)

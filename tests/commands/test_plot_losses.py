@@ -97,6 +97,8 @@ def test_the_incomplete_last_line_of_a_run_in_progress_is_ignored(tmp_path: Path
         ('{"step": 1, "eval_loss": 2.0}\n', "has no line with a loss yet"),
         ("", "has no line with a loss yet"),
         ('{"step": 1, "loss": 2.0}\nnonsense\n', "line 2 is not a JSON record with a step"),
+        ('{"step": 1, "loss": null, "loss_text": "nan"}\n', "has no line with a loss yet"),
+        ("x" * 2**20 + "y", "line 1 is not a JSON record with a step"),
         ("[1]\n", "line 1 is not a JSON record with a step"),
     ],
 )

@@ -19,10 +19,12 @@ RECORD_KEYS = {
     "grad_norm",
     "tokens",
     "tokens_per_second",
+    "tokens_per_second_per_device",
     "step_seconds",
     "data_wait_fraction",
     "tflops_per_device",
     "peak_memory_gib",
+    "time",
 }
 """Keys of a training record of one process on a CPU."""
 
@@ -119,6 +121,13 @@ def test_one_process_trains_without_a_launcher_or_a_compiler(single_process: Pat
     assert all(record.keys() == RECORD_KEYS for record in run)
     assert run[-1]["tokens"] == 3 * 8 * 16
     assert all(record["tflops_per_device"] > 0 and record["peak_memory_gib"] > 0.01 for record in run)
+
+
+def test_a_run_whose_output_is_on_a_full_disk_trains_to_its_end(tmp_path: Path) -> None:
+    command = ["bash", "-c", 'exec "$0" "$@" > /dev/full', sys.executable, "pretrain_gpt.py", "--config", config_file(tmp_path)]
+    result = run_command(*command)
+    assert result.returncode == 0, result.stderr
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]
 
 
 @pytest.mark.launch

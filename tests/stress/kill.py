@@ -294,7 +294,7 @@ class Killer:
             self._problem(job, f"exit codes {codes}, but the run was not complete")
         loaded = self._check_loaded(job)
         newest = self._check_checkpoints(job)
-        steps = re.findall(r"^step +(\d+)/", job.output(), re.MULTILINE)
+        steps = re.findall(r"^[\d:]{8} step +(\d+)/", job.output(), re.MULTILINE)
         return Kill(
             rank=rank,
             seconds=moment,

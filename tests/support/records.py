@@ -9,7 +9,7 @@ Tree = dict[str, Any]
 EVALUATION = {"step": 30, "eval_loss": 2.25, "eval_perplexity": math.exp(2.25)}
 
 
-def train_record(step: int, **changes: float) -> dict[str, float]:
+def train_record(step: int, **changes: float | None) -> Tree:
     """Return a record of a training step, with some values replaced or added."""
     return {
         "step": step,
@@ -18,6 +18,7 @@ def train_record(step: int, **changes: float) -> dict[str, float]:
         "grad_norm": 0.75,
         "tokens": 1024 * step,
         "tokens_per_second": 20480.0,
+        "tokens_per_second_per_device": 20480.0,
         "step_seconds": 0.05,
         **changes,
     }

@@ -30,6 +30,7 @@ def test_the_record_follows_from_tokens_time_and_flops() -> None:
     """4000 tokens in 4 s with 6e12 FLOPs per token on 8 devices: 6e15 / 8 FLOPs per second and device."""
     assert two_steps().record(flops_per_token=6 * 10**12, world_size=8, peak=None) == {
         "tokens_per_second": 1000.0,
+        "tokens_per_second_per_device": 125.0,
         "step_seconds": 2.0,
         "data_wait_fraction": 0.25,
         "tflops_per_device": 750.0,

@@ -34,6 +34,7 @@ RECORD_KEYS = {
     "grad_norm",
     "tokens",
     "tokens_per_second",
+    "tokens_per_second_per_device",
     "step_seconds",
     "data_wait_fraction",
     "tflops_per_device",
@@ -207,6 +208,7 @@ def test_every_training_record_has_loss_speed_and_memory(
         assert record.keys() == keys  # no mfu: the peak of a CPU is unknown
         assert record["tokens"] == record["step"] * 8 * SEQ
         assert record["tokens_per_second"] == pytest.approx(8 * SEQ / record["step_seconds"])
+        assert record["tokens_per_second_per_device"] == pytest.approx(record["tokens_per_second"] / world)
         tflops = FLOPS_PER_TOKEN * record["tokens_per_second"] / world / 1e12
         assert record["tflops_per_device"] == pytest.approx(tflops)
         assert 0 <= record["data_wait_fraction"] <= 1

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import TextIO
 
 from megagpt.training.loggers.base import MetricsRecord
@@ -11,16 +11,21 @@ from megagpt.training.loggers.base import MetricsRecord
 class ConsoleLogger:
     """Prints one line per record."""
 
-    def __init__(self, total_steps: int, stream: TextIO | None = None) -> None:
-        """`stream`: where to print; by default `sys.stdout` at the time of each record."""
+    def __init__(self, total_steps: int, device_type: str = "cpu", stream: TextIO | None = None) -> None:
+        """`device_type`: torch's name; the memory of a CPU process is not printed.
+
+        `stream`: where to print; by default `sys.stdout` at the time of each record.
+        """
         self._total = total_steps
+        self._device_type = device_type
         self._stream = stream
 
     def step(self, record: MetricsRecord) -> None:
-        """Print `record`."""
+        """Print `record`, with the time of day at this machine."""
         split = next((split for split in ("eval", "test") if f"{split}_loss" in record), None)
         parts = _evaluation_parts(record, split) if split else self._training_parts(record)
-        head = f"step {record['step']:>{len(str(self._total))}}/{self._total}"
+        clock = datetime.fromisoformat(record["time"]).astimezone().strftime("%H:%M:%S")
+        head = f"{clock} step {record['step']:>{len(str(self._total))}}/{self._total}"
         print(" | ".join([head, *parts]), file=self._stream or sys.stdout, flush=True)
 
     def rewind(self, step: int) -> None:
@@ -33,15 +38,23 @@ class ConsoleLogger:
         seconds_left = (self._total - record["step"]) * record["step_seconds"]
         parts = [
             f"loss {record['loss']:.4f}",
-            f"lr {record['learning_rate']:.3e}",
+            f"lr {record['learning_rate']:.2e}",
             f"grad norm {record['grad_norm']:.3f}",
-            f"{record['tokens_per_second']:,.0f} tokens/s",
+            _speed(record),
             f"{record['step_seconds']:.3f} s/step",
         ]
         if "mfu" in record:
-            parts.append(f"{record['tflops_per_device']:.0f} TFLOP/s, MFU {record['mfu']:.1%}")
+            parts.append(f"{record['tflops_per_device']:.0f} TFLOP/s per device, MFU {record['mfu']:.1%}")
+        if self._device_type != "cpu" and record.get("peak_memory_gib") is not None:
+            parts.append(f"{record['peak_memory_gib']:.1f} GiB")
         parts.append(f"{timedelta(seconds=round(seconds_left))} left" if math.isfinite(seconds_left) else "? left")
         return parts
+
+
+def _speed(record: MetricsRecord) -> str:
+    """Return the tokens per second, also of one device if there are several."""
+    total, per_device = record["tokens_per_second"], record["tokens_per_second_per_device"]
+    return f"{total:,.0f} tokens/s" + (f" ({per_device:,.0f}/device)" if per_device < total else "")
 
 
 def _evaluation_parts(record: MetricsRecord, split: str) -> list[str]:
