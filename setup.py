@@ -66,5 +66,5 @@ setup(
         "tensorboard": ["tensorboard>=2.16"],
         "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.10", "transformers>=4.50"],
     },
-    entry_points={"console_scripts": [console_script(name) for name in COMMANDS]},
+    entry_points={"console_scripts": ["megagpt = megagpt.__main__:main", *map(console_script, COMMANDS)]},
 )

@@ -6,7 +6,9 @@
 #
 # GPUS must be a multiple of parallel.tensor x parallel.pipeline x parallel.context of the config; the quotient is the
 # data-parallel size. `--print-config` after CONFIG prints what would run. On a machine without GPUs, the ranks run on the
-# CPU cores.
+# CPU cores. CONFIG and the paths in it are relative to the folder that you call the script from.
+#
+# MASTER_PORT=29511 bash examples/single_node.sh ... lets the ranks meet at that port instead of one that is free.
 set -euo pipefail
 
 if (($# < 2)); then
@@ -16,10 +18,13 @@ fi
 gpus=$1 config=$2
 shift 2
 
-# Paths in configs are relative to the repository root. If `make setup` has created .venv, its commands are used.
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-export PATH="$PWD/.venv/bin:$PATH"
+# If `make setup` has created .venv, its commands are used.
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PATH="$root/.venv/bin:$PATH"
 # Each rank has its own thread pool; without a limit, each one would use all cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+free_port='import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
+port=${MASTER_PORT:-$(python3 -c "$free_port")}
 
-exec deepspeed --num_gpus "$gpus" pretrain_gpt.py --config "$config" "$@"
+exec deepspeed --num_gpus "$gpus" --master_port "$port" --log_level error \
+  "$root/pretrain_gpt.py" --config "$config" "$@"

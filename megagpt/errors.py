@@ -27,6 +27,14 @@ class TrainingError(MegagptError):
     """A run that must stop: its loss, its weights or its ranks are not valid."""
 
 
+class ReportedError(MegagptError):
+    """An error that another rank has reported already: this rank ends without a message, with the same exit code."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("another rank has reported an error")
+        self.exit_code = exit_code
+
+
 def listed(items: Iterable[str], limit: int = 8) -> str:
     """Join items for a message, for example "a, b and 3 more"; at most `limit` items are named."""
     names = list(items)

@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -98,3 +99,7 @@ def _default(field: FieldInfo) -> str:
         return "required"
     value = field.get_default(call_default_factory=True, validated_data={})
     return f"`{json.dumps(value)}`"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

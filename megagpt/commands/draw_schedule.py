@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -128,3 +129,7 @@ def _table_row(cells: Sequence[str]) -> str:
 def _count(number: int, noun: str) -> str:
     plural = "es" if noun.endswith("ch") else "s"
     return f"{number} {noun}{plural if number != 1 else ''}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import secrets
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -123,3 +124,7 @@ def _count_too_large(values: Tensor, converted: Tensor) -> int:
     """Return the number of values that were finite and are infinite after the conversion."""
     blocks = zip(values.flatten().split(_BLOCK), converted.flatten().split(_BLOCK), strict=True)
     return sum(int((after.isinf() & before.isfinite()).sum()) for before, after in blocks)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -49,7 +49,7 @@ def create_parser() -> argparse.ArgumentParser:
 @report_unwritable
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    args = create_parser().parse_args(argv)
+    args = job.parse_arguments(create_parser(), argv)
     return job.run(lambda launcher: _find(args, launcher), args.debug)
 
 
@@ -126,3 +126,7 @@ def _draw(points: "list[Point]", suggestion: "Suggestion", path: str) -> None:
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     figure.savefig(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -122,3 +122,7 @@ def _notes(config: Config, tokenizer: Tokenizer, prompt_length: int, max_tokens:
             "longer"
         )
     return notes
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -104,3 +105,7 @@ def _row(tensor: TensorReport) -> tuple[str, str, str, str, str]:
     norm = "nan" if tensor.norm is None else f"{tensor.norm:.6g}"
     counts = ", ".join(f"{count:,} of {state}" for state, count in tensor.non_finite.items())
     return tensor.name, " x ".join(map(str, tensor.shape)), norm, ", ".join(tensor.kinds), f"! {counts}" if counts else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -137,3 +138,7 @@ def _piece_column(token: dict[str, Any], eod_id: int | None) -> str:
     if token["id"] == eod_id:
         return "(end of document)"
     return repr(token["piece"]) if "piece" in token else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

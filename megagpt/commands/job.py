@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,10 @@ from megagpt.config import Config, build_config, config_hash, data_parallel_size
 from megagpt.data.blend import build_datasets, check_vocabulary
 from megagpt.data.tokenizer import load_tokenizer
 from megagpt.distributed.launcher import Launcher, read_launcher
-from megagpt.errors import ConfigError, MegagptError
+from megagpt.errors import ConfigError, MegagptError, ReportedError
 from megagpt.output import lossy_output, note
 from megagpt.planner.auto_schedule import resolve_schedule
+from megagpt.resilience.interruption import ending_at_once
 from megagpt.training.loggers.check import check_loggers
 
 if TYPE_CHECKING:
@@ -50,19 +51,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
 
 
+def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the arguments; only rank 0 prints what is wrong with them, and exits with 2 as all ranks do."""
+    try:
+        rank = read_launcher(os.environ).rank
+    except ConfigError:
+        rank = 0
+    if rank == 0:
+        return parser.parse_args(argv)
+    with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
+        return parser.parse_args(argv)
+
+
 def run(work: Callable[[Launcher], int | None], debug: bool) -> int:
     """Run this rank's `work` and return its exit code. A rank that fails exits at once, so that the launcher ends the job."""
-    rank = 0
+    launcher = Launcher()
     try:
         launcher = read_launcher(os.environ)
-        rank = launcher.rank
         return work(launcher) or 0
-    except MegagptError as error:
-        return _fail(rank, f"error: {error}", debug, USER_ERROR)
-    except KeyboardInterrupt:
-        return _fail(rank, "interrupted", False, INTERRUPTED)
-    except Exception as error:
-        return _fail(rank, _describe_unexpected(rank, error), debug, CRASHED)
+    except ReportedError as error:
+        return _exit(error.exit_code)
+    except (Exception, KeyboardInterrupt) as error:
+        return _fail(launcher, error, debug)
 
 
 @contextmanager
@@ -72,33 +82,38 @@ def open_trainer(path: str, overrides: Sequence[str], launcher: Launcher) -> Ite
     Rank 0 checks everything that it can before the ranks connect, and before torch is imported.
     """
     start_time = time.monotonic()
-    config = checked_config(path, overrides, launcher.world_size) if launcher.rank == 0 else None
-    _note(launcher, f"config and data are checked; starting {launcher.world_size} rank{'s' if launcher.world_size > 1 else ''}")
-    import torch
+    ranks = f"{launcher.world_size} rank{'s' if launcher.world_size > 1 else ''}"
+    with ending_at_once(launcher.rank):
+        config = checked_config(path, overrides, launcher.world_size) if launcher.rank == 0 else None
+        _note(launcher, f"config and data are checked; starting {ranks}")
+        import torch
 
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    from megagpt.distributed.phase import PhaseTracker
-    from megagpt.distributed.process_group import TIMEOUT, destroy_process_group, init_process_group
-    from megagpt.distributed.same_everywhere import require_same_code
-    from megagpt.engine.deepspeed_internals import init_deepspeed, library_versions
-    from megagpt.parallel.topology import Topology
-    from megagpt.resilience.watchdog import Watchdog
-    from megagpt.training.trainer import Trainer
+        os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+        from megagpt.distributed.phase import PhaseTracker
+        from megagpt.distributed.process_group import TIMEOUT, destroy_process_group, init_process_group
+        from megagpt.distributed.same_everywhere import require_same_code
+        from megagpt.engine.deepspeed_internals import init_deepspeed, library_versions
+        from megagpt.parallel.topology import Topology
+        from megagpt.resilience.watchdog import Watchdog
+        from megagpt.training.trainer import Trainer
 
-    cuda = os.environ["DS_ACCELERATOR"] == "cuda"
-    device = torch.device("cuda", launcher.local_rank) if cuda else torch.device("cpu")
-    store = init_process_group(launcher, device)
-    init_deepspeed(launcher, "nccl" if cuda else "gloo", TIMEOUT)
-    require_same_code(Path(megagpt.__file__).parent, library_versions())
-    config = _broadcast_config(config, device)
-    parallel = config.parallel
-    datasets = build_datasets(config.data, config.model.n_positions)
-    timeout = parallel.timeout_seconds + SECONDS_AFTER_WATCHDOG
-    topology = Topology.create(parallel.tensor, parallel.pipeline, timeout, parallel.context)
-    phase = PhaseTracker(device)
-    _note(launcher, "building the model and the optimizer, and loading a checkpoint if there is one")
-    with Watchdog(store, topology.rank, topology.layout.world_size, phase, parallel.timeout_seconds):
-        trainer = Trainer(config, topology, datasets, device, phase, start_time)
+        cuda = os.environ["DS_ACCELERATOR"] == "cuda"
+        device = torch.device("cuda", launcher.local_rank) if cuda else torch.device("cpu")
+        store = init_process_group(launcher, device)
+    with _reported_once(store, launcher), ExitStack() as stack:
+        with ending_at_once(launcher.rank):
+            init_deepspeed(launcher, "nccl" if cuda else "gloo", TIMEOUT)
+            require_same_code(Path(megagpt.__file__).parent, library_versions())
+            config = _broadcast_config(config, device)
+            parallel = config.parallel
+            datasets = build_datasets(config.data, config.model.n_positions)
+            timeout = parallel.timeout_seconds + SECONDS_AFTER_WATCHDOG
+            topology = Topology.create(parallel.tensor, parallel.pipeline, timeout, parallel.context)
+            phase = PhaseTracker(device)
+            world_size = topology.layout.world_size
+            _note(launcher, "building the model and the optimizer, and loading a checkpoint if there is one")
+            stack.enter_context(Watchdog(store, topology.rank, world_size, phase, parallel.timeout_seconds))
+            trainer = Trainer(config, topology, datasets, device, phase, start_time)
         try:
             yield trainer
         except BaseException:
@@ -112,6 +127,22 @@ def _note(launcher: Launcher, text: str) -> None:
     """Print a line about a slow part of the start to standard error, on rank 0."""
     if launcher.rank == 0:
         note(text)
+
+
+@contextmanager
+def _reported_once(store: Any, launcher: Launcher) -> Iterator[None]:
+    """Turn an error that another rank has reported already into a ReportedError. `store`: None on one process."""
+    from megagpt.distributed.rendezvous import is_first_report
+
+    try:
+        yield
+    except ReportedError:
+        raise
+    except Exception as error:
+        text, code = _describe(launcher.rank, error)
+        if store is not None and not is_first_report(store, launcher, text):
+            raise ReportedError(code) from error
+        raise
 
 
 def checked_config(path: str, overrides: Sequence[str], world_size: int) -> Config:
@@ -174,22 +205,50 @@ def _broadcast_config(config: Config | None, device: Any) -> Config:
     return received
 
 
-def _describe_unexpected(rank: int, error: Exception) -> str:
+def _describe(rank: int, error: BaseException) -> tuple[str, int]:
+    """Return the message of an error, in one line, and the exit code."""
+    if isinstance(error, MegagptError):
+        return f"error: {error}", USER_ERROR
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", INTERRUPTED
     text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     if "Connection closed by peer" in text or "Connection reset by peer" in text:
-        return f"rank {rank} stops: another rank has ended ({text[:120]})"
-    return f"error: {text}"
+        return f"rank {rank} stops: another rank has ended ({text[:120]})", CRASHED
+    return f"error: {text}", CRASHED
 
 
-def _fail(rank: int, message: str, debug: bool, code: int) -> int:
-    """Print the message and exit without cleanup: other ranks may wait in a collective that this one will never join."""
-    many_ranks = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1
-    head = f"[rank {rank}] " if many_ranks else ""
-    with lossy_output():
-        if debug:
-            traceback.print_exc()
-        print(head + message, file=sys.stderr, flush=True)
-        sys.stdout.flush()
-    if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
+def _fail(launcher: Launcher, error: BaseException, debug: bool) -> int:
+    """Print the message and exit. If rank 0 fails before the ranks have connected, the others end with the same code."""
+    _report(launcher, error, debug)
+    code = _describe(launcher.rank, error)[1]
+    if launcher.rank == 0 and launcher.world_size > 1 and isinstance(error, Exception) and not _connected():
+        from megagpt.distributed.rendezvous import refuse
+
+        with ending_at_once(launcher.rank):
+            refuse(launcher, code)
+    return _exit(code)
+
+
+def _report(launcher: Launcher, error: BaseException, debug: bool) -> None:
+    """Print the message of an error; with `debug`, and not for Ctrl-C, also the traceback."""
+    head = f"[rank {launcher.rank}] " if launcher.world_size > 1 else ""
+    with lossy_output():  # the terminal may have ended
+        if debug and not isinstance(error, KeyboardInterrupt):
+            traceback.print_exception(error)
+        print(head + _describe(launcher.rank, error)[0], file=sys.stderr, flush=True)
+
+
+def _exit(code: int) -> int:
+    """Exit without cleanup if there is a process group: other ranks may wait in a collective that this one will never join.
+
+    Otherwise return the code.
+    """
+    if _connected():
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
         os._exit(code)
     return code
+
+
+def _connected() -> bool:
+    return "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()

@@ -1,6 +1,7 @@
 """tools/merge_datasets.py: merge pairs of token files into one pair, byte-identical to one preprocessing run on all texts."""
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 
@@ -47,3 +48,7 @@ def _merge(args: argparse.Namespace) -> None:
         f"{args.output_prefix}: {totals.documents} documents, {totals.tokens} tokens from {len(pairs)} "
         f"pair{'s' if len(pairs) > 1 else ''} in {seconds:.1f} s ({n_bytes / 1e6 / max(seconds, 1e-9):.1f} MB/s)"
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

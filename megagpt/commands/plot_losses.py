@@ -1,6 +1,7 @@
 """tools/plot_losses.py: draw the loss curves of runs from their metrics files."""
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -101,3 +102,7 @@ def _curve(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[flo
     """Return the steps and the values of the records that have a value under `key`; null, for NaN and Infinity, is none."""
     points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
     return [step for step, _ in points], [value for _, value in points]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -216,3 +216,7 @@ def _tokenizer_loader(args: argparse.Namespace) -> Callable[[], Tokenizer]:
 
 def _warn(error: DataError) -> None:
     print(f"skipped: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def create_parser() -> argparse.ArgumentParser:
 @report_unwritable
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    args = create_parser().parse_args(argv)
+    args = job.parse_arguments(create_parser(), argv)
     return job.run(lambda launcher: _pretrain(args, launcher), args.debug)
 
 
@@ -57,3 +58,7 @@ def _print_config(args: argparse.Namespace, launcher: Launcher) -> int:
     dp_cp_size = dp_size * config.parallel.context
     print(json.dumps({"config": json.loads(to_json(config)), "deepspeed": deepspeed_config(config, dp_cp_size)}, indent=2))
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -301,3 +301,7 @@ def child_environment() -> dict[str, str]:
 def log(line: str) -> None:
     """Print a line at once, so that it appears before the output of the next step."""
     print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

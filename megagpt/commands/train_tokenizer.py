@@ -5,6 +5,7 @@ import io
 import itertools
 import random
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -211,3 +212,7 @@ def _size_problem(error: str, vocab_size: int, coverage: float) -> str:
             f"--vocab-size {vocab_size}: this text has pieces for at most {match[2]}; use --vocab-size {match[2]} or more text"
         )
     return f"--vocab-size {vocab_size}: SentencePiece could not train on this text: {error}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,22 +1,21 @@
 """Create and destroy the default process group."""
 
 import os
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from megagpt.distributed.launcher import Launcher
+from megagpt.distributed.rendezvous import TIMEOUT, meet
 
-TIMEOUT = timedelta(minutes=30)
-"""Time limit for all ranks to connect. The topology's groups use `parallel.timeout_seconds`."""
+__all__ = ["TIMEOUT", "destroy_process_group", "init_process_group", "share_cores"]
 
 
 def init_process_group(launcher: Launcher, device: torch.device) -> dist.Store | None:
     """Connect the ranks: nccl on CUDA, gloo on CPU.
 
     Returns the store that the ranks connected through, or None for one process.
+    Raises ConfigError if they cannot connect, and ReportedError if rank 0 refuses to start.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -27,10 +26,9 @@ def init_process_group(launcher: Launcher, device: torch.device) -> dist.Store |
     if launcher.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
         return None
-    store, rank, world_size = next(rendezvous("env://", launcher.rank, launcher.world_size, timeout=TIMEOUT))
-    store.set_timeout(TIMEOUT)
+    store = meet(launcher)
     groups = dist.PrefixStore("groups", store)
-    dist.init_process_group(backend, store=groups, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    dist.init_process_group(backend, store=groups, rank=launcher.rank, world_size=launcher.world_size, timeout=TIMEOUT)
     return store
 
 

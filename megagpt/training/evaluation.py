@@ -2,11 +2,13 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megagpt.config.schema import Config
 from megagpt.data.blend import Dataset
@@ -41,10 +43,18 @@ def evaluated_samples(dataset: Dataset, asked: int | None) -> int:
     return available if asked is None else min(asked, available)
 
 
-def evaluate(engine: Engine, dataset: Dataset, config: Config, samples: int | None, name: str = "eval") -> dict[str, Any]:
+def evaluate(
+    engine: Engine,
+    dataset: Dataset,
+    config: Config,
+    samples: int | None,
+    name: str = "eval",
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
     """Return NAME_loss (nats per token over the first `samples` samples, all if None) and NAME_perplexity. Collective.
 
     The samples are divided into batches of training.global_batch_size. Rows that fill up the last batch are masked.
+    Returns None, on all ranks after the same batch, if `stop_requested` is true on some rank before the end.
     """
     topology = engine.topology
     n_samples = evaluated_samples(dataset, samples)
@@ -61,6 +71,7 @@ def evaluate(engine: Engine, dataset: Dataset, config: Config, samples: int | No
     progress = _Progress(n_samples, name)
     total: torch.Tensor | None = None
     n_tokens = 0
+    stop = torch.zeros(1, device=engine.device)
     for first in range(0, n_samples, batch_size):
         engine.phase.enter(f"evaluation of sample {first}")
         size = min(batch_size, _round_up(n_samples - first, micro_batch_size * topology.layout.data))
@@ -70,6 +81,10 @@ def evaluate(engine: Engine, dataset: Dataset, config: Config, samples: int | No
         loss_sum = engine.evaluate(batch.to(engine.device))
         if loss_sum is not None:
             total = loss_sum.double() if total is None else total + loss_sum
+        if stop.item():  # asked for before this batch, so that the device does not wait for the host
+            return None
+        stop.fill_(stop_requested())
+        dist.all_reduce(stop, group=topology.world_group)
         progress.report(first + size)
     global_tokens = sum_tokens(n_tokens, topology, engine.device)
     loss = reduce_loss(total, global_tokens, topology, engine.device).loss

@@ -10,10 +10,10 @@ import torch
 
 from megagpt.checkpoint.verify import require_complete
 from megagpt.config.schema import Config
-from megagpt.data.blend import Datasets
+from megagpt.data.blend import Dataset, Datasets
 from megagpt.data.identity import DataIdentity, data_identity, training_data_changes
 from megagpt.data.prefetch import Prefetcher
-from megagpt.distributed.object_collectives import run_on_ranks
+from megagpt.distributed.object_collectives import all_gather_object, run_on_ranks
 from megagpt.distributed.phase import PhaseTracker
 from megagpt.distributed.rank_zero import rank_zero_print, rank_zero_warn
 from megagpt.distributed.same_everywhere import require_same
@@ -22,7 +22,7 @@ from megagpt.errors import DataError, TrainingError
 from megagpt.parallel.topology import Topology
 from megagpt.planner.flops import training_flops_per_token
 from megagpt.resilience.health import OK, Health, Verdict
-from megagpt.resilience.interruption import REQUEUE, Interruption
+from megagpt.resilience.interruption import Interruption, exit_code
 from megagpt.resilience.replicas import check_replicas
 from megagpt.resilience.stragglers import Stragglers
 from megagpt.training.batch_schedule import SampleRange, batches_from, trained_samples
@@ -144,10 +144,9 @@ class Trainer:
             return 0
         max_hours = self.config.training.max_hours if self.topology.rank == 0 else None  # one clock for all ranks
         try:
-            with Interruption(max_hours, self._start_time) as self._interruption:
-                if not self._train_steps():
+            with Interruption(max_hours, self._start_time, self.topology.rank) as self._interruption:
+                if not self._train_steps() or not self._evaluate_test():
                     return self._stop_early(self._interruption)
-                self._evaluate_test()
                 self.checkpointer.finish(required=True)
         except BaseException:
             self.checkpointer.release_lock()
@@ -206,9 +205,10 @@ class Trainer:
                         self._roll_back(batch, outcome.verdict)
                         break  # restart the batches from the checkpoint
                     self._check_replicas_if_due()
-                    self._evaluate_if_due()
+                    stop = outcome.stop_requested and self.step < self.total_steps
+                    stop = stop or not self._evaluate_if_due()
                     self._save_if_due()
-                    if outcome.stop_requested and self.step < self.total_steps:
+                    if stop:
                         return False
                     self.phase.enter("wait for the next batch")
         return True
@@ -228,19 +228,22 @@ class Trainer:
         return self._interruption is not None and self._interruption.reason is not None
 
     def _stop_early(self, interruption: Interruption) -> int:
-        """Save unless this step is saved already, and return the exit code."""
-        reason = interruption.reason or "another rank was asked to stop"
+        """Save unless this step is saved already, and return the exit code. Collective."""
+        self.phase.enter("exchange of the reasons to stop")
+        reasons = all_gather_object(interruption.reason)
+        reason = interruption.reason or next(f"{text} on rank {rank}" for rank, text in enumerate(reasons) if text is not None)
+        code = exit_code(reasons, saved=self.checkpointer.enabled)
         if not self.checkpointer.enabled:
             rank_zero_warn(f"step {self.step}: stopping early ({reason}); nothing is saved, because checkpoint.dir is not set")
-            return interruption.exit_code
+            return code
         if self.checkpointer.last_step != self.step:
             self._save()
         self.checkpointer.finish(required=True)
         rank_zero_warn(
-            f"step {self.step}: stopping early ({reason}) with exit code {REQUEUE}; start again to resume from this step"
+            f"step {self.step}: stopping early ({reason}) with exit code {code}; start again to resume from this step"
         )
         interruption.leave()
-        return REQUEUE
+        return code
 
     def _load(self, folder: Path) -> dict[str, Any]:
         """Load a checkpoint and return its config. Collective."""
@@ -321,20 +324,28 @@ class Trainer:
             self.checkpointer.finish()
             raise
 
-    def _evaluate_if_due(self) -> None:
+    def _evaluate_if_due(self) -> bool:
+        """Return False, on all ranks, if the evaluation was abandoned because some rank was asked to stop."""
         if self.datasets.valid is None or not self._due_or_last(self.config.evaluation.interval):
-            return
-        losses = evaluate(self.engine, self.datasets.valid, self.config, self.config.evaluation.samples)
-        self.logger.step({"step": self.step, **losses})
+            return True
+        losses = self._evaluate(self.datasets.valid, self.config.evaluation.samples, "eval")
         self._start_window()
+        return losses is not None
 
-    def _evaluate_test(self) -> None:
+    def _evaluate_test(self) -> bool:
+        """Return False, on all ranks, if the evaluation was abandoned because some rank was asked to stop."""
         if self.datasets.test is None:
-            return
-        losses = evaluate(self.engine, self.datasets.test, self.config, self.config.evaluation.test_samples, "test")
-        self.logger.step({"step": self.step, **losses})
-        if self.topology.rank == 0:
+            return True
+        losses = self._evaluate(self.datasets.test, self.config.evaluation.test_samples, "test")
+        if losses is not None and self.topology.rank == 0:
             self._test_result.write(self.step, losses)
+        return losses is not None
+
+    def _evaluate(self, dataset: Dataset, samples: int | None, name: str) -> dict[str, Any] | None:
+        losses = evaluate(self.engine, dataset, self.config, samples, name, self._stop_requested)
+        if losses is not None:
+            self.logger.step({"step": self.step, **losses})
+        return losses
 
     def _save_if_due(self) -> None:
         self.checkpointer.poll()

@@ -1,5 +1,6 @@
 """The single-node script passes its arguments to the deepspeed launcher."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,12 +25,13 @@ def clone(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run_script(clone: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+def run_script(clone: Path, folder: Path, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    """Run the script, called from `folder`."""
     environment = {key: value for key, value in ENVIRONMENT.items() if key != "OMP_NUM_THREADS"}
     return subprocess.run(
         ["bash", str(clone / "examples" / "single_node.sh"), *arguments],
-        cwd="/",
-        env=environment,
+        cwd=folder,
+        env=environment | variables,
         capture_output=True,
         text=True,
         timeout=30,
@@ -37,13 +39,27 @@ def run_script(clone: Path, *arguments: str) -> "subprocess.CompletedProcess[str
     )
 
 
-def test_the_script_starts_the_launcher_in_the_clone_with_all_arguments(clone: Path) -> None:
-    result = run_script(clone, "8", "my.json", "--set", "data.paths=a")
+def test_the_script_starts_the_launcher_in_the_callers_folder_with_all_arguments(clone: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "experiments"
+    folder.mkdir()
+    result = run_script(clone, folder, "8", "my.json", "--set", "data.paths=a", MASTER_PORT="29511")
     assert result.returncode == 0, result.stderr
-    assert result.stdout == f"--num_gpus 8 pretrain_gpt.py --config my.json --set data.paths=a 1 {clone.resolve()}\n"
+    script = clone.resolve() / "pretrain_gpt.py"
+    options = f"--num_gpus 8 --master_port 29511 --log_level error {script}"
+    assert result.stdout == f"{options} --config my.json --set data.paths=a 1 {folder.resolve()}\n"
+
+
+def test_the_default_port_is_one_that_is_free(clone: Path) -> None:
+    """Two runs on one machine get two ports."""
+    words = [run_script(clone, clone, "8", "my.json").stdout.split() for _ in range(2)]
+    ports = [int(line[line.index("--master_port") + 1]) for line in words]
+    assert all(1024 <= port <= 65535 for port in ports)
+    for port in ports:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
 
 
 def test_missing_arguments_print_the_usage(clone: Path) -> None:
-    result = run_script(clone, "8")
+    result = run_script(clone, clone, "8")
     assert result.returncode == 2
     assert "usage: bash examples/single_node.sh GPUS CONFIG" in result.stderr
