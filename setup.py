@@ -33,6 +33,7 @@ COMMANDS = (
     "plot-losses",
     "draw-schedule",
     "find-learning-rate",
+    "get-gpt2-tokenizer",
 )
 
 setup(

@@ -1,6 +1,9 @@
-"""Run megagpt.commands.quickstart, as `make quickstart` does; see `--help`."""
+"""Run megagpt.commands.quickstart as `make quickstart` does; see `--help`."""
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from megagpt.commands.quickstart import main
 

@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     if args.transfer < 0:
         raise ConfigError(f"--transfer {args.transfer}: expected 0 or more")
+    if args.output is not None and not args.output.endswith(".svg"):
+        raise ConfigError(f"--output {args.output}: pictures are SVG files; expected a name that ends in .svg")
     costs = even_costs(args.stages, *read_costs(args.costs))
     if args.schedule is None:
         if args.output is not None:
@@ -66,9 +68,11 @@ def _run(args: argparse.Namespace) -> None:
     simulation = simulate(plan, costs(plan.n_stages), args.transfer, in_order=False)
     sizes = f"{_count(args.stages, 'rank')}, {_count(micro_batches, 'micro-batch')}"
     title = f"{args.schedule}: {sizes}, {simulation.makespan:.4g} per step"
+    if args.output is not None:  # before the table, so that an error is not below results
+        _write(args.output, draw(plan, simulation, title))
     print(f"{title}\n{table_by_rank(plan, simulation)}")
     if args.output is not None:
-        _write(args.output, draw(plan, simulation, title))
+        print(f"{args.output}: written")
 
 
 def comparison(ranks: int, micro_batches: Sequence[int], virtual_stages: int, costs: CostModel, transfer: float) -> str:
@@ -113,13 +117,10 @@ def _make_plan(name: str, ranks: int, micro_batches: int, virtual_stages: int) -
 
 
 def _write(path: str, text: str) -> None:
-    if not path.endswith(".svg"):
-        raise ConfigError(f"--output {path}: pictures are SVG files; expected a name that ends in .svg")
     try:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--output {path}: cannot be written: {error.strerror}") from None
-    print(f"{path}: written")
 
 
 def _table_row(cells: Sequence[str]) -> str:

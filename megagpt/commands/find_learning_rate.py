@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from megagpt.training.lr_finder import Point, Suggestion
 
 EXAMPLE = """examples:
-  python tools/find_learning_rate.py --config configs/quickstart.json --output runs/rates
+  torchrun --nproc_per_node 4 tools/find_learning_rate.py --config configs/quickstart.json --output runs/rates
   torchrun --nproc_per_node 8 tools/find_learning_rate.py --config configs/125M.json --max-rate 0.1 --output rates
 The run starts from the config's initial weights and uses --steps and the growing rates instead of its length and schedule;
 nothing is evaluated or saved. --set checkpoint.resume=PATH starts from a checkpoint."""
@@ -58,7 +58,7 @@ def _find(args: argparse.Namespace, launcher: Launcher) -> None:
     if launcher.rank == 0:
         _create_table(args.output)
     points: list[Point] = []
-    overrides = [*OVERRIDES, f"training.steps={args.steps}", *args.set]
+    overrides = [*OVERRIDES, *args.set, f"training.steps={args.steps}"]
     with lossy_output(), job.open_trainer(args.config, overrides, launcher) as trainer:
         from megagpt.training.lr_finder import search, suggest
 

@@ -174,9 +174,13 @@ def _summary(prefix: str, counts: Counts, seconds: float) -> str:
     ]
     megabytes = counts.text_bytes / 1e6
     return (
-        f"{prefix}: {counts.documents} documents{''.join(f', {count} {what}' for count, what in details if count)}, "
+        f"{prefix}: {_number(counts.documents, 'document')}{''.join(f', {count} {what}' for count, what in details if count)}, "
         f"{counts.tokens} tokens from {megabytes:.1f} MB in {seconds:.1f} s ({megabytes / max(seconds, 1e-9):.1f} MB/s)"
     )
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _notes(args: argparse.Namespace, counts: Counts, n_files: int) -> list[str]:
@@ -185,7 +189,7 @@ def _notes(args: argparse.Namespace, counts: Counts, n_files: int) -> list[str]:
     one_document_per_file = counts.documents <= n_files * len(args.json_keys)
     if one_document_per_file and n_files < FEW_DOCUMENTS and args.text_separator is None:
         notes.append(
-            f"only {counts.documents} document{'s' if counts.documents > 1 else ''}: data.split divides by documents, so a "
+            f"only {_number(counts.documents, 'document')}: data.split divides by documents, so a "
             r"share may be empty; divide text files with --text-separator, for example '\n\n'"
         )
     if not args.append_eod:

@@ -3,11 +3,12 @@
 import argparse
 import io
 import itertools
+import math
 import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -30,6 +31,11 @@ MAX_COVERAGE = 0.9995
 """Default share of the text whose characters get pieces of their own; the rest is encoded as bytes."""
 CHARACTER_PIECES = 2 / 3
 """Largest share of the other pieces that single characters may take, so that there is room for longer pieces."""
+
+GOOD_COVERAGE = 0.995
+"""Coverage that `vocab_size_for` makes room for."""
+VOCAB_STEP = 256
+"""`vocab_size_for` returns multiples of this."""
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -156,6 +162,26 @@ def _pieces(text: str) -> Iterator[str]:
                 yield piece
 
 
+def vocab_size_for(texts: Iterable[str], minimum: int) -> int:
+    """Return a vocabulary size, at least `minimum`, that has room for the characters of the texts and for longer pieces.
+
+    The characters are those that cover `GOOD_COVERAGE` of the texts.
+    """
+    characters = n_characters(Counter(itertools.chain.from_iterable(texts)), GOOD_COVERAGE)
+    needed = RESERVED_PIECES + math.ceil(characters / CHARACTER_PIECES)
+    return max(minimum, math.ceil(needed / VOCAB_STEP) * VOCAB_STEP)
+
+
+def n_characters(counts: Counter[str], coverage: float) -> int:
+    """Return how many of the most frequent characters make up the share `coverage` of a text."""
+    missing = coverage * sum(counts.values())
+    for number, (_, count) in enumerate(counts.most_common()):
+        if missing <= 0:
+            return number
+        missing -= count
+    return len(counts)
+
+
 def choose_coverage(lines: Sequence[str], vocab_size: int) -> float:
     """Return the largest character coverage that leaves room for pieces of several characters, from MIN to MAX_COVERAGE."""
     counts = Counter(itertools.chain.from_iterable(lines))
@@ -195,17 +221,19 @@ def train_bpe(lines: Sequence[str], vocab_size: int, coverage: float) -> bytes:
             minloglevel=2,
         )
     except (RuntimeError, OSError, ValueError) as error:
-        raise ConfigError(_size_problem(str(error), vocab_size, coverage)) from None
+        raise ConfigError(_size_problem(str(error), lines, vocab_size, coverage)) from None
     return model.getvalue()
 
 
-def _size_problem(error: str, vocab_size: int, coverage: float) -> str:
+def _size_problem(error: str, lines: Sequence[str], vocab_size: int, coverage: float) -> str:
     """Return SentencePiece's error as one sentence, with a value that works if SentencePiece names one."""
     lower = ", or a lower --character-coverage" if coverage > MIN_COVERAGE else ""
     if match := re.search(r"smaller than required_chars\. (\d+) vs (\d+)", error):
+        counts = Counter(itertools.chain.from_iterable(lines))
         return (
-            f"--vocab-size {vocab_size}: this text has too many different characters at --character-coverage {coverage:g}; "
-            f"use --vocab-size {match[2]} or more{lower}"
+            f"--vocab-size {vocab_size}: this text has too many different characters: {len(counts):,}, of which "
+            f"{n_characters(counts, coverage):,} need pieces at --character-coverage {coverage:g}, besides {RESERVED_PIECES} "
+            f"pieces for bytes and special tokens; use --vocab-size {match[2]} or more{lower}"
         )
     if match := re.search(r"Vocabulary size too high \((\d+)\)\. Please set it to a value <= (\d+)", error):
         return (

@@ -7,10 +7,13 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from megagpt.config.schema import DataConfig, Source
-from megagpt.data.gpt_dataset import PackedCorpus, Sample
+from megagpt.data.gpt_dataset import PackedCorpus, Sample, TooShortError
 from megagpt.data.indexed import MAX_CHECKED_BYTES, IndexedCorpus, check_corpus
 from megagpt.data.interleave import Interleave
 from megagpt.errors import DataError
+
+PARTS = ("train", "valid", "test")
+"""The shares of data.split, in its order."""
 
 
 class Dataset(Protocol):
@@ -105,7 +108,14 @@ def _split_dataset(data: DataConfig, source: Source, split: str, part: int, sequ
         return None
     corpora = [IndexedCorpus(prefix) for prefix in _prefixes(source)]
     ranges = [split_ranges(len(corpus.sizes), split)[part] for corpus in corpora]
-    return _blend([_packed(data, c, r, sequence_length) for c, r in zip(corpora, ranges, strict=True)], source)
+    try:
+        packed = [_packed(data, c, r, sequence_length) for c, r in zip(corpora, ranges, strict=True)]
+    except TooShortError as error:
+        raise DataError(
+            f"data.split {split}: {PARTS[part]}: {error}; a split is by documents: use more or shorter documents (text files: "
+            "preprocess_data.py --text-separator), or other shares"
+        ) from None
+    return _blend(packed, source)
 
 
 def _full_dataset(data: DataConfig, source: Source | None, sequence_length: int) -> Dataset | None:

@@ -26,13 +26,17 @@ class Sample(NamedTuple):
     """True at the first token of each document, [seq + 1]."""
 
 
+class TooShortError(DataError):
+    """A range of a corpus that has not enough tokens for one sample."""
+
+
 class PackedCorpus:
     """A range of a corpus's sequences as an endless list of samples; every epoch has its own order."""
 
     def __init__(
         self, corpus: IndexedCorpus, sequences: range, sequence_length: int, seed: int, cache_dir: Path | None = None
     ) -> None:
-        """`cache_dir`: folder for large shuffle orders. Raises DataError if the range is too short for one sample."""
+        """`cache_dir`: folder for large shuffle orders. Raises TooShortError without tokens for one sample."""
         self.corpus = corpus
         self.sequences = sequences
         self.sequence_length = sequence_length
@@ -41,9 +45,9 @@ class PackedCorpus:
         tokens = int(self._sizes.sum(dtype=np.int64))
         self.samples_per_epoch = count_samples(tokens, sequence_length)
         if self.samples_per_epoch == 0:
-            raise DataError(
-                f"{corpus.prefix}: {tokens} tokens in {len(sequences)} of its documents, too few for one sample of "
-                f"model.n_positions {sequence_length} + 1"
+            raise TooShortError(
+                f"{corpus.prefix}: {tokens} tokens in {len(sequences)} of its {len(corpus.sizes)} documents, too few for one "
+                f"sample of model.n_positions {sequence_length} + 1"
             )
         self.unrepeated_samples = self.samples_per_epoch
         self._cache: IndexCache | None = None

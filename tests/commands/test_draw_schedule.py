@@ -74,7 +74,8 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--stages", "4", *arguments]) == 2
-    error = capsys.readouterr().err
+    printed, error = capsys.readouterr()
+    assert printed == ""  # no result before an error
     assert error.startswith("error: ") and message in error
     assert error.count("\n") == 1
 

@@ -55,13 +55,14 @@ def test_torchrun_passes_all_options_on() -> None:
 
 def test_two_ranks_write_the_table_and_the_picture_and_nothing_of_the_run(tmp_path: Path) -> None:
     config = config_file(tmp_path / "run", checkpoint={"dir": str(tmp_path / "run" / "checkpoints")})
-    rates = ["--steps", "30", "--min-rate", "1e-4", "--max-rate", "10"]
+    rates = ["--steps", "30", "--min-rate", "1e-4", "--max-rate", "10", "--set", "training.steps=2"]  # --steps counts
     arguments = ["--config", str(config), "--output", str(tmp_path / "run" / "rates"), *rates]
     job = Job(2, arguments, tmp_path / "logs", command="find_learning_rate")
     assert job.finish(60) == [0, 0], job.output()
     assert "steepest descent" in job.output() and "rates.png" in job.output()
     with (tmp_path / "run" / "rates.csv").open() as file:
         rows = list(csv.DictReader(file))
+    assert len(rows) > 10
     assert float(rows[0]["learning_rate"]) == pytest.approx(1e-4)
     assert float(rows[1]["learning_rate"]) == pytest.approx(1e-4 * 1e5 ** (1 / 29))
     assert min(float(row["loss"]) for row in rows) < float(rows[0]["loss"])

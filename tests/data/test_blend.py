@@ -1,12 +1,15 @@
 """Blends return the samples of their corpora in the given shares, near and far into the stream; splits are contiguous."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from megagpt.data.blend import Blend, split_ranges
+from megagpt.config.schema import DataConfig
+from megagpt.data.blend import Blend, build_datasets, split_ranges
+from megagpt.data.indexed import IndexedWriter
 from megagpt.errors import DataError
 
 
@@ -55,3 +58,14 @@ def test_splits_are_rounded_cumulative_shares_and_cover_all_sequences(n: int, sp
         assert sequences.start == end and abs(sequences.stop - bound * n) <= 0.5 + 1e-9
         end = sequences.stop
     assert end == n
+
+
+@pytest.mark.parametrize("split, part", [("90,5,5", "valid"), ("0.1,0.9,0", "train"), ("90,0,10", "test")])
+def test_a_split_that_leaves_a_part_too_short_names_the_part_and_the_reason(tmp_path: Path, split: str, part: str) -> None:
+    """A file of text is one document, which belongs to one part."""
+    with IndexedWriter(tmp_path / "novel", np.dtype(np.uint16)) as writer:
+        writer.add_documents(np.zeros(1000, np.uint16), np.array([1000]))
+    data = DataConfig(paths=str(tmp_path / "novel"), split=split)
+    message = rf"data\.split {split}: {part}: .*novel: 0 tokens in 0 of its 1 documents, too few .*--text-separator"
+    with pytest.raises(DataError, match=message):
+        build_datasets(data, 128)
