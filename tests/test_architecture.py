@@ -21,7 +21,7 @@ FOLDERS = (
     "resilience",
     "planner",
     "training",
-    "interop",
+    "hugging_face",
     "inference",
     "commands",
 )

@@ -41,4 +41,9 @@ def _effective_values(model: ModelConfig) -> dict[str, object]:
     A new key of the schema is included automatically.
     """
     values = {key: getattr(model, key) for key in ModelConfig.model_fields if key not in FREE}
-    return values | {"ffn_hidden": model.ffn_hidden_size, "vocab_size": model.vocab_size}
+    return values | {
+        "ffn_hidden": model.ffn_hidden_size,
+        "head_dim": model.head_size,
+        "n_kv_head": model.kv_heads,
+        "vocab_size": model.vocab_size,
+    }

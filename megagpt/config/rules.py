@@ -81,11 +81,65 @@ def broken_rules(config: Config) -> list[Problem]:
 
 def _shape(config: Config) -> Iterator[Problem]:
     model = config.model
-    if model.n_embd % model.n_head:
+    if model.head_dim is None and model.n_embd % model.n_head:
         yield Problem(
             ("model.n_embd", "model.n_head"),
             f"model.n_head: {model.n_head} heads do not divide model.n_embd {model.n_embd}; "
-            f"valid: {_sizes(divisors(model.n_embd))}",
+            f"valid: {_sizes(divisors(model.n_embd))}, or set model.head_dim",
+        )
+    if model.n_head % model.kv_heads:
+        yield Problem(
+            ("model.n_kv_head", "model.n_head"),
+            f"model.n_kv_head: {model.kv_heads} key and value heads do not divide model.n_head {model.n_head}; "
+            f"valid: {_sizes(divisors(model.n_head))}",
+        )
+    if model.norm_placement != "before" and model.parallel_branches != "no":
+        yield Problem(
+            ("model.parallel_branches", "model.norm_placement"),
+            f'model.parallel_branches: "{model.parallel_branches}" needs model.norm_placement "before", '
+            f'not "{model.norm_placement}"',
+        )
+    if model.qk_norm == "width" and model.norm != "rmsnorm":
+        yield Problem(("model.qk_norm", "model.norm"), f'model.qk_norm: "width" needs model.norm "rmsnorm", not "{model.norm}"')
+    if model.full_attention_every is not None and model.attention_window is None:
+        yield Problem(
+            ("model.full_attention_every", "model.attention_window"),
+            "model.full_attention_every: has no effect without model.attention_window; set it, or leave this key out",
+        )
+    yield from _rotary(config)
+
+
+def _rotary(config: Config) -> Iterator[Problem]:
+    model, rotary = config.model, config.model.rotary
+    if model.position_embedding != "rotary":
+        if rotary != type(rotary)():
+            yield Problem(
+                ("model.rotary", "model.position_embedding"),
+                f'model.rotary: has no effect with model.position_embedding "{model.position_embedding}"; '
+                'set that to "rotary", or leave this section out',
+            )
+        return
+    if int(model.head_size * rotary.fraction) < 2:
+        yield Problem(
+            ("model.rotary.fraction", "model.n_embd"),
+            f"model.rotary.fraction: {rotary.fraction:g} of a head of {model.head_size} is less than one pair of dims; "
+            f"set at least {2 / model.head_size:g}",
+        )
+    if rotary.scaling in ("yarn", "llama3") and rotary.original_positions is None:
+        yield Problem(
+            ("model.rotary.original_positions", "model.rotary.scaling"),
+            f'model.rotary.original_positions: scaling "{rotary.scaling}" needs it; set the sequence length of the pretraining',
+        )
+    if rotary.scaling == "none" and rotary.factor != 1:
+        yield Problem(
+            ("model.rotary.factor", "model.rotary.scaling"),
+            f"model.rotary.factor: {rotary.factor:g} has no effect without model.rotary.scaling",
+        )
+    if rotary.high_freq_factor <= rotary.low_freq_factor:
+        yield Problem(
+            ("model.rotary.high_freq_factor", "model.rotary.low_freq_factor"),
+            f"model.rotary.high_freq_factor: {rotary.high_freq_factor:g} must be above low_freq_factor "
+            f"{rotary.low_freq_factor:g}",
         )
 
 

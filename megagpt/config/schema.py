@@ -65,6 +65,32 @@ def accepted_types(annotation: Any) -> set[type]:
     return {annotation} if isinstance(annotation, type) else set()
 
 
+class RotaryConfig(Section):
+    """Rotary position embedding (Su et al., arXiv 2104.09864); with position_embedding "rotary"."""
+
+    theta: float = Field(default=10000.0, gt=1)
+    """Base of the frequencies."""
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    """Share of each head that is rotated (GPT-NeoX: 0.25)."""
+    interleaved: bool = False
+    """Rotate neighbouring pairs (GPT-J) instead of the first with the second half (GPT-NeoX, LLaMA)."""
+    scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
+    """Change of the frequencies for sequences that are longer than those of the pretraining: position interpolation (Chen et
+    al., arXiv 2306.15595), NTK-aware base, YaRN (Peng et al., arXiv 2309.00071), or LLaMA 3.1's."""
+    factor: float = Field(default=1.0, ge=1)
+    """Ratio of the new to the original sequence length, for each scaling."""
+    original_positions: int | None = Field(default=None, ge=1, le=2**27)
+    """Sequence length of the pretraining; required by yarn and llama3."""
+    low_freq_factor: float = Field(default=1.0, gt=0)
+    """llama3: wavelengths above original_positions / low_freq_factor are scaled fully."""
+    high_freq_factor: float = Field(default=4.0, gt=0)
+    """llama3: wavelengths below original_positions / high_freq_factor are not scaled."""
+    beta_fast: float = Field(default=32.0, gt=0)
+    """yarn: dims with more rotations than this over original_positions are not scaled."""
+    beta_slow: float = Field(default=1.0, gt=0)
+    """yarn: dims with fewer rotations than this are scaled fully."""
+
+
 class ModelConfig(Section):
     """Shape of the transformer. The names are those of GPT-2."""
 
@@ -73,17 +99,54 @@ class ModelConfig(Section):
     n_embd: int = Field(ge=1, le=2**20)
     """Hidden size (width of the residual stream)."""
     n_head: int = Field(ge=1, le=2**16)
-    """Number of attention heads; must divide n_embd."""
+    """Number of attention heads; must divide n_embd, unless head_dim is set."""
     n_positions: int = Field(ge=1, le=2**27)
     """Sequence length in tokens."""
     vocab_size: int | None = Field(default=None, ge=2, le=2**31 - 1)
     """Number of tokens in the vocabulary; taken from data.tokenizer if absent."""
     vocab_multiple: int = Field(default=128, ge=1, le=2**20)
     """Pad the token embedding to a multiple of this. The padding is unused: it is never in the loss or in a checkpoint."""
+    n_kv_head: int | None = Field(default=None, ge=1, le=2**16)
+    """Number of key and value heads; n_head if absent. Fewer: grouped-query attention (Ainslie et al., arXiv 2305.13245)."""
+    head_dim: int | None = Field(default=None, ge=1, le=2**16)
+    """Size of one attention head; n_embd / n_head if absent."""
     ffn_hidden: int | None = Field(default=None, ge=1, le=2**24)
     """Hidden size of the MLP; 4 x n_embd if absent."""
-    activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = "gelu"
-    """Activation function of the MLP: exact GELU, GELU's tanh approximation (GPT-2), ReLU or SiLU."""
+    activation: Literal["gelu", "gelu_tanh", "relu", "relu_squared", "silu"] = "gelu"
+    """Activation function of the MLP: exact GELU, GELU's tanh approximation (GPT-2), ReLU, its square, or SiLU."""
+    gated_mlp: bool = False
+    """activation(gate) * up (Shazeer, arXiv 2002.05202): SwiGLU with silu, GeGLU with gelu."""
+    norm: Literal["layernorm", "rmsnorm", "rmsnorm_plus_one"] = "layernorm"
+    """Kind of all norms. rmsnorm_plus_one multiplies by 1 + weight (Gemma)."""
+    norm_placement: Literal["before", "after", "both"] = "before"
+    """Norm of each residual branch: at its input (GPT-2, LLaMA), at its output (OLMo 2), or both (Gemma 2)."""
+    qk_norm: Literal["none", "head", "width"] = "none"
+    """Norm of queries and keys: each head (Qwen3), or all heads together (OLMo 2)."""
+    position_embedding: Literal["learned", "rotary", "none"] = "learned"
+    """Learned vectors that are added to the token embeddings, or rotary embeddings in attention."""
+    rotary: RotaryConfig = RotaryConfig()
+    """Frequencies of rotary embeddings."""
+    attention_window: int | None = Field(default=None, ge=1, le=2**27)
+    """Attend only to this many last tokens, the token itself included (sliding window); all earlier tokens if absent."""
+    full_attention_every: int | None = Field(default=None, ge=1, le=10_000)
+    """With attention_window: every n-th layer attends to all earlier tokens."""
+    attention_scale: float | None = Field(default=None, gt=0)
+    """Factor of the attention scores; 1 / sqrt(head_dim) if absent."""
+    attention_softcap: float | None = Field(default=None, gt=0)
+    """Limit the attention scores to +-cap by cap * tanh(score / cap) (Gemma 2)."""
+    parallel_branches: Literal["no", "two_norms", "one_norm"] = "no"
+    """Attention and MLP read the same input, and both are added to it: each with its own norm (GPT-NeoX), or with one norm for
+    both (GPT-J)."""
+    qkv_bias: bool = True
+    """Biases of queries, keys and values."""
+    attention_bias: bool = True
+    """Bias of the attention's output projection."""
+    mlp_bias: bool = True
+    """Biases of the MLP."""
+    embedding_scale: float = Field(default=1.0, gt=0)
+    """Factor of the token embeddings (Gemma: sqrt(n_embd))."""
+    logit_softcap: float | None = Field(default=None, gt=0)
+    """Limit the logits to +-cap by cap * tanh(logit / cap) (Gemma 2)."""
     embd_pdrop: float = Field(default=0.0, ge=0, lt=1)
     """Dropout probability after the embeddings."""
     attn_pdrop: float = Field(default=0.0, ge=0, lt=1)
@@ -97,7 +160,7 @@ class ModelConfig(Section):
     init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights; divided by sqrt(2 n_layer) in the last layer of each residual branch."""
     layer_norm_epsilon: float = Field(default=1e-5, gt=0)
-    """Added to the variance in each layer norm."""
+    """Added to the variance, or the mean square, in each norm."""
 
     @property
     def ffn_hidden_size(self) -> int:
@@ -105,9 +168,19 @@ class ModelConfig(Section):
         return self.ffn_hidden or 4 * self.n_embd
 
     @property
-    def head_dim(self) -> int:
+    def head_size(self) -> int:
         """Size of one attention head."""
-        return self.n_embd // self.n_head
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key and value heads."""
+        return self.n_kv_head or self.n_head
+
+    def window_of(self, layer: int) -> int | None:
+        """Return the attention window of a layer; None for full attention."""
+        every = self.full_attention_every
+        return None if every is not None and (layer + 1) % every == 0 else self.attention_window
 
     @property
     def tokens_in_vocab(self) -> int:
@@ -283,6 +356,9 @@ class TrainingConfig(Section):
     change on resume; newly unfrozen weights start with zero moments."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of each label that is spread evenly over the vocabulary. Evaluation reports the loss without smoothing."""
+    z_loss: float = Field(default=0.0, ge=0, le=1)
+    """Weight of log(sum of exp(logits))^2 per token, which keeps logits small (PaLM: 1e-4). Evaluation reports the loss without
+    it."""
 
     @field_validator("batch_ramp", mode="before")
     @classmethod

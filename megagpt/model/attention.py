@@ -8,30 +8,41 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megagpt.config.schema import ModelConfig
-from megagpt.model.dropout import AttentionDropout
+from megagpt.model.explicit_attention import ExplicitAttention
 from megagpt.model.forward_context import ForwardContext
 from megagpt.model.kv_cache import KVCache
-from megagpt.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megagpt.model.qkv import Heads, build_qkv
+from megagpt.model.rotary import rotate
+from megagpt.parallel.linear import RowParallelLinear
 from megagpt.parallel.parallel_context import ParallelContext
 
 
-def document_mask(documents: Tensor, dtype: torch.dtype) -> Tensor:
-    """Build the mask that limits each token to the earlier tokens of its own document.
+def attention_mask(
+    documents: Tensor | None, window: int | None, length: int, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """Build the mask that limits each token to the earlier tokens of its own document and of its window.
 
-    Document index of each token, [batch, seq] -> 0 or -inf, [batch, 1, seq, seq], in the dtype of the queries. The mask
-    is built once for all layers of a chunk and stays in memory until the micro-batch's backward.
+    documents: document index of each token, [batch, seq], or None; window: number of last tokens, or None.
+    Returns 0 or -inf, [batch or 1, 1, seq, seq], in the dtype of the queries; None if all earlier tokens are visible.
+    The mask is built once for all layers of a chunk and stays in memory until the micro-batch's backward.
     """
-    visible = (documents.unsqueeze(2) == documents.unsqueeze(1)).tril().unsqueeze(1)
+    if window is not None and window >= length:
+        window = None
+    if documents is None and window is None:
+        return None
+    visible = torch.ones(1, length, length, dtype=torch.bool, device=device)
+    if documents is not None:
+        visible = documents.unsqueeze(2) == documents.unsqueeze(1)
+    visible = visible.tril()
+    if window is not None:
+        visible = visible.triu(1 - window)
+    visible = visible.unsqueeze(1)
     # Not a boolean mask: scaled_dot_product_attention would convert it in every layer and save each copy.
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+    return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, float("-inf"))
 
 
 class CausalSelfAttention(nn.Module):
-    """[batch, seq, hidden] -> [batch, seq, hidden] (this rank's positions under sequence or context parallelism).
-
-    The rows of the qkv weight are ordered by head, each with its query, key and value (3 x head_dim), so a contiguous
-    split of the rows is a split by heads.
-    """
+    """[batch, seq, hidden] -> [batch, seq, hidden] (this rank's positions under sequence or context parallelism)."""
 
     def __init__(
         self,
@@ -45,50 +56,71 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         name = f"layers.{index}.attention"
         self.index = index
-        self.heads = model.n_head // parallel.tp_size
-        self.head_dim = model.head_dim
         self.context = parallel.context
         self.recompute_core = recompute_core
-        self.qkv = ColumnParallelLinear(f"{name}.qkv", model.n_embd, 3 * model.n_embd, parallel, model.init_std)
-        self.proj = RowParallelLinear(f"{name}.proj", model.n_embd, model.n_embd, parallel, residual_std)
-        self.dropout = AttentionDropout(model.attn_pdrop, self.heads, parallel, index)
+        self.interleaved_rotary = model.rotary.interleaved
+        self.window = model.window_of(index)
+        self.scale = model.attention_scale or model.head_size**-0.5
+        self.qkv = build_qkv(name, model, parallel)
+        n_in = model.n_head * model.head_size
+        self.proj = RowParallelLinear(f"{name}.proj", n_in, model.n_embd, parallel, residual_std, model.attention_bias)
+        self.explicit = ExplicitAttention(model, self.scale, parallel, index)
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        qkv = self.qkv(x)  # [batch, seq, heads * 3 * head_dim]
-        batch, seq, _ = qkv.shape
-        qkv = self.context.heads_for_sequence(qkv.view(batch, seq, self.heads, 3 * self.head_dim))
-        query, key, value = qkv.unflatten(3, (3, self.head_dim)).transpose(1, 2).unbind(3)  # [batch, heads, seq, head_dim]
+        heads = self._all_positions(self.qkv(x))
+        query, key, value = (tensor.transpose(1, 2) for tensor in heads)  # [batch, heads, seq, head size]
+        if ctx.rotary is not None:
+            query, key = (rotate(tensor, ctx.rotary, self.interleaved_rotary) for tensor in (query, key))
         cache = ctx.caches.get(self.index)
         if cache is not None:
-            out = _cached_attention(query, key, value, cache)
+            out = self._cached(query, key, value, ctx, cache)
         elif self.recompute_core and torch.is_grad_enabled():
             out = checkpoint(self._core, query, key, value, ctx, use_reentrant=False, preserve_rng_state=False)
         else:
             out = self._core(query, key, value, ctx)
-        # [batch, heads, seq, head_dim] -> [batch, seq, heads * head_dim]: this rank's positions, all of its heads
+        # [batch, heads, seq, head size] -> [batch, seq, heads * head size]: this rank's positions, all of its heads
         return self.proj(self.context.sequence_for_heads(out.transpose(1, 2)).flatten(2))
 
     def core_flops_per_token(self, sequence_length: int) -> int:
         """Forward FLOPs of scores and weighted values for one token, averaged over the sequence, of all heads.
 
-        The full square takes 4 x sequence_length x width; half of it is masked.
+        The full square takes 4 x sequence_length x width; half of it is masked. A window limits the length.
         """
-        return 2 * sequence_length * self.proj.n_in
+        return 2 * min(self.window or sequence_length, sequence_length) * self.proj.n_in
 
     def flops_per_token(self, sequence_length: int) -> int:
         """Forward FLOPs of the unsharded layer for one token, averaged over the sequence."""
         return self.qkv.flops_per_token() + self.core_flops_per_token(sequence_length) + self.proj.flops_per_token()
 
+    def _all_positions(self, heads: Heads) -> Heads:
+        """Exchange the heads of this rank's positions for some heads of all positions, under context parallelism."""
+        if self.context.size == 1:
+            return heads
+        query, key, value = heads
+        n_kv = key.shape[2]
+        if n_kv % self.context.size:  # too few to split: each query head gets a copy of its keys and values
+            key, value = (tensor.repeat_interleave(query.shape[2] // n_kv, 2) for tensor in (key, value))
+            n_kv = query.shape[2]
+        by_group = torch.cat((query.unflatten(2, (n_kv, -1)), key.unsqueeze(3), value.unsqueeze(3)), 3)
+        exchanged = self.context.heads_for_sequence(by_group.flatten(3)).unflatten(3, by_group.shape[3:])
+        query, key, value = exchanged.split((query.shape[2] // n_kv, 1, 1), 3)
+        return Heads(query.flatten(2, 3), key.flatten(2, 3), value.flatten(2, 3))
+
     def _core(self, query: Tensor, key: Tensor, value: Tensor, ctx: ForwardContext) -> Tensor:
-        if self.training and self.dropout.probability > 0:
-            return cast(Tensor, self.dropout(query, key, value, ctx))
-        mask = ctx.attention_mask
-        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None)
+        mask = ctx.attention_masks.get(self.window)
+        if self.explicit.is_needed:
+            return cast(Tensor, self.explicit(query, key, value, mask, ctx))
+        is_causal = mask is None and query.shape[2] > 1  # a single query is the last position and sees all keys
+        grouped = key.shape[1] != query.shape[1]
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=is_causal, scale=self.scale, enable_gqa=grouped
+        )
 
-
-def _cached_attention(query: Tensor, key: Tensor, value: Tensor, cache: KVCache) -> Tensor:
-    is_prompt = cache.length == 0
-    if not is_prompt and query.shape[2] > 1:
-        raise ValueError("the cache accepts the full prompt first, then one token at a time")
-    keys, values = cache.append(key, value)
-    return F.scaled_dot_product_attention(query, keys, values, is_causal=is_prompt)
+    def _cached(self, query: Tensor, key: Tensor, value: Tensor, ctx: ForwardContext, cache: KVCache) -> Tensor:
+        is_prompt = cache.length == 0
+        if not is_prompt and query.shape[2] > 1:
+            raise ValueError("the cache accepts the full prompt first, then one token at a time")
+        keys, values = cache.append(key, value)
+        if not is_prompt and self.window is not None:
+            keys, values = keys[:, :, -self.window :], values[:, :, -self.window :]
+        return self._core(query, keys, values, ctx)

@@ -1,4 +1,4 @@
-"""One transformer block: attention and MLP, each with a norm before it and a residual addition after it."""
+"""One transformer block: attention and MLP as residual branches; where the norms stand is the config's choice."""
 
 from torch import Tensor, nn
 
@@ -6,8 +6,8 @@ from megagpt.config.schema import Config
 from megagpt.model.attention import CausalSelfAttention
 from megagpt.model.dropout import ResidualDropout
 from megagpt.model.forward_context import ForwardContext
-from megagpt.model.mlp import MLP
-from megagpt.model.norm import LayerNorm
+from megagpt.model.mlp import build_mlp
+from megagpt.model.norm import build_norm
 from megagpt.parallel.parallel_context import ParallelContext
 
 
@@ -20,17 +20,32 @@ class Block(nn.Module):
         # GPT-2: scaled by depth, so that the variance of the residual stream does not grow with the number of layers.
         residual_std = model.init_std / (2 * model.n_layer) ** 0.5
         recompute_core = config.training.recompute == "selective"
-        self.attention_norm = LayerNorm(f"{name}.attention_norm", model.n_embd, model.layer_norm_epsilon, parallel)
+        before, after = model.norm_placement != "after", model.norm_placement != "before"
+        one_norm = model.parallel_branches == "one_norm"
+
+        def norm(kind: str, present: bool) -> nn.Module:
+            return build_norm(f"{name}.{kind}", model, parallel) if present else nn.Identity()
+
+        self.parallel_branches = model.parallel_branches != "no"
+        self.attention_norm = norm("attention_norm", before)
         self.attention = CausalSelfAttention(index, model, parallel, residual_std, recompute_core)
+        self.attention_output_norm = norm("attention_output_norm", after)
         self.attention_dropout = ResidualDropout(model.resid_pdrop, parallel, index, "attention residual")
-        self.mlp_norm = LayerNorm(f"{name}.mlp_norm", model.n_embd, model.layer_norm_epsilon, parallel)
-        self.mlp = MLP(f"{name}.mlp", model, parallel, residual_std)
+        self.mlp_norm = self.attention_norm if one_norm else norm("mlp_norm", before)
+        self.mlp = build_mlp(f"{name}.mlp", model, parallel, residual_std)
+        self.mlp_output_norm = norm("mlp_output_norm", after)
         self.mlp_dropout = ResidualDropout(model.resid_pdrop, parallel, index, "mlp residual")
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        x = x + self.attention_dropout(self.attention(self.attention_norm(x), ctx), ctx)
-        return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), ctx)
+        after_attention = x + self._attention_branch(x, ctx)
+        return after_attention + self._mlp_branch(x if self.parallel_branches else after_attention, ctx)
 
     def flops_per_token(self, sequence_length: int) -> int:
         """Forward FLOPs of the unsharded matrix products for one token, averaged over the sequence."""
         return self.attention.flops_per_token(sequence_length) + self.mlp.flops_per_token()
+
+    def _attention_branch(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        return self.attention_dropout(self.attention_output_norm(self.attention(self.attention_norm(x), ctx)), ctx)
+
+    def _mlp_branch(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        return self.mlp_dropout(self.mlp_output_norm(self.mlp(self.mlp_norm(x))), ctx)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from megagpt.model.kv_cache import KVCache
+from megagpt.model.rotary import RotaryTable
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,10 @@ class ForwardContext:
     """Key of each token of the full sequence for dropout masks, [batch, seq], int64; absent without dropout."""
     positions: Tensor | None = None
     """Position of each token of the full sequence, [batch, seq]; counted from `first_position` if absent."""
-    attention_mask: Tensor | None = None
-    """Added to the attention scores, [batch, 1, seq, seq]; plain causal attention if absent."""
+    attention_masks: Mapping[int | None, Tensor] = field(default_factory=dict)
+    """Window -> mask that is added to the attention scores, [batch or 1, 1, seq, seq]; without one, plain causal attention."""
+    rotary: RotaryTable | None = None
+    """Cosines and sines of the positions of the full sequence, with rotary embeddings."""
     first_position: int = 0
     """Position of the first token: the number of cached tokens in generation."""
     caches: Mapping[int, KVCache] = field(default_factory=dict)

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megagpt.config.schema import Config
-from megagpt.model.attention import document_mask
+from megagpt.model.attention import attention_mask
 from megagpt.model.block import Block
 from megagpt.model.dropout import ResidualDropout
 from megagpt.model.dropout_masks import token_keys
 from megagpt.model.forward_context import ForwardContext, MicroBatch
 from megagpt.model.kv_cache import KVCache
-from megagpt.model.norm import LayerNorm
-from megagpt.model.positions import LearnedPositions
+from megagpt.model.norm import build_norm
+from megagpt.model.positions import build_positions
+from megagpt.model.rotary import RotaryTable, rotary_frequencies, rotary_table
 from megagpt.parallel.embedding import VocabParallelEmbedding, VocabParallelLoss
 from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.parameter import mark_second_copy
@@ -45,12 +46,18 @@ class GPTChunk(nn.Module):
         self.is_last = layers.stop == model.n_layer
         if self.is_first:
             self.tokens = self._embedding(TOKEN_EMBEDDING)
-            self.positions = LearnedPositions("embedding.position", model.n_positions, model.n_embd, parallel, model.init_std)
+            self.positions = build_positions("embedding.position", model, parallel)
             self.dropout = ResidualDropout(model.embd_pdrop, parallel, "embedding")
         self.layers = nn.ModuleDict({str(index): Block(index, config, parallel) for index in layers})
         if self.is_last:
-            self.norm = LayerNorm("final_norm", model.n_embd, model.layer_norm_epsilon, parallel)
-            self.loss = VocabParallelLoss(self._output_weight(), parallel, config.training.label_smoothing)
+            self.norm = build_norm("final_norm", model, parallel)
+            self.loss = VocabParallelLoss(
+                self._output_weight(),
+                parallel,
+                config.training.label_smoothing,
+                softcap=model.logit_softcap,
+                z_loss=config.training.z_loss,
+            )
 
     def forward(self, x: Tensor | None, micro_batch: MicroBatch) -> Tensor:
         """Run this chunk.
@@ -68,12 +75,9 @@ class GPTChunk(nn.Module):
 
     def hidden(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """Run this chunk without the loss. x: token ids [batch, seq] on the first chunk, else hidden states."""
-        mask = None
-        if micro_batch.documents is not None:
-            mask = document_mask(micro_batch.documents, DTYPES[self.config.training.precision])
-        ctx = ForwardContext(positions=micro_batch.positions, attention_mask=mask, token_keys=self._token_keys(micro_batch))
+        ctx = self._context(micro_batch, x.device)
         if self.is_first:
-            x = self.dropout(self.positions(self.tokens(x), ctx), ctx)
+            x = self.dropout(self._embed(x, ctx), ctx)
         if self.config.training.recompute == "full" and torch.is_grad_enabled():
             x = _run_recomputed(self.blocks, x, ctx, self.config.training.recompute_layers)
         else:
@@ -84,23 +88,64 @@ class GPTChunk(nn.Module):
         """Return next-token logits; for a model in one chunk. [batch, seq] -> [batch, seq, vocab_size]"""
         return self.loss.logits(self._hidden_after(tokens, caches or {}))
 
-    def _hidden_after(self, tokens: Tensor, caches: Mapping[int, KVCache]) -> Tensor:
-        """Return the output of the final norm, in evaluation. [batch, seq] -> [batch, seq, hidden]"""
-        cached_tokens = max((cache.length for cache in caches.values()), default=0)
-        ctx = ForwardContext(first_position=cached_tokens, caches=caches)
-        return self.norm(_run(self.blocks, self.positions(self.tokens(tokens), ctx), ctx))
-
     def next_token_logits(self, tokens: Tensor, caches: Mapping[int, KVCache]) -> Tensor:
         """Return the logits after the last token only. [batch, seq] -> [batch, vocab_size]"""
         return self.loss.logits(self._hidden_after(tokens, caches)[:, -1])
 
-    def _token_keys(self, micro_batch: MicroBatch) -> Tensor | None:
+    def _hidden_after(self, tokens: Tensor, caches: Mapping[int, KVCache]) -> Tensor:
+        """Return the output of the final norm, in evaluation. [batch, seq] -> [batch, seq, hidden]"""
+        first, new = max((cache.length for cache in caches.values()), default=0), tokens.shape[1]
+        ctx = ForwardContext(
+            first_position=first,
+            caches=caches,
+            rotary=self._rotary_table(torch.arange(first, first + new, device=tokens.device)),
+            attention_masks=self._masks(None, new, tokens.device),
+        )
+        return self.norm(_run(self.blocks, self._embed(tokens, ctx), ctx))
+
+    def _embed(self, tokens: Tensor, ctx: ForwardContext) -> Tensor:
+        x = self.tokens(tokens)
+        if self.config.model.embedding_scale != 1:
+            x = x * self.config.model.embedding_scale
+        return self.positions(x, ctx)
+
+    def _context(self, micro_batch: MicroBatch, device: torch.device) -> ForwardContext:
+        """Return what the layers of this chunk need for one micro-batch."""
+        length = micro_batch.tokens.shape[1] * self.parallel.context.size
+        positions = micro_batch.positions
+        if positions is None:
+            positions = torch.arange(length, device=device)
+        return ForwardContext(
+            token_keys=self._token_keys(micro_batch, length),
+            positions=micro_batch.positions,
+            attention_masks=self._masks(micro_batch.documents, length, device),
+            rotary=self._rotary_table(positions),
+        )
+
+    def _token_keys(self, micro_batch: MicroBatch, length: int) -> Tensor | None:
         """Return the keys of the dropout masks of all positions, [batch, seq]; None if this forward has no dropout."""
         model = self.config.model
         if not self.training or micro_batch.samples is None or not (model.embd_pdrop or model.attn_pdrop or model.resid_pdrop):
             return None
-        length = micro_batch.tokens.shape[1] * self.parallel.context.size
         return token_keys(stable_seed(self.config.training.seed, "dropout"), micro_batch.samples, length)
+
+    def _masks(self, documents: Tensor | None, length: int, device: torch.device) -> dict[int | None, Tensor]:
+        """Return the attention masks of this chunk's layers by window; layers with plain causal attention need none."""
+        dtype = DTYPES[self.config.training.precision]
+        masks = {}
+        for window in dict.fromkeys(block.attention.window for block in self.blocks):
+            mask = attention_mask(documents, window, length, dtype, device)
+            if mask is not None:
+                masks[window] = mask
+        return masks
+
+    def _rotary_table(self, positions: Tensor) -> RotaryTable | None:
+        """Return the cosines and sines of `positions`, [seq] or [batch, seq]; None without rotary embeddings."""
+        model = self.config.model
+        if model.position_embedding != "rotary":
+            return None
+        frequencies, amplitude = rotary_frequencies(model.rotary, model.head_size)
+        return rotary_table(frequencies, amplitude, positions, DTYPES[self.config.training.precision])
 
     def _output_weight(self) -> nn.Parameter:
         if not self.config.model.tie_embeddings:

@@ -1,8 +1,9 @@
-"""Learned absolute position embeddings (GPT-2)."""
+"""Position embeddings that are added to the token embeddings. Rotary ones act in attention: see `rotary.py`."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megagpt.config.schema import ModelConfig
 from megagpt.model.forward_context import ForwardContext
 from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.parameter import replicated_parameter
@@ -27,3 +28,21 @@ class LearnedPositions(nn.Module):
     def flops_per_token(self) -> int:
         """Forward FLOPs for one token: one addition per element."""
         return self.weight.shape[1]
+
+
+class NoPositions(nn.Module):
+    """Add nothing: positions act in attention, or not at all."""
+
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        return x
+
+    def flops_per_token(self) -> int:
+        """Forward FLOPs for one token."""
+        return 0
+
+
+def build_positions(name: str, model: ModelConfig, parallel: ParallelContext) -> LearnedPositions | NoPositions:
+    """Return the embedding that is added to the token embeddings."""
+    if model.position_embedding != "learned":
+        return NoPositions()
+    return LearnedPositions(name, model.n_positions, model.n_embd, parallel, model.init_std)

@@ -48,11 +48,14 @@ def accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
 
 
 def accumulate_product(parameter: nn.Parameter, left: Tensor, right: Tensor) -> None:
-    """Add `left @ right` to `parameter.grad`, without a temporary tensor if the dtypes allow it."""
+    """Add `left @ right` to `parameter.grad`, without a temporary tensor if the dtypes allow it.
+
+    A parameter with more than two dims counts as a matrix whose rows are its leading dims.
+    """
     if parameter.grad is not None and parameter.grad.dtype == left.dtype:
-        parameter.grad.addmm_(left, right)
+        parameter.grad.flatten(0, -2).addmm_(left, right)
     else:
-        accumulate(parameter, left @ right)
+        accumulate(parameter, (left @ right).view(parameter.shape))
 
 
 def gradient_dtype(parameter: nn.Parameter) -> torch.dtype:

@@ -1,6 +1,6 @@
 """Vocabulary-parallel embedding, output layer and cross entropy: token ids are split over the tensor ranks."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -88,8 +88,13 @@ class VocabParallelLoss(nn.Module):
         parallel: ParallelContext,
         label_smoothing: float = 0.0,
         chunk_logits: int | None = None,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
     ) -> None:
-        """`chunk_logits`: logits in memory at a time on this rank; by default `CHUNK_LOGITS` of the device type."""
+        """`chunk_logits`: logits in memory at a time on this rank; by default `CHUNK_LOGITS` of the device type.
+
+        `softcap`: logits are softcap * tanh(logit / softcap).
+        """
         super().__init__()
         self.parallel = parallel
         self.weight = weight
@@ -97,19 +102,22 @@ class VocabParallelLoss(nn.Module):
         self.label_smoothing = label_smoothing
         """Share of each label that is spread evenly over the vocabulary (Szegedy et al., arXiv 1512.00567). Used in
         training mode only: evaluations report the plain cross entropy."""
+        self.z_loss = z_loss
+        """Weight of log(sum of exp(logits))^2 in the training loss (PaLM, arXiv 2204.02311, section 5)."""
+        self.softcap = softcap
 
     def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
         enter = gather_sequence if self.parallel.sequence_parallel else copy_to_ranks
         hidden = enter(hidden, self.parallel.tp_group)
         train = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
-        smoothing = self.label_smoothing if self.training else 0.0
+        terms = LossTerms(self.label_smoothing if self.training else 0.0, self.z_loss if self.training else 0.0, self.softcap)
         chunk_logits = self.chunk_logits or CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cuda"])
         chunk_tokens = max(1, chunk_logits // self.weight.shape[0])
-        return _ChunkedLoss.apply(hidden, self.weight, labels, self.parallel, smoothing, train, chunk_tokens)
+        return _ChunkedLoss.apply(hidden, self.weight, labels, self.parallel, terms, train, chunk_tokens)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits of this rank's tokens. [batch, seq, hidden] -> [batch, seq, this rank's vocabulary]"""
-        return F.linear(hidden, self.weight[: unpadded_entries(self.weight)])
+        return cap_logits(F.linear(hidden, self.weight[: unpadded_entries(self.weight)]), self.softcap)
 
     def flops_per_token(self) -> int:
         """Forward FLOPs of the unsharded output layer for one token, padding included."""
@@ -123,6 +131,19 @@ def unpadded_entries(weight: nn.Parameter) -> int:
     return max(0, min(weight.shape[0], shard.shape[0] - shard.start))
 
 
+class LossTerms(NamedTuple):
+    """What the loss adds to the plain cross entropy."""
+
+    smoothing: float
+    z_loss: float
+    softcap: float | None
+
+
+def cap_logits(logits: Tensor, softcap: float | None) -> Tensor:
+    """Return softcap * tanh(logits / softcap), or the logits without a cap."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -131,7 +152,7 @@ class _ChunkedLoss(torch.autograd.Function):
         weight: nn.Parameter,
         labels: Tensor,
         parallel: ParallelContext,
-        smoothing: float,
+        terms: LossTerms,
         train: bool,
         chunk_tokens: int,
     ) -> Tensor:
@@ -146,7 +167,7 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(tokens), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             logits = torch.mm(tokens[chunk], weight.t(), out=buffer[: len(tokens[chunk])])  # [chunk, entries]
-            losses, gradient = _token_losses(logits, weight, targets[chunk], ignored[chunk], parallel, smoothing, train)
+            losses, gradient = _token_losses(logits, weight, targets[chunk], ignored[chunk], parallel, terms, train)
             total += losses.sum()
             if gradient is None:
                 continue
@@ -199,7 +220,7 @@ def _token_losses(
     targets: Tensor,
     ignored: Tensor,
     parallel: ParallelContext,
-    smoothing: float,
+    terms: LossTerms,
     train: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the losses of one chunk, [tokens], and when training their gradients by this rank's logits, [tokens, entries].
@@ -208,6 +229,12 @@ def _token_losses(
     Each rank subtracts its own largest logit, so one exchange of three numbers per token is enough for all ranks.
     """
     scores = logits.float()
+    smoothing = terms.smoothing
+    slope = None
+    if terms.softcap is not None:
+        ratio = scores.div_(terms.softcap).tanh_()
+        slope = 1 - ratio.square() if train else None  # d capped / d logit
+        scores = ratio.mul_(terms.softcap)
     entries = unpadded_entries(weight)
     even_share = smoothing / shard_of(weight).shape[0]  # each vocabulary entry's share of the smoothed label
     scores[:, entries:] = float("-inf")  # padding has probability 0: no effect on the loss, no gradient
@@ -221,21 +248,27 @@ def _token_losses(
     total = exponentials.sum(-1)  # [tokens]
     if parallel.tp_group is None:
         probability_scale = 1.0 / total
-        losses = largest + total.log() - target
+        log_total = largest + total.log()
+        losses = log_total - target
     else:
         all_largest, all_totals, all_targets = _gather_statistics(torch.stack((largest, total, target)), parallel)
         global_largest = all_largest.amax(0)
         global_total = (all_totals * (all_largest - global_largest).exp()).sum(0)
         probability_scale = (largest - global_largest).exp() / global_total
-        losses = global_largest + global_total.log() - all_targets.sum(0)
+        log_total = global_largest + global_total.log()
+        losses = log_total - all_targets.sum(0)
+    if terms.z_loss > 0:
+        losses = losses + terms.z_loss * log_total.square()
     losses = losses.masked_fill(ignored, 0)
     if not train:
         return losses, None
     gradient = exponentials.mul_(probability_scale.masked_fill(ignored, 0).unsqueeze(-1))
+    if terms.z_loss > 0:  # added below to the gradient of the cross entropy, which is proportional to the probabilities, too
+        gradient.mul_((1 + 2 * terms.z_loss * log_total).unsqueeze(-1))
     gradient.scatter_add_(-1, index, (is_local & ~ignored).unsqueeze(-1).to(gradient.dtype).mul_(smoothing - 1))
     if smoothing > 0:
         gradient[:, :entries].sub_(even_share * (~ignored).unsqueeze(-1).to(gradient.dtype))
-    return losses, gradient
+    return losses, gradient if slope is None else gradient.mul_(slope)
 
 
 def _gather_statistics(local: Tensor, parallel: ParallelContext) -> tuple[Tensor, ...]:

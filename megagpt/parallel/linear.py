@@ -30,12 +30,12 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, deferred: DeferredGradients) -> Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None)  # a frozen weight does not need it
         ctx.weight, ctx.bias, ctx.deferred = weight, bias, deferred
-        return torch_linear(x, weight, bias)
+        return torch_linear(x, _matrix(weight), _vector(bias))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
         grad, (x,) = grads[0].detach(), ctx.saved_tensors
-        grad_x = grad @ ctx.weight if ctx.needs_input_grad[0] else None
+        grad_x = grad @ _matrix(ctx.weight) if ctx.needs_input_grad[0] else None
         _defer_weight_gradient(ctx, grad, lambda: x)
         return grad_x, None, None, None
 
@@ -52,12 +52,12 @@ class _GatheredLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None)
         ctx.weight, ctx.bias, ctx.deferred, ctx.group = weight, bias, deferred, group
-        return torch_linear(all_gather_sequence(x, group), weight, bias)
+        return torch_linear(all_gather_sequence(x, group), _matrix(weight), _vector(bias))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         grad, (x,), group = grads[0].detach(), ctx.saved_tensors, ctx.group
-        grad_x = reduce_scatter_sequence(grad @ ctx.weight, group) if ctx.needs_input_grad[0] else None
+        grad_x = reduce_scatter_sequence(grad @ _matrix(ctx.weight), group) if ctx.needs_input_grad[0] else None
         _defer_weight_gradient(ctx, grad, lambda: all_gather_sequence(x, group))
         return grad_x, None, None, None, None
 
@@ -74,10 +74,19 @@ def _defer_weight_gradient(ctx: Any, grad: Tensor, full_input: Callable[[], Tens
         if weight.requires_grad:
             accumulate_product(weight, grad.flatten(0, -2).t(), full_input().detach().flatten(0, -2))
         if bias_needs_grad:
-            accumulate(bias, grad.flatten(0, -2).sum(0))
+            accumulate(bias, grad.flatten(0, -2).sum(0).view(bias.shape))
 
     if weight.requires_grad or bias_needs_grad:
         ctx.deferred.add(job)
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """Return a weight [..., out, in] as a matrix; its leading dims are parts that are computed together."""
+    return weight.flatten(0, -2)
+
+
+def _vector(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.flatten()
 
 
 def linear(x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, deferred: DeferredGradients) -> Tensor:
@@ -107,13 +116,36 @@ class ColumnParallelLinear(_ParallelLinear):
     """Linear layer whose outputs are split over the tensor ranks.
 
     Input: replicated [batch, seq, in], or this rank's [batch, seq / ranks, in] under sequence parallelism.
-    Output: [batch, seq, out / ranks].
+    Output: [batch, seq, out / ranks]. With several parts, the output is this rank's range of each part, one after the other.
     """
 
-    def __init__(self, name: str, n_in: int, n_out: int, parallel: ParallelContext, std: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        n_in: int,
+        n_out: int,
+        parallel: ParallelContext,
+        std: float,
+        bias: bool = True,
+        parts: int = 1,
+        replicated: bool = False,
+    ) -> None:
+        """`n_out`: outputs of all parts and ranks.
+
+        `replicated`: every tensor rank computes all outputs, from which it uses those of its own heads.
+        """
         super().__init__(n_in, n_out, parallel)
-        self.weight = sharded_parameter(f"{name}.weight", (n_out, n_in), 0, parallel, std)
-        self.bias = sharded_parameter(f"{name}.bias", (n_out,), 0, parallel, 0.0)
+        leading = (parts,) if parts > 1 else ()
+        length = n_out // parts
+
+        def create(kind: str, shape: tuple[int, ...], std: float) -> nn.Parameter:
+            if replicated:
+                full = (*leading, *shape)
+                return replicated_parameter(f"{name}.{kind}", full, parallel, std, own_heads=True, init_dim=len(leading))
+            return sharded_parameter(f"{name}.{kind}", (*leading, *shape), len(leading), parallel, std)
+
+        self.weight = create("weight", (length, n_in), std)
+        self.bias = create("bias", (length,), 0.0) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         parallel = self.parallel
@@ -129,12 +161,14 @@ class RowParallelLinear(_ParallelLinear):
     under sequence parallelism.
     """
 
-    def __init__(self, name: str, n_in: int, n_out: int, parallel: ParallelContext, std: float) -> None:
+    def __init__(self, name: str, n_in: int, n_out: int, parallel: ParallelContext, std: float, bias: bool = True) -> None:
         super().__init__(n_in, n_out, parallel)
         self.weight = sharded_parameter(f"{name}.weight", (n_out, n_in), 1, parallel, std)
-        self.bias = replicated_parameter(f"{name}.bias", (n_out,), parallel)  # added once, after the sum
+        # Added once, after the sum.
+        self.bias = replicated_parameter(f"{name}.bias", (n_out,), parallel) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         reduce = reduce_scatter_to_sequence if self.parallel.sequence_parallel else reduce_from_ranks
         partial = linear(x, self.weight, None, self.parallel.deferred_gradients)
-        return reduce(partial, self.parallel.tp_group) + self.bias
+        out = reduce(partial, self.parallel.tp_group)
+        return out if self.bias is None else out + self.bias

@@ -31,12 +31,20 @@ class Shard:
     """Mean of the initial values: 1 for norm weights, else 0."""
     partial_gradient: bool = False
     """Each tensor rank computes a partial gradient; the engine sums them before the optimizer step."""
+    init_dim: int = 0
+    """Dim along which the initial values are drawn in blocks if `dim` is None: the one that other layouts split."""
     second_copy: bool = False
     """The last stage's copy of a tied embedding; gradient norm and checkpoints count only the first copy."""
 
 
 def sharded_parameter(
-    name: str, shape: tuple[int, ...], dim: int, parallel: ParallelContext, std: float, unpadded: int | None = None
+    name: str,
+    shape: tuple[int, ...],
+    dim: int,
+    parallel: ParallelContext,
+    std: float,
+    unpadded: int | None = None,
+    mean: float = 0.0,
 ) -> nn.Parameter:
     """Create this tensor rank's shard of a parameter of `shape`, split along `dim`.
 
@@ -46,20 +54,28 @@ def sharded_parameter(
     local_shape = (*shape[:dim], length, *shape[dim + 1 :])
     full_shape = (*shape[:dim], unpadded or shape[dim], *shape[dim + 1 :])
     parameter = nn.Parameter(torch.empty(local_shape))
-    set_shard(parameter, Shard(name, full_shape, dim, parallel.tp_rank * length, std, mean=0.0))
+    set_shard(parameter, Shard(name, full_shape, dim, parallel.tp_rank * length, std, mean))
     return parameter
 
 
 def replicated_parameter(
-    name: str, shape: tuple[int, ...], parallel: ParallelContext, std: float = 0.0, mean: float = 0.0
+    name: str,
+    shape: tuple[int, ...],
+    parallel: ParallelContext,
+    std: float = 0.0,
+    mean: float = 0.0,
+    own_heads: bool = False,
+    init_dim: int = 0,
 ) -> nn.Parameter:
     """Create a parameter that every tensor rank holds in full.
 
     Under sequence parallelism each tensor rank applies it to its own range of the sequence, so each computes a partial
-    gradient.
+    gradient; the same holds if each uses it for its own heads (`own_heads`).
+    `init_dim`: the dim that other layouts split.
     """
     parameter = nn.Parameter(torch.empty(shape))
-    set_shard(parameter, Shard(name, shape, None, 0, std, mean, partial_gradient=parallel.sequence_parallel))
+    partial = parallel.sequence_parallel or (own_heads and parallel.tp_size > 1)
+    set_shard(parameter, Shard(name, shape, None, 0, std, mean, partial_gradient=partial, init_dim=init_dim))
     return parameter
 
 

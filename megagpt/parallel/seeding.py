@@ -31,7 +31,7 @@ def initialize(parameter: nn.Parameter, seed: int) -> None:
     parameter.fill_(shard.mean)
     if shard.std == 0:
         return
-    dim = shard.dim or 0
+    dim = shard.init_dim if shard.dim is None else shard.dim
     end = shard.start + parameter.shape[dim]
     stop = max(shard.start, min(end, shard.shape[dim]))  # entries beyond are padding, maybe all of this rank
     for block in range(shard.start // _BLOCK, -(-stop // _BLOCK)):

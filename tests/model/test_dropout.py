@@ -15,8 +15,9 @@ from support.runs import Tree, full_model, parameters_by_name, tiny_config
 from torch import Tensor
 
 from megagpt.config.schema import ModelConfig
-from megagpt.model.dropout import QUERY_BLOCK, ResidualDropout
+from megagpt.model.dropout import ResidualDropout
 from megagpt.model.dropout_masks import token_keys
+from megagpt.model.explicit_attention import QUERY_BLOCK
 from megagpt.model.forward_context import ForwardContext, MicroBatch
 from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.seeding import stable_seed

@@ -1,0 +1,1 @@
+"""Models of Hugging Face transformers: configs and weights in both directions."""
