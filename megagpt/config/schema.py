@@ -343,6 +343,14 @@ class TrainingConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Data type of parameters and activations. Gradients are accumulated in fp32 and optimizer states stored in fp32 for
     every precision."""
+    compile: Literal["auto"] | bool = "auto"
+    """Compile the functions between matrix products (norms, residual additions, activations, loss) with torch.compile: faster,
+    with the same results up to rounding, and some seconds more at the start. "auto": on CUDA, except under ZeRO-3, which
+    cannot use it."""
+    loss_chunk_mib: float | None = Field(default=None, gt=0, le=2**20)
+    """Memory of the logits that exist at a time, in MiB; 1024 on a GPU and 32 on a CPU if absent. More is faster on a GPU."""
+    deterministic: bool = False
+    """Give the same bits on every run of the same layout on a GPU, more slowly. On a CPU that is always the case."""
     seed: int = Field(default=1234, ge=0, le=MAX_SEED)
     """Seed of the initial weights and of dropout."""
     recompute: Literal["none", "selective", "full"] = "none"

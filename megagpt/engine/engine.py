@@ -33,6 +33,7 @@ from megagpt.model.forward_context import MicroBatch
 from megagpt.model.gpt import DTYPES, TOKEN_EMBEDDING, GPTChunk, build_chunk, share_tied_embedding
 from megagpt.model.meta_model import stage_layers
 from megagpt.parallel.deferred_gradients import DeferredGradients
+from megagpt.parallel.kernels import Kernels
 from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.parameter import shard_of
 from megagpt.parallel.topology import Topology
@@ -51,6 +52,13 @@ class StepResult:
     """Scale of the gradients under fp16; 1 for other precisions."""
     skipped: bool
     """No weight changed: the gradients overflowed or were discarded."""
+
+
+def compiles(config: Config, device_type: str) -> bool:
+    """Whether the functions between matrix products are compiled on a device, "cuda" or "cpu"."""
+    if config.training.compile == "auto":
+        return device_type == "cuda" and config.zero.stage < 3
+    return config.training.compile
 
 
 class Engine:
@@ -162,7 +170,8 @@ class Engine:
     def _build_chunks(self) -> dict[int, GPTChunk]:
         """Build this rank's chunks, by stage."""
         topology, config = self.topology, self.config
-        parallel = ParallelContext.of(topology, config.parallel.sequence_parallel, self.deferred_gradients)
+        kernels = Kernels(compiled=compiles(config, self.device.type))
+        parallel = ParallelContext.of(topology, config.parallel.sequence_parallel, self.deferred_gradients, kernels)
         layers = stage_layers(config, len(self._rank_of_stage))
         local_stages = [stage for stage, rank in enumerate(self._rank_of_stage) if rank == topology.pp_rank]
         chunks = {stage: build_chunk(config, parallel, layers[stage], self.device) for stage in local_stages}

@@ -51,8 +51,12 @@ class CausalSelfAttention(nn.Module):
         parallel: ParallelContext,
         residual_std: float,
         recompute_core: bool,
+        add_bias: bool = True,
     ) -> None:
-        """`index`: layer number; `residual_std`: initial std of the output projection."""
+        """`index`: layer number; `residual_std`: initial std of the output projection.
+
+        `add_bias`: False leaves the output's bias to the residual addition.
+        """
         super().__init__()
         name = f"layers.{index}.attention"
         self.index = index
@@ -63,7 +67,8 @@ class CausalSelfAttention(nn.Module):
         self.scale = model.attention_scale or model.head_size**-0.5
         self.qkv = build_qkv(name, model, parallel)
         n_in = model.n_head * model.head_size
-        self.proj = RowParallelLinear(f"{name}.proj", n_in, model.n_embd, parallel, residual_std, model.attention_bias)
+        bias = model.attention_bias
+        self.proj = RowParallelLinear(f"{name}.proj", n_in, model.n_embd, parallel, residual_std, bias, add_bias)
         self.explicit = ExplicitAttention(model, self.scale, parallel, index)
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:

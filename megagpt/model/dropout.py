@@ -3,11 +3,10 @@
 Recomputation makes the same masks without a saved random state.
 """
 
-import torch
 from torch import Tensor, nn
 
-from megagpt.model.dropout_masks import keep_mask
 from megagpt.model.forward_context import ForwardContext
+from megagpt.model.fused import Branch, drop
 from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.seeding import stable_seed
 
@@ -23,12 +22,17 @@ class ResidualDropout(nn.Module):
         self.range_index = parallel.range_index
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        return drop(x, self.keys(ctx, x.shape[1]), self.probability)
+
+    def branch(self, x: Tensor, bias: nn.Parameter | None, ctx: ForwardContext) -> Branch:
+        """Return the residual branch x + bias, [batch, seq, hidden], with this dropout."""
+        return Branch(x, bias, self.keys(ctx, x.shape[1]), self.probability)
+
+    def keys(self, ctx: ForwardContext, length: int) -> Tensor | None:
+        """Return the keys of the masks of this rank's `length` positions, [batch, seq]; None if nothing is dropped."""
         if not self.training or self.probability == 0:
-            return x
-        length, hidden = x.shape[1:]
-        keys = site_keys(ctx, self.site_key).narrow(1, self.range_index * length, length)
-        columns = torch.arange(hidden, dtype=torch.int32, device=x.device)
-        return x * keep_mask(keys.unsqueeze(2), columns, self.probability) * (1 / (1 - self.probability))
+            return None
+        return site_keys(ctx, self.site_key).narrow(1, self.range_index * length, length)
 
 
 def site_keys(ctx: ForwardContext, site_key: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megagpt.config.schema import Config
 from megagpt.model.attention import attention_mask
-from megagpt.model.block import Block
+from megagpt.model.block import Block, PreNormBlock, build_block
 from megagpt.model.dropout import ResidualDropout
 from megagpt.model.dropout_masks import token_keys
 from megagpt.model.forward_context import ForwardContext, MicroBatch
@@ -48,7 +48,7 @@ class GPTChunk(nn.Module):
             self.tokens = self._embedding(TOKEN_EMBEDDING)
             self.positions = build_positions("embedding.position", model, parallel)
             self.dropout = ResidualDropout(model.embd_pdrop, parallel, "embedding")
-        self.layers = nn.ModuleDict({str(index): Block(index, config, parallel) for index in layers})
+        self.layers = nn.ModuleDict({str(index): build_block(index, config, parallel) for index in layers})
         if self.is_last:
             self.norm = build_norm("final_norm", model, parallel)
             self.loss = VocabParallelLoss(
@@ -57,6 +57,7 @@ class GPTChunk(nn.Module):
                 config.training.label_smoothing,
                 softcap=model.logit_softcap,
                 z_loss=config.training.z_loss,
+                chunk_mib=config.training.loss_chunk_mib,
             )
 
     def forward(self, x: Tensor | None, micro_batch: MicroBatch) -> Tensor:
@@ -69,9 +70,9 @@ class GPTChunk(nn.Module):
         return self.loss(hidden, micro_batch.labels) if self.is_last else hidden
 
     @property
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[PreNormBlock | Block]:
         """The transformer blocks of this chunk."""
-        return [cast(Block, block) for block in self.layers.values()]
+        return [cast(PreNormBlock | Block, block) for block in self.layers.values()]
 
     def hidden(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """Run this chunk without the loss. x: token ids [batch, seq] on the first chunk, else hidden states."""
@@ -163,13 +164,13 @@ class GPTChunk(nn.Module):
         )
 
 
-def _run(blocks: Sequence[Block], x: Tensor, ctx: ForwardContext) -> Tensor:
+def _run(blocks: Sequence[PreNormBlock | Block], x: Tensor, ctx: ForwardContext) -> Tensor:
     for block in blocks:
         x = block(x, ctx)
     return x
 
 
-def _run_recomputed(blocks: Sequence[Block], x: Tensor, ctx: ForwardContext, group_size: int) -> Tensor:
+def _run_recomputed(blocks: Sequence[PreNormBlock | Block], x: Tensor, ctx: ForwardContext, group_size: int) -> Tensor:
     """Save only the input of each group of blocks; the backward runs the group again. Dropout has no RNG state to save."""
     for first in range(0, len(blocks), group_size):
         group = blocks[first : first + group_size]

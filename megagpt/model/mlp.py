@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megagpt.config.schema import ModelConfig
+from megagpt.model import fused
 from megagpt.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megagpt.parallel.parallel_context import ParallelContext
 
@@ -18,18 +19,35 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def _gated(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def function(x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, -1)
+        return activation(gate) * up
+
+    return function
+
+
+GATED_ACTIVATIONS = {name: _gated(activation) for name, activation in ACTIVATIONS.items()}
+"""Functions of gate and up, one after the other in the last dim."""
+
+
 class MLP(nn.Module):
     """hidden -> ffn_hidden_size / ranks -> hidden. Input and output shapes as in the parallel linear layers."""
 
-    def __init__(self, name: str, model: ModelConfig, parallel: ParallelContext, residual_std: float) -> None:
+    def __init__(
+        self, name: str, model: ModelConfig, parallel: ParallelContext, residual_std: float, add_bias: bool = True
+    ) -> None:
+        """`add_bias`: False leaves the output's bias to the residual addition."""
         super().__init__()
-        width, inner = model.n_embd, model.ffn_hidden_size
-        self.up = ColumnParallelLinear(f"{name}.up", width, inner, parallel, model.init_std, model.mlp_bias)
-        self.down = RowParallelLinear(f"{name}.down", inner, width, parallel, residual_std, model.mlp_bias)
+        width, inner, bias = model.n_embd, model.ffn_hidden_size, model.mlp_bias
+        self.kernels = parallel.kernels
+        fuse = parallel.kernels.compiled
+        self.up = ColumnParallelLinear(f"{name}.up", width, inner, parallel, model.init_std, bias, add_bias=not fuse)
+        self.down = RowParallelLinear(f"{name}.down", inner, width, parallel, residual_std, bias, add_bias)
         self.activation = ACTIVATIONS[model.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x)))
+        return self.down(fused.activate(self.kernels, self.activation, self.up(x), self.up.pending_bias))
 
     def flops_per_token(self) -> int:
         """Forward FLOPs of the unsharded matrix products for one token."""
@@ -39,22 +57,30 @@ class MLP(nn.Module):
 class GatedMLP(nn.Module):
     """down(activation(gate) * up), as in SwiGLU (Shazeer, arXiv 2002.05202). Gate and up are one matrix product."""
 
-    def __init__(self, name: str, model: ModelConfig, parallel: ParallelContext, residual_std: float) -> None:
+    def __init__(
+        self, name: str, model: ModelConfig, parallel: ParallelContext, residual_std: float, add_bias: bool = True
+    ) -> None:
+        """`add_bias`: False leaves the output's bias to the residual addition."""
         super().__init__()
-        width, inner, bias = model.n_embd, model.ffn_hidden_size, model.mlp_bias
-        self.gate_up = ColumnParallelLinear(f"{name}.gate_up", width, 2 * inner, parallel, model.init_std, bias, parts=2)
-        self.down = RowParallelLinear(f"{name}.down", inner, width, parallel, residual_std, bias)
-        self.activation = ACTIVATIONS[model.activation]
+        width, inner, bias, std = model.n_embd, model.ffn_hidden_size, model.mlp_bias, model.init_std
+        self.kernels = parallel.kernels
+        fuse = parallel.kernels.compiled
+        self.gate_up = ColumnParallelLinear(
+            f"{name}.gate_up", width, 2 * inner, parallel, std, bias, parts=2, add_bias=not fuse
+        )
+        self.down = RowParallelLinear(f"{name}.down", inner, width, parallel, residual_std, bias, add_bias)
+        self.activation = GATED_ACTIVATIONS[model.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(self.activation(gate) * up)
+        return self.down(fused.activate(self.kernels, self.activation, self.gate_up(x), self.gate_up.pending_bias))
 
     def flops_per_token(self) -> int:
         """Forward FLOPs of the unsharded matrix products for one token."""
         return self.gate_up.flops_per_token() + self.down.flops_per_token()
 
 
-def build_mlp(name: str, model: ModelConfig, parallel: ParallelContext, residual_std: float) -> MLP | GatedMLP:
+def build_mlp(
+    name: str, model: ModelConfig, parallel: ParallelContext, residual_std: float, add_bias: bool = True
+) -> MLP | GatedMLP:
     """Return the MLP that the config describes."""
-    return (GatedMLP if model.gated_mlp else MLP)(name, model, parallel, residual_std)
+    return (GatedMLP if model.gated_mlp else MLP)(name, model, parallel, residual_std, add_bias)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from megagpt.config.schema import ModelConfig
-from megagpt.model.norm import NORMS
+from megagpt.model import fused
+from megagpt.model.norm import Norm
 from megagpt.parallel.collectives import copy_to_ranks, reduce_from_ranks
 from megagpt.parallel.linear import ColumnParallelLinear
 from megagpt.parallel.parallel_context import ParallelContext
@@ -31,12 +32,13 @@ class FusedQKV(nn.Module):
     def __init__(self, name: str, model: ModelConfig, parallel: ParallelContext) -> None:
         super().__init__()
         self.head_size = model.head_size
+        self.kernels = parallel.kernels
         n_out = 3 * model.n_head * model.head_size
         self.qkv = ColumnParallelLinear(f"{name}.qkv", model.n_embd, n_out, parallel, model.init_std, model.qkv_bias)
         self.norm = build_qk_norm(name, model, parallel, kv_replicated=False)
 
     def forward(self, x: Tensor) -> Heads:
-        query, key, value = self.qkv(x).unflatten(-1, (-1, 3, self.head_size)).unbind(-2)
+        query, key, value = fused.split_heads(self.kernels, self.qkv(x), 3, self.head_size)
         return self.norm(Heads(query, key, value))
 
     def flops_per_token(self) -> int:
@@ -89,9 +91,8 @@ class HeadNorm(nn.Module):
 
     def __init__(self, name: str, model: ModelConfig, parallel: ParallelContext, kv_replicated: bool) -> None:
         super().__init__()
-        norm, epsilon = NORMS[model.norm], model.layer_norm_epsilon
-        self.query = norm(f"{name}.query_norm", model.head_size, epsilon, parallel, own_heads=True)
-        self.key = norm(f"{name}.key_norm", model.head_size, epsilon, parallel, own_heads=True)
+        self.query = Norm(f"{name}.query_norm", model, model.head_size, parallel, own_heads=True)
+        self.key = Norm(f"{name}.key_norm", model, model.head_size, parallel, own_heads=True)
 
     def forward(self, heads: Heads) -> Heads:
         return Heads(self.query(heads.query), self.key(heads.key), heads.value)

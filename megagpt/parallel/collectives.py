@@ -4,6 +4,7 @@ Each pair is one communication in the forward and its transpose in the backward 
 section 3; Korthikanti et al., arXiv 2205.05198, section 4.2.2). With group None (one rank) every function is the identity.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,34 +17,63 @@ all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_in
 reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+Pending = Callable[[], Tensor]
+"""A collective that runs: a call waits for it and returns its result."""
+
+
 def all_reduce(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """Sum over the group, in place if x is contiguous. Shape in = shape out."""
-    if group is None:
-        return x
-    x = x.contiguous()
-    dist.all_reduce(x, group=group)
-    return x
+    return x if group is None else start_all_reduce(x, group)()
 
 
 def all_gather_sequence(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """Gather the sequence ranges of all ranks. [batch, seq / ranks, hidden] -> [batch, seq, hidden]"""
-    if group is None:
-        return x
-    ranks, (batch, local_seq, hidden) = group.size(), x.shape
-    gathered = x.new_empty(ranks * batch, local_seq, hidden)
-    all_gather_into(gathered, x.contiguous(), group=group)
-    return gathered.view(ranks, batch, local_seq, hidden).transpose(0, 1).reshape(batch, ranks * local_seq, hidden)
+    return x if group is None else start_all_gather_sequence(x, group)()
 
 
 def reduce_scatter_sequence(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """Sum over the group; each rank keeps its sequence range. [batch, seq, hidden] -> [batch, seq / ranks, hidden]"""
-    if group is None:
+    return x if group is None else start_reduce_scatter_sequence(x, group)()
+
+
+def start_all_reduce(x: Tensor, group: ProcessGroup) -> Pending:
+    """Start the sum of `all_reduce`."""
+    x = x.contiguous()
+    work = dist.all_reduce(x, group=group, async_op=True)
+
+    def result() -> Tensor:
+        work.wait()
         return x
+
+    return result
+
+
+def start_all_gather_sequence(x: Tensor, group: ProcessGroup) -> Pending:
+    """Start the exchange of `all_gather_sequence`."""
+    ranks, (batch, local_seq, hidden) = group.size(), x.shape
+    x = x.contiguous()
+    gathered = x.new_empty(ranks * batch, local_seq, hidden)
+    work = all_gather_into(gathered, x, group=group, async_op=True)
+
+    def result() -> Tensor:
+        work.wait()
+        return gathered.view(ranks, batch, local_seq, hidden).transpose(0, 1).reshape(batch, ranks * local_seq, hidden)
+
+    return result
+
+
+def start_reduce_scatter_sequence(x: Tensor, group: ProcessGroup) -> Pending:
+    """Start the sum of `reduce_scatter_sequence`."""
     ranks, (batch, seq, hidden) = group.size(), x.shape
     by_rank = x.view(batch, ranks, seq // ranks, hidden).transpose(0, 1).contiguous()
     out = x.new_empty(batch, seq // ranks, hidden)
-    reduce_scatter_into(out, by_rank.view(ranks * batch, seq // ranks, hidden), group=group)
-    return out
+    work = reduce_scatter_into(out, by_rank.view(ranks * batch, seq // ranks, hidden), group=group, async_op=True)
+
+    def result() -> Tensor:
+        work.wait()
+        return out
+
+    return result
 
 
 def all_to_all(x: Tensor, group: ProcessGroup | None) -> Tensor:

@@ -21,6 +21,11 @@ class DeferredGradients:
     def __init__(self) -> None:
         self._jobs: list[GradientJob] | None = None
 
+    @property
+    def is_deferring(self) -> bool:
+        """Whether jobs are collected for later."""
+        return self._jobs is not None
+
     def add(self, job: GradientJob) -> None:
         """Run `job` now, or store it inside a `deferring` block."""
         if self._jobs is None:
@@ -48,14 +53,36 @@ def accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
 
 
 def accumulate_product(parameter: nn.Parameter, left: Tensor, right: Tensor) -> None:
-    """Add `left @ right` to `parameter.grad`, without a temporary tensor if the dtypes allow it.
+    """Add `left @ right` to `parameter.grad`, without a temporary tensor where the product can do that.
 
     A parameter with more than two dims counts as a matrix whose rows are its leading dims.
     """
-    if parameter.grad is not None and parameter.grad.dtype == left.dtype:
-        parameter.grad.flatten(0, -2).addmm_(left, right)
+    if parameter.grad is not None:
+        add_product(parameter.grad.flatten(0, -2), left, right)
     else:
-        accumulate(parameter, (left @ right).view(parameter.shape))
+        parameter.grad = product(left, right, gradient_dtype(parameter)).view(parameter.shape)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add `left @ right` to `total`, without a temporary tensor where the product can do that."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif _writes_fp32(left, total.dtype):
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total += left @ right
+
+
+def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `left @ right` in `dtype`; not rounded to the dtype of the factors before, where the product can do that."""
+    if _writes_fp32(left, dtype):
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).to(dtype)
+
+
+def _writes_fp32(factor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether torch has a product of two such factors that accumulates and writes in fp32: on CUDA only."""
+    return factor.is_cuda and factor.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32
 
 
 def gradient_dtype(parameter: nn.Parameter) -> torch.dtype:

@@ -13,14 +13,15 @@ from megagpt.parallel.collectives import (
     reduce_from_ranks,
     reduce_scatter_to_sequence,
 )
-from megagpt.parallel.deferred_gradients import DeferredGradients, accumulate
+from megagpt.parallel.deferred_gradients import DeferredGradients, accumulate, add_product
+from megagpt.parallel.kernels import loss_gradient, loss_statistics
 from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.parameter import shard_of, sharded_parameter
 
 IGNORED = -100
 """Label of a position that does not count in the loss (torch's convention)."""
-CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**26}
-"""Default number of logits in memory at a time: on a CPU what fits the caches, on a GPU enough for an efficient product."""
+CHUNK_MIB = {"cpu": 32, "cuda": 1024}
+"""Default memory of the logits that exist at a time, in MiB: on a CPU what fits the caches, on a GPU few large products."""
 
 
 class _Lookup(torch.autograd.Function):
@@ -87,18 +88,18 @@ class VocabParallelLoss(nn.Module):
         weight: nn.Parameter,
         parallel: ParallelContext,
         label_smoothing: float = 0.0,
-        chunk_logits: int | None = None,
+        chunk_mib: float | None = None,
         softcap: float | None = None,
         z_loss: float = 0.0,
     ) -> None:
-        """`chunk_logits`: logits in memory at a time on this rank; by default `CHUNK_LOGITS` of the device type.
+        """`chunk_mib`: memory of the logits that exist at a time on this rank, in MiB; `CHUNK_MIB` of the device by default.
 
         `softcap`: logits are softcap * tanh(logit / softcap).
         """
         super().__init__()
         self.parallel = parallel
         self.weight = weight
-        self.chunk_logits = chunk_logits
+        self.chunk_mib = chunk_mib
         self.label_smoothing = label_smoothing
         """Share of each label that is spread evenly over the vocabulary (Szegedy et al., arXiv 1512.00567). Used in
         training mode only: evaluations report the plain cross entropy."""
@@ -111,9 +112,15 @@ class VocabParallelLoss(nn.Module):
         hidden = enter(hidden, self.parallel.tp_group)
         train = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
         terms = LossTerms(self.label_smoothing if self.training else 0.0, self.z_loss if self.training else 0.0, self.softcap)
-        chunk_logits = self.chunk_logits or CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cuda"])
-        chunk_tokens = max(1, chunk_logits // self.weight.shape[0])
-        return _ChunkedLoss.apply(hidden, self.weight, labels, self.parallel, terms, train, chunk_tokens)
+        return _ChunkedLoss.apply(hidden, self.weight, labels, self.parallel, terms, train, self._chunk_tokens(hidden))
+
+    def _chunk_tokens(self, hidden: Tensor) -> int:
+        """Return how many tokens make a chunk: as many in each one, except that the last may have fewer."""
+        chunk_mib = self.chunk_mib or CHUNK_MIB.get(hidden.device.type, CHUNK_MIB["cuda"])
+        most = max(1, int(chunk_mib * 2**20) // (self.weight.shape[0] * hidden.element_size()))
+        n_tokens = hidden.shape[:-1].numel()
+        n_chunks = -(-n_tokens // most)
+        return -(-n_tokens // n_chunks)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits of this rank's tokens. [batch, seq, hidden] -> [batch, seq, this rank's vocabulary]"""
@@ -167,7 +174,8 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(tokens), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             logits = torch.mm(tokens[chunk], weight.t(), out=buffer[: len(tokens[chunk])])  # [chunk, entries]
-            losses, gradient = _token_losses(logits, weight, targets[chunk], ignored[chunk], parallel, terms, train)
+            token_losses = _compiled_token_losses if parallel.kernels.compiled else _token_losses
+            losses, gradient = token_losses(logits, weight, targets[chunk], ignored[chunk], parallel, terms, train)
             total += losses.sum()
             if gradient is None:
                 continue
@@ -175,7 +183,7 @@ class _ChunkedLoss(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(gradient, weight, out=grad_hidden[chunk])
             if grad_weight is not None:
-                _add_product(grad_weight, gradient.t(), tokens[chunk])
+                add_product(grad_weight, gradient.t(), tokens[chunk])
         if train:
             ctx.save_for_backward(grad_hidden)
             ctx.grad_weight, ctx.weight, ctx.deferred, ctx.shape = (
@@ -206,12 +214,60 @@ def _fp32_zeros_like(weight: nn.Parameter) -> Tensor:
     return torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add `left @ right` to `total`, without a temporary tensor if the dtypes allow it."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
+def _compiled_token_losses(
+    logits: Tensor,
+    weight: nn.Parameter,
+    targets: Tensor,
+    ignored: Tensor,
+    parallel: ParallelContext,
+    terms: LossTerms,
+    train: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return what `_token_losses` returns, in two compiled passes over the logits, which the gradient overwrites.
+
+    The exchange of three numbers per token stands between the passes.
+    """
+    entries = unpadded_entries(weight)
+    even_share = terms.smoothing / shard_of(weight).shape[0]
+    is_local = (targets >= 0) & (targets < entries)
+    index = torch.where(is_local, targets, 0)
+    kernels = parallel.kernels
+    statistics = kernels.run(loss_statistics, logits, index, is_local, entries, even_share, terms.smoothing, terms.softcap)
+    losses, log_total = _losses(statistics, parallel, terms, ignored)
+    if not train:
+        return losses, None
+    kernels.run(
+        loss_gradient,
+        logits,
+        log_total,
+        index,
+        is_local,
+        ignored,
+        entries,
+        even_share,
+        terms.smoothing,
+        terms.softcap,
+        terms.z_loss,
+    )
+    return losses, logits
+
+
+def _losses(statistics: Tensor, parallel: ParallelContext, terms: LossTerms, ignored: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the losses of a chunk, 0 at ignored tokens, and the logarithm of the sum of exp(logit) over all ranks.
+
+    statistics: largest logit, sum of exp(logit - largest) and target's logit of each token on this rank, [3, tokens].
+    """
+    if parallel.tp_group is None:
+        largest, total, target = statistics.unbind(0)
     else:
-        total += left @ right
+        all_largest, all_totals, all_targets = _gather_statistics(statistics, parallel)
+        largest = all_largest.amax(0)
+        total, target = (all_totals * (all_largest - largest).exp()).sum(0), all_targets.sum(0)
+    log_total = largest + total.log()
+    losses = log_total - target
+    if terms.z_loss > 0:
+        losses = losses + terms.z_loss * log_total.square()
+    return losses.masked_fill(ignored, 0), log_total
 
 
 def _token_losses(
@@ -246,23 +302,10 @@ def _token_losses(
         target = target.mul_(1 - smoothing).add_(scores[:, :entries].sum(-1), alpha=even_share)
     exponentials = scores.sub_(largest.unsqueeze(-1)).exp_()  # [tokens, entries]
     total = exponentials.sum(-1)  # [tokens]
-    if parallel.tp_group is None:
-        probability_scale = 1.0 / total
-        log_total = largest + total.log()
-        losses = log_total - target
-    else:
-        all_largest, all_totals, all_targets = _gather_statistics(torch.stack((largest, total, target)), parallel)
-        global_largest = all_largest.amax(0)
-        global_total = (all_totals * (all_largest - global_largest).exp()).sum(0)
-        probability_scale = (largest - global_largest).exp() / global_total
-        log_total = global_largest + global_total.log()
-        losses = log_total - all_targets.sum(0)
-    if terms.z_loss > 0:
-        losses = losses + terms.z_loss * log_total.square()
-    losses = losses.masked_fill(ignored, 0)
+    losses, log_total = _losses(torch.stack((largest, total, target)), parallel, terms, ignored)
     if not train:
         return losses, None
-    gradient = exponentials.mul_(probability_scale.masked_fill(ignored, 0).unsqueeze(-1))
+    gradient = exponentials.mul_((largest - log_total).exp_().masked_fill(ignored, 0).unsqueeze(-1))
     if terms.z_loss > 0:  # added below to the gradient of the cross entropy, which is proportional to the probabilities, too
         gradient.mul_((1 + 2 * terms.z_loss * log_total).unsqueeze(-1))
     gradient.scatter_add_(-1, index, (is_local & ~ignored).unsqueeze(-1).to(gradient.dtype).mul_(smoothing - 1))

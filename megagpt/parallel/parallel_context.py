@@ -6,12 +6,13 @@ from torch.distributed import ProcessGroup
 
 from megagpt.parallel.context_parallel import ContextParallel
 from megagpt.parallel.deferred_gradients import DeferredGradients
+from megagpt.parallel.kernels import Kernels
 from megagpt.parallel.topology import Topology
 
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """Tensor and context parallelism of this rank, and the queue for weight gradients.
+    """Tensor and context parallelism of this rank, the queue for weight gradients, and how small kernels run.
 
     The default is a single process.
     """
@@ -25,6 +26,8 @@ class ParallelContext:
     """Split the sequence over the tensor ranks outside of the matrix products."""
     context: ContextParallel = field(default_factory=ContextParallel)
     """Context-parallel group, independent of the tensor group."""
+    kernels: Kernels = field(default_factory=Kernels)
+    """Runs memory-bound functions, compiled or eagerly."""
 
     @property
     def range_index(self) -> int:
@@ -35,7 +38,13 @@ class ParallelContext:
         return self.context.rank * self.tp_size + self.tp_rank if self.sequence_parallel else self.context.rank
 
     @classmethod
-    def of(cls, topology: Topology, sequence_parallel: bool, deferred_gradients: DeferredGradients) -> "ParallelContext":
+    def of(
+        cls,
+        topology: Topology,
+        sequence_parallel: bool,
+        deferred_gradients: DeferredGradients,
+        kernels: Kernels | None = None,
+    ) -> "ParallelContext":
         """Return the context of this rank in `topology`."""
         return cls(
             deferred_gradients=deferred_gradients,
@@ -44,4 +53,5 @@ class ParallelContext:
             tp_size=topology.layout.tensor,
             sequence_parallel=sequence_parallel,
             context=ContextParallel(topology.context_group, topology.cp_rank, topology.layout.context),
+            kernels=kernels or Kernels(),
         )

@@ -27,6 +27,7 @@ from megagpt.parallel.parameter import Shard, shard_of
 LAYOUT = (
     *("parallel", "zero", "checkpoint", "logging", "deepspeed"),
     *("training.micro_batch_size", "training.recompute", "training.precision", "data.cache_dir", "optimizer.type"),
+    *("training.compile", "training.loss_chunk_mib", "training.deterministic"),
 )
 """Sections and keys that do not change what is computed, or whose change has a note of its own."""
 MAX_COUNT = 2**62

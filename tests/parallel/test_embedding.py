@@ -101,7 +101,7 @@ def loss_of_module(
     hidden, weight, labels = loss_inputs(vocab_size, 24 if sequence_parallel else 25)
     table = table_of(weight, parallel)
     entries = PADDED // tensor
-    module = VocabParallelLoss(table.weight, parallel, smoothing, chunk_logits=chunk_tokens * entries).train(training)
+    module = VocabParallelLoss(table.weight, parallel, smoothing, chunk_tokens * entries * 4 / 2**20).train(training)
     leaf = local_positions(hidden, parallel).float().clone().requires_grad_()
     with MatrixProducts() as products:
         loss = module(leaf, labels)

@@ -78,12 +78,12 @@ class Scale(nn.Module):
     def __init__(self, factor: float, deferred: DeferredGradients, is_last: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.tensor([[factor]]))
-        self.deferred = deferred
+        self.parallel = ParallelContext(deferred_gradients=deferred)
         self.is_last = is_last
         self.grad_enabled: list[bool] = []
 
     def forward(self, x: Tensor | None, micro_batch: Any) -> Tensor:
-        out = linear(micro_batch if x is None else x, self.weight, None, self.deferred)
+        out = linear(micro_batch if x is None else x, self.weight, None, self.parallel)
         self.grad_enabled.append(out.requires_grad)
         return out.sum() if self.is_last else out
 

@@ -13,7 +13,7 @@ from support.runs import Tree, create_engine, tiny_config, train_step
 
 from megagpt.config import Config
 from megagpt.model.meta_model import stage_layers
-from megagpt.parallel.embedding import CHUNK_LOGITS
+from megagpt.parallel.embedding import CHUNK_MIB
 from megagpt.parallel.topology import Layout
 from megagpt.planner.collective_counter import CollectiveCounter, TrafficKey
 from megagpt.planner.dry_run import open_dry_run
@@ -157,7 +157,8 @@ class Formulas:
         repeated = sum(2 * layers - -(-layers // group) for layers in self.layers_of_stages) if full else 0
         sums = self.m * (4 * self.layers + repeated + self.is_first + self.is_last)
         entries = self.config.model.padded_vocab_size // self.layout.tensor
-        chunks = -(-self.tokens // (CHUNK_LOGITS["cpu"] // entries))  # the device of the dry run
+        logits_bytes = self.tokens * entries * self.itemsize
+        chunks = -(-logits_bytes // (CHUNK_MIB["cpu"] * 2**20))  # the device of the dry run
         losses = self.m * self.is_last * chunks
         loss_bytes = self.m * self.is_last * self.tokens * 3 * 4 * self.layout.tensor
         if not self.config.parallel.sequence_parallel:
