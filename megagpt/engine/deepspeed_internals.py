@@ -8,7 +8,7 @@ public interface, so this module reads and drives parts of DeepSpeed's ZeRO opti
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol, cast
@@ -19,6 +19,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from torch import Tensor, nn
 
 from megagpt.distributed.launcher import Launcher
+from megagpt.engine.flat_zero import FlatGroup, FlatZero, Update
 from megagpt.errors import ConfigError
 from megagpt.parallel.parameter import shard_of
 
@@ -37,10 +38,15 @@ OPTIMIZER_ATTRIBUTES = (
 STAGE_1_AND_2_ATTRIBUTES = (
     "_release_preflattened_grad_buffers",
     "all_grad_tensors",
+    "_update_scale",
     "bit16_groups",
+    "bit16_groups_flat",
+    "clip_grad",
     "cpu_offload",
     "get_gradient_for_reduction",
     "micro_step_id",
+    "model_parallel_rank",
+    "mpu",
     "overlapping_partition_gradients_reduce_epilogue",
     "reduce_ipg_grads",
     "reduce_ready_partitions_and_remove_grads",
@@ -126,30 +132,14 @@ def local_weights(parameter: nn.Parameter) -> Tensor:
     return cast(Any, parameter).ds_tensor if is_partitioned(parameter) else parameter.detach()
 
 
-def discard_gradients(engine: Any) -> None:
-    """Drop the reduced gradients of a step, as DeepSpeed does after an overflow. The loss scale does not change."""
-    zero = engine.optimizer
-    zero.zero_grad(set_to_none=True)
-    if engine.zero_optimization_stage() == 3:
-        zero._pre_step()
-        zero._partition_all_parameters()  # else later forwards would not see weights that a rollback loads
-        if zero.offload_optimizer:
-            zero.reset_cpu_buffers()
-        else:
-            zero.averaged_gradients = {}
-        return
-    zero.micro_step_id = INITIAL_MICRO_STEP_ID  # else offloaded gradients of the next step are added to these
-    zero._release_preflattened_grad_buffers()
-    if zero.cpu_offload:
-        zero.reset_cpu_buffers()
-        return
-    for group in zero.averaged_gradients:
-        zero.averaged_gradients[group] = None
-        zero.all_grad_tensors[group] = None
+class ZeroSteps(Protocol):
+    """Gradients and optimizer step over the ZeRO ranks: `begin`, `reduce` any number of times, then `finish` or `cancel`.
 
+    After `finish`: `update` or `discard`.
+    """
 
-class Reduction(Protocol):
-    """Gradient reduction over the ZeRO ranks in one step: `begin`, `reduce` any number of times, then `finish` or `cancel`."""
+    averages: bool
+    """Whether gradients are averaged over the ranks, not summed."""
 
     def begin(self) -> None:
         """Keep gradients in `.grad` from here on; DeepSpeed's backward hooks do nothing."""
@@ -163,12 +153,31 @@ class Reduction(Protocol):
     def cancel(self) -> None:
         """End without reducing anything. The gradients must be None."""
 
+    def update(self) -> Update:
+        """Clip the gradients and update the weights, unless the gradients overflowed. Collective."""
 
-class FullStepReduction:
-    """Stage 3: one reduction at the end of the step, by DeepSpeed's own context manager."""
+    def discard(self) -> None:
+        """Drop the reduced gradients. Weights and loss scale do not change."""
+
+
+class _DeepSpeedUpdate:
+    """The optimizer step by DeepSpeed."""
+
+    averages = True
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
+
+    def update(self) -> Update:
+        """Clip the gradients and update the weights, unless the gradients overflowed. Collective."""
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        skipped = bool(getattr(self._engine.optimizer, "overflow", False))
+        return Update(float("nan") if norm is None else float(norm), skipped)
+
+
+class PartitionedSteps(_DeepSpeedUpdate):
+    """Stage 3: one reduction at the end of the step, by DeepSpeed's own context manager."""
 
     def begin(self) -> None:
         """Keep gradients in `.grad` from here on; DeepSpeed's backward hooks do nothing."""
@@ -186,15 +195,26 @@ class FullStepReduction:
         """End without reducing anything: the context finds no gradients."""
         self._context.__exit__(None, None, None)
 
+    def discard(self) -> None:
+        """Drop the reduced gradients, as DeepSpeed does after an overflow."""
+        zero = self._engine.optimizer
+        zero.zero_grad(set_to_none=True)
+        zero._pre_step()
+        zero._partition_all_parameters()  # else later forwards would not see weights that a rollback loads
+        if zero.offload_optimizer:
+            zero.reset_cpu_buffers()
+        else:
+            zero.averaged_gradients = {}
 
-class ChunkedReduction:
-    """Stages 1 and 2: reduce parameters as soon as their gradients are complete.
+
+class OffloadedSteps(_DeepSpeedUpdate):
+    """Stages 1 and 2 with the optimizer on the CPU: reduce parameters as soon as their gradients are complete.
 
     Follows what `DeepSpeedEngine.coalesce_grad_reduction` does when it exits, for some of the parameters at a time.
     """
 
     def __init__(self, engine: Any) -> None:
-        self._engine = engine
+        super().__init__(engine)
         self._optimizer = engine.optimizer
         self._group = {p: index for index, group in enumerate(self._optimizer.bit16_groups) for p in group}
         self._pending: dict[nn.Parameter, None] = {}
@@ -239,10 +259,65 @@ class ChunkedReduction:
         self._engine.inside_no_sync_ctxt = False
         self._engine._is_gradient_accumulation_boundary = self._boundary_before
 
+    def discard(self) -> None:
+        """Drop the reduced gradients, as DeepSpeed does after an overflow."""
+        zero = self._optimizer
+        zero.zero_grad(set_to_none=True)
+        zero.micro_step_id = INITIAL_MICRO_STEP_ID  # else offloaded gradients of the next step are added to these
+        zero._release_preflattened_grad_buffers()
+        zero.reset_cpu_buffers()
 
-def build_reduction(engine: Any) -> Reduction:
-    """Return the reduction for the engine's ZeRO stage."""
-    return FullStepReduction(engine) if engine.zero_optimization_stage() == 3 else ChunkedReduction(engine)
+
+class FlatSteps:
+    """Stages 1 and 2 (and 0, as stage 1 on one rank): DeepSpeed's flat weights and partitions, stepped by `FlatZero`."""
+
+    averages = False
+
+    def __init__(self, engine: Any, chunks: Sequence[Sequence[nn.Parameter]]) -> None:
+        """`chunks`: parameters that are reduced together."""
+        self._zero = zero = engine.optimizer
+        self._clip_grad = float(zero.clip_grad)
+        engine.inside_no_sync_ctxt = True  # DeepSpeed's hooks do nothing from here on
+        zero._coalesce_grad_reduction = True
+        groups = zip(zero.bit16_groups, zero.bit16_groups_flat, zero.single_partition_of_fp32_groups, strict=True)
+        parameters = [p for group in zero.bit16_groups for p in group]
+        for parameter in parameters:  # placeholders, too
+            parameter.grad_dtype = torch.float32
+        self._flat = FlatZero(
+            [FlatGroup(list(group), weights, master) for group, weights, master in groups],
+            chunks,
+            zero.optimizer,
+            zero.dp_process_group,
+            zero.mpu.get_model_parallel_group(),
+            self._is_counted,
+            frees=engine.zero_optimization_stage() == 2,
+        )
+        self.begin, self.reduce, self.finish = self._flat.begin, self._flat.reduce, self._flat.finish
+
+    def cancel(self) -> None:
+        """End without reducing anything."""
+
+    def update(self) -> Update:
+        """Clip the gradients and update the weights, unless the gradients overflowed. Collective."""
+        update = self._flat.update(float(self._zero.loss_scale), self._clip_grad)
+        self._zero._update_scale(update.skipped)
+        return update
+
+    def discard(self) -> None:
+        """Drop the gradients: the next `begin` sets them to zero."""
+
+    def _is_counted(self, parameter: Any) -> bool:
+        """Whether this rank counts the parameter in the gradient norm: see `mark_for_gradient_norm`."""
+        if getattr(parameter, "ds_pipe_replicated", False):
+            return False
+        return getattr(parameter, "model_parallel", False) or self._zero.model_parallel_rank == 0
+
+
+def build_zero_steps(engine: Any, chunks: Sequence[Sequence[nn.Parameter]]) -> ZeroSteps:
+    """Return gradients and optimizer step for the engine's ZeRO stage. `chunks`: parameters that are reduced together."""
+    if engine.zero_optimization_stage() == 3:
+        return PartitionedSteps(engine)
+    return OffloadedSteps(engine) if engine.optimizer.cpu_offload else FlatSteps(engine, chunks)
 
 
 @dataclass(frozen=True)

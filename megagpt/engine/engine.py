@@ -19,9 +19,8 @@ from megagpt.distributed.phase import PhaseTracker
 from megagpt.engine.deepspeed_config import deepspeed_config
 from megagpt.engine.deepspeed_internals import (
     ZeroState,
-    build_reduction,
+    build_zero_steps,
     check_internals,
-    discard_gradients,
     mark_for_gradient_norm,
 )
 from megagpt.engine.freezing import add_placeholder_parameters, freeze
@@ -87,7 +86,7 @@ class Engine:
         self._sync = GradientSync(self.chunks, self._rank_of_stage, topology, config.zero.stage, tied_name)
         add_placeholder_parameters(self.model)
         self.deepspeed = self._initialize_deepspeed()
-        self._reduction = build_reduction(self.deepspeed)
+        self._zero = build_zero_steps(self.deepspeed, list(self._sync.by_stage.values()))
         self._executors: dict[tuple[str | None, int, torch.Size], Executor] = {}
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], n_tokens: int | Tensor) -> Tensor | None:
@@ -99,16 +98,16 @@ class Engine:
         Returns the sum of this rank's token losses (fp32 scalar) on the last stage, None on other stages.
         Call `step` or `discard` next.
         """
-        # ZeRO averages over its shards; the sum is wanted.
-        shards = self.topology.layout.dp_cp if self.config.zero.stage > 0 else 1
+        # The sum over the shards is wanted.
+        shards = self.topology.layout.dp_cp if self._zero.averages and self.config.zero.stage > 0 else 1
         self.model.train()
-        self._reduction.begin()
+        self._zero.begin()
         executor = self._executor(self.config.parallel.schedule, micro_batches)
         loss_sum = executor.step(micro_batches, self._loss_gradient(n_tokens, self.loss_scale * shards), self._reduce_stage)
         self.phase.enter("reduction of the last gradients")
         with self.phase.waiting():
             self._sync.sum_tied()
-            self._reduction.finish()
+            self._zero.finish()
         return loss_sum
 
     def step(self, learning_rate: float) -> StepResult:
@@ -118,14 +117,12 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         with self.phase.waiting():
-            self.deepspeed.step()
-        norm = self.deepspeed.get_global_grad_norm()
-        skipped = bool(getattr(self.deepspeed.optimizer, "overflow", False))
-        return StepResult(float("nan") if norm is None else float(norm), loss_scale, skipped)
+            update = self._zero.update()
+        return StepResult(update.grad_norm, loss_scale, update.skipped)
 
     def discard(self) -> StepResult:
         """Drop the gradients of `forward_backward` without an update. Weights and loss scale do not change."""
-        discard_gradients(self.deepspeed)
+        self._zero.discard()
         return StepResult(float("nan"), self.loss_scale, skipped=True)
 
     @contextmanager
@@ -136,7 +133,7 @@ class Engine:
         are dropped at the end of the block.
         """
         self.model.train()
-        self._reduction.begin()
+        self._zero.begin()
         executor = self._executor(self.config.parallel.schedule, [micro_batch])
         executor.step([micro_batch], self._loss_gradient(n_tokens, self.loss_scale))
         self._sync.sum_over_ends()
@@ -145,7 +142,7 @@ class Engine:
         yield
         for parameter in self.parameters:
             parameter.grad = None
-        self._reduction.cancel()
+        self._zero.cancel()
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor | None:
@@ -208,7 +205,7 @@ class Engine:
         """Reduce a chunk's gradients while other chunks still compute. The tied embedding waits for the other end."""
         self.phase.enter(f"gradient reduction of stage {stage}")
         with self.phase.waiting():
-            self._reduction.reduce(self._sync.sum_stage(stage))
+            self._zero.reduce(self._sync.sum_stage(stage))
 
     def _executor(self, schedule: str | None, micro_batches: Sequence[MicroBatch]) -> Executor:
         """Return the executor for these micro-batches, built on first use. Schedule None runs forwards only."""

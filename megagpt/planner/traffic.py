@@ -28,7 +28,7 @@ def step_traffic(config: Config, layout: Layout, rank: int) -> Traffic:
     """Return the communication of `rank` in one optimizer step. No process group may exist; nothing is allocated.
 
     Included is everything except the few bytes of gradient norms and of the loss. ZeRO's reductions are counted as one call
-    per chunk; DeepSpeed splits large ones into buckets. Not for ZeRO 3. `parallel.schedule` must not be "auto".
+    per chunk; there are as many as ranks that own a part of it. Not for ZeRO 3. `parallel.schedule` must not be "auto".
     """
     n_micro_batches = config.training.global_batch_size // config.training.micro_batch_size // layout.data
     traffic: Traffic = {}
@@ -47,9 +47,9 @@ def step_traffic(config: Config, layout: Layout, rank: int) -> Traffic:
 
 
 def _zero_traffic(dry_run: DryRun) -> Traffic:
-    """Return the traffic of ZeRO 1 and 2 in DeepSpeed 0.19: every gradient summed once, every parameter gathered once."""
+    """Return the traffic of ZeRO 1 and 2: every gradient summed once by its owner, every parameter gathered once."""
     n_parameters = dry_run.n_parameters
     return {
-        TrafficKey("dp_cp", "all-reduce"): Amount(len(dry_run.chunks), GRADIENT_BYTES * n_parameters),
+        TrafficKey("dp_cp", "reduce"): Amount(len(dry_run.chunks), GRADIENT_BYTES * n_parameters),
         TrafficKey("dp_cp", "all-gather"): Amount(1, dry_run.dtype.itemsize * n_parameters),
     }

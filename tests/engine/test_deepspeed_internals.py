@@ -111,7 +111,6 @@ def weights_with_discards(config: Config, discards: int) -> Tree:
             forward_backward(engine, 10 + number)
             result = engine.discard()
             assert result.skipped and result.grad_norm != result.grad_norm and result.loss_scale == engine.loss_scale
-            assert all(parameter.grad is None for parameter in engine.parameters)
             assert all((a[-1] == b[-1]).all() for a, b in zip(before, local_weights(engine), strict=True))
         _, result = train_step(engine, step)
         assert not result.skipped

@@ -100,8 +100,11 @@ def test_a_real_step_communicates_what_the_dry_run_counts_and_nothing_else(name:
         for key in measured.keys() | expected.keys():
             if key.group in ("model_parallel", "other"):  # gradient norms; groups of one rank, in which nothing is moved
                 continue
+            if key == ("dp_cp", "all-reduce") and config.zero.stage > 0:
+                assert measured[key].bytes <= 64  # the gradient norm
+                continue
             assert key in expected, (name, key, measured[key])
-            if key.group == "dp_cp":  # in as many calls as there are buckets; the overflow check and the norm besides
+            if key.group == "dp_cp":  # in as many calls as there are buckets or owners; padding besides
                 assert 0 <= measured[key].bytes - expected[key].bytes <= 64, (name, key)
                 assert measured[key].calls >= expected[key].calls, (name, key)
             else:
@@ -197,7 +200,7 @@ class Formulas:
         if self.config.zero.stage == 0:
             separate = int(self.config.model.tie_embeddings and (self.is_first or self.is_last))  # the tied embedding, last
             return {("dp_cp", "all-reduce"): (len(self.stages) + separate, 4 * psi)}
-        return {("dp_cp", "all-reduce"): (len(self.stages), 4 * psi), ("dp_cp", "all-gather"): (1, self.itemsize * psi)}
+        return {("dp_cp", "reduce"): (len(self.stages), 4 * psi), ("dp_cp", "all-gather"): (1, self.itemsize * psi)}
 
     def context(self) -> Any:
         if self.layout.context == 1:

@@ -1,0 +1,214 @@
+"""ZeRO 1 and 2 on flat buffers (Rajbhandari et al., arXiv 1910.02054): few kernels per step, whatever the number of weights.
+
+The gradients of a group of parameters are views of one fp32 buffer, laid out like the group's flat weights. So backwards add
+to it in place, the sum over the ranks goes straight to the rank that owns a part (as many bytes as a reduce-scatter), and
+norm, clipping and optimizer each read the rank's part once. DeepSpeed creates the flat weights, the fp32 master weights and
+their division over the ranks (`deepspeed_internals.py`); ZeRO 0 is the case of one rank.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from megagpt.parallel.collectives import all_gather_into
+
+CLIP_EPSILON = 1e-6
+"""Added to the norm before clipping, as torch and DeepSpeed do."""
+
+
+@dataclass(frozen=True)
+class FlatGroup:
+    """Parameters that are views of one buffer, which ZeRO divides evenly over its ranks."""
+
+    parameters: Sequence[nn.Parameter]
+    weights: Tensor
+    """Flat weights of all parameters, padded at the end; in the dtype of the forwards."""
+    master: nn.Parameter
+    """fp32 weights of this rank's part; the optimizer updates it by its `.grad`."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """Outcome of one optimizer step, equal on all ranks."""
+
+    grad_norm: float
+    """L2 norm of the unscaled gradients before clipping; not finite if the step was skipped."""
+    skipped: bool
+    """The norm is not finite, so no weight has changed."""
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Neighbours in a flat buffer whose gradients are complete at the same time."""
+
+    group: int
+    start: int
+    end: int
+    parameters: tuple[tuple[nn.Parameter, int], ...]
+    """Each with its offset in the group's buffer."""
+
+
+class FlatZero:
+    """Gradients and optimizer step of ZeRO 0 to 2: `begin`, backwards, `reduce` per chunk, `finish`, then `update`."""
+
+    def __init__(
+        self,
+        groups: Sequence[FlatGroup],
+        chunks: Sequence[Sequence[nn.Parameter]],
+        optimizer: torch.optim.Optimizer,
+        shard_group: ProcessGroup,
+        model_group: ProcessGroup,
+        is_counted: Callable[[nn.Parameter], bool],
+        frees: bool,
+    ) -> None:
+        """`chunks`: parameters that `reduce` gets together; all others are reduced by `finish`.
+
+        `shard_group`: ranks that share the parts; `model_group`: ranks with the other parameters of this replica.
+        `is_counted`: whether a parameter's gradient counts in the norm on this rank.
+        `frees`: free a chunk's gradients, except this rank's part, as soon as they are reduced (ZeRO 2).
+        """
+        self._groups = groups
+        self._optimizer = optimizer
+        self._shard_group = shard_group
+        self._model_group = model_group
+        self._rank, self._n_ranks = dist.get_rank(shard_group), dist.get_world_size(shard_group)
+        self._frees = frees and self._n_ranks > 1
+        self._place = {p: (index, _offset(p, group)) for index, group in enumerate(groups) for p in group.parameters}
+        in_chunks = {p for chunk in chunks for p in chunk}
+        parts = [[p for p in chunk if p in self._place] for chunk in chunks] + [[p for p in self._place if p not in in_chunks]]
+        self._segments = [segment for part in parts for segment in self._joined(part)]
+        self._segment_of = {p: segment for segment in self._segments for p, _ in segment.parameters}
+        self._counted = list(self._own_ranges(self._joined([p for p in self._place if is_counted(p)])))
+        self._full = [] if self._frees else [_zeros(group.weights, len(group.weights)) for group in groups]
+        self._own = [self._part(flat) for flat in self._full]
+        if self._frees:
+            self._own = [_zeros(group.weights, len(group.weights) // self._n_ranks) for group in groups]
+        self._buffers: dict[_Segment, Tensor] = {}
+        self._pending: dict[nn.Parameter, None] = {}
+        self._works: list[tuple[Any, _Segment]] = []
+
+    def begin(self) -> None:
+        """Set all gradients to zero, as views of flat buffers."""
+        torch._foreach_zero_(self._full or self._own)
+        for segment in self._segments:
+            if self._frees:
+                buffer = _zeros(self._groups[segment.group].weights, segment.end - segment.start)
+            else:
+                buffer = self._full[segment.group][segment.start : segment.end]
+            self._buffers[segment] = buffer
+            for parameter, start in segment.parameters:
+                first = start - segment.start
+                parameter.grad = buffer[first : first + parameter.numel()].view_as(parameter)
+        self._pending = dict.fromkeys(self._place)
+
+    def reduce(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Start the sums of these parameters' gradients, which are complete. Collective; all ranks in the same order."""
+        segments: dict[_Segment, None] = {}
+        for parameter in parameters:
+            del self._pending[parameter]
+            segments[self._segment_of[parameter]] = None
+        if self._n_ranks == 1:
+            return
+        for segment in segments:
+            buffer, part = self._buffers[segment], self._part_length(segment.group)
+            for owner in range(segment.start // part, (segment.end - 1) // part + 1):
+                first, last = max(segment.start, owner * part), min(segment.end, (owner + 1) * part)
+                piece = buffer[first - segment.start : last - segment.start]
+                destination = dist.get_global_rank(self._shard_group, owner)
+                self._works.append((dist.reduce(piece, destination, group=self._shard_group, async_op=True), segment))
+            if self._frees:
+                for parameter, _ in segment.parameters:
+                    parameter.grad = None
+
+    def finish(self) -> None:
+        """Sum the remaining gradients, and wait for all sums. Collective."""
+        self.reduce(list(self._pending))
+        for work, _ in self._works:
+            work.wait()
+        if self._frees:
+            for segment in dict.fromkeys(segment for _, segment in self._works):
+                for index, first, last in self._own_ranges([segment]):
+                    shift = self._rank * self._part_length(index) - segment.start
+                    self._own[index][first:last] = self._buffers[segment][first + shift : last + shift]
+        self._works = []
+        self._buffers = {}
+
+    def update(self, loss_scale: float, max_norm: float) -> Update:
+        """Clip this rank's gradients to `max_norm` (0: do not), update its weights, and gather all weights. Collective.
+
+        `loss_scale`: factor that the gradients have. Without any change if their norm is not finite.
+        """
+        norm = self._norm() / loss_scale
+        grad_norm = float(norm)
+        if not math.isfinite(grad_norm):
+            return Update(grad_norm, skipped=True)
+        factor = 1 / loss_scale
+        if max_norm > 0:
+            factor /= max(1.0, (grad_norm + CLIP_EPSILON) / max_norm)
+        if factor != 1:
+            torch._foreach_mul_(self._own, factor)
+        for group, gradients in zip(self._groups, self._own, strict=True):
+            group.master.grad = gradients
+        self._optimizer.step()
+        for group in self._groups:
+            own = self._part(group.weights)
+            own.copy_(group.master.detach())
+            if self._n_ranks > 1:
+                all_gather_into(group.weights, own, group=self._shard_group)
+        return Update(grad_norm, skipped=False)
+
+    def _norm(self) -> Tensor:
+        """Return the L2 norm of all counted gradients of all ranks, a scalar on the device. Collective."""
+        total = torch.zeros((), dtype=torch.float64, device=self._groups[0].weights.device)
+        ranges = [self._own[index][first:last] for index, first, last in self._counted]
+        if ranges:
+            total = torch.stack([torch.linalg.vector_norm(values, dtype=torch.float64) for values in ranges]).square().sum()
+        for group in (self._shard_group, self._model_group):
+            if dist.get_world_size(group) > 1:
+                dist.all_reduce(total, group=group)
+        return total.sqrt()
+
+    def _part_length(self, group: int) -> int:
+        return len(self._groups[group].weights) // self._n_ranks
+
+    def _part(self, flat: Tensor) -> Tensor:
+        """Return this rank's part of a flat buffer."""
+        return flat.chunk(self._n_ranks)[self._rank]
+
+    def _own_ranges(self, segments: Iterable[_Segment]) -> Iterator[tuple[int, int, int]]:
+        """Yield (group, first, last) of what this rank owns of the segments, relative to its part."""
+        for segment in segments:
+            part = self._part_length(segment.group)
+            first, last = max(segment.start - self._rank * part, 0), min(segment.end - self._rank * part, part)
+            if first < last:
+                yield segment.group, first, last
+
+    def _joined(self, parameters: Iterable[nn.Parameter]) -> list[_Segment]:
+        """Return the parameters as segments, as few as possible, in the order of the buffers."""
+        runs: list[list[tuple[int, int, nn.Parameter]]] = []
+        for index, start, parameter in sorted(((*self._place[p], p) for p in parameters), key=lambda entry: entry[:2]):
+            if runs:
+                last_index, last_start, last = runs[-1][-1]
+                if last_index == index and last_start + last.numel() == start:
+                    runs[-1].append((index, start, parameter))
+                    continue
+            runs.append([(index, start, parameter)])
+        return [
+            _Segment(run[0][0], run[0][1], run[-1][1] + run[-1][2].numel(), tuple((p, start) for _, start, p in run))
+            for run in runs
+        ]
+
+
+def _zeros(like: Tensor, length: int) -> Tensor:
+    return torch.zeros(length, dtype=torch.float32, device=like.device)
+
+
+def _offset(parameter: nn.Parameter, group: FlatGroup) -> int:
+    """Return where the parameter starts in the group's flat weights."""
+    return (parameter.data_ptr() - group.weights.data_ptr()) // group.weights.element_size()
