@@ -4,6 +4,7 @@ A training step is `forward_backward`, then either `step` (update the weights) o
 """
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,6 +61,13 @@ def compiles(config: Config, device_type: str) -> bool:
     return config.training.compile
 
 
+def use_deterministic_algorithms() -> None:
+    """Let this process use only CUDA kernels that give the same bits on every run."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is computed
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # only for programs that read memory before they write it
+
+
 class Engine:
     """Chunks of the model, their ZeRO optimizer, and the executors that run them."""
 
@@ -73,6 +81,8 @@ class Engine:
         self.device = device
         self.phase = phase or PhaseTracker(device)
         self.deferred_gradients = DeferredGradients()
+        if config.training.deterministic and device.type == "cuda":
+            use_deterministic_algorithms()
         parallel = config.parallel
         if parallel.schedule == "auto":
             raise ConfigError('parallel.schedule: "auto" must be resolved first (megagpt.planner.auto_schedule)')

@@ -161,8 +161,10 @@ class _Activate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        grad_x, grad_bias = ctx.kernels.run(_activate_backward, grads[0], x, _detached(ctx.bias), ctx.function)
-        _add_gradient(ctx.bias, grad_bias)
+        grad_x = ctx.kernels.run(_activate_backward, grads[0], x, _detached(ctx.bias), ctx.function)
+        if ctx.bias is not None and ctx.bias.requires_grad:
+            # Not in the same function: inductor would compute the activation's backward a second time for the sum.
+            _add_gradient(ctx.bias, ctx.kernels.run(column_sum, grad_x))
         return grad_x, None, None, None, None
 
 
@@ -233,11 +235,10 @@ def _activate(x: Tensor, bias: Tensor | None, function: Activation) -> Tensor:
     return function(_plus(x, bias)).to(x.dtype)
 
 
-def _activate_backward(grad: Tensor, x: Tensor, bias: Tensor | None, function: Activation) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of x, and of the bias in fp32, in the bias's shape without parts."""
+def _activate_backward(grad: Tensor, x: Tensor, bias: Tensor | None, function: Activation) -> Tensor:
     _, pull_back = _vjp(function, _plus(x, bias))
     (grad_x,) = pull_back(grad.float())
-    return grad_x.to(x.dtype), None if bias is None else column_sum(grad_x)
+    return grad_x.to(x.dtype)
 
 
 def _plus(x: Tensor, bias: Tensor | None) -> Tensor:

@@ -52,6 +52,14 @@ def accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
         parameter.grad.add_(gradient)
 
 
+def accumulate_scaled(parameter: nn.Parameter, gradient: Tensor, scale: Tensor) -> None:
+    """Add `gradient` times a scalar to `parameter.grad`. `gradient` may be overwritten."""
+    if parameter.grad is not None and parameter.grad.dtype == gradient.dtype:
+        parameter.grad.addcmul_(gradient, scale)
+    else:
+        accumulate(parameter, gradient.mul_(scale))
+
+
 def accumulate_product(parameter: nn.Parameter, left: Tensor, right: Tensor) -> None:
     """Add `left @ right` to `parameter.grad`, without a temporary tensor where the product can do that.
 

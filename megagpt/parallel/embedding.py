@@ -13,7 +13,7 @@ from megagpt.parallel.collectives import (
     reduce_from_ranks,
     reduce_scatter_to_sequence,
 )
-from megagpt.parallel.deferred_gradients import DeferredGradients, accumulate, add_product
+from megagpt.parallel.deferred_gradients import DeferredGradients, accumulate, accumulate_scaled, add_product
 from megagpt.parallel.kernels import loss_gradient, loss_statistics
 from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.parameter import shard_of, sharded_parameter
@@ -201,7 +201,7 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.grad_weight = None
 
         def job() -> None:
-            accumulate(weight, grad_weight.mul_(scale))
+            accumulate_scaled(weight, grad_weight, scale)
 
         if grad_weight is not None:
             ctx.deferred.add(job)
