@@ -65,7 +65,7 @@ def use_deterministic_algorithms() -> None:
     """Let this process use only CUDA kernels that give the same bits on every run."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is computed
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # only for programs that read memory before they write it
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # for reads before writes
 
 
 class Engine:

@@ -201,7 +201,7 @@ def test_every_checkpoint_of_a_run_has_the_tokenizer_that_the_run_started_with(r
     assert sorted(file.name for file in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_00000002"]
     assert (tmp_path / "checkpoints" / "step_00000002" / "tokenizer" / "tokenizer.json").read_bytes() == content
 
-    assert ranks.run(2, warnings_of, run_config(tmp_path, None, 3)) == ["", ""]
+    assert not any("tokenizer" in text for text in ranks.run(2, warnings_of, run_config(tmp_path, None, 3)))
     folder = tmp_path / "checkpoints" / "step_00000003"
     assert (folder / "tokenizer" / "tokenizer.json").read_bytes() == content
 
