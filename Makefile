@@ -15,10 +15,10 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 # One thread a rank: several ranks share the cores. The hub is never asked: tests run without a network.
 RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline
 
-.PHONY: help setup quickstart test lint clean
+.PHONY: help setup quickstart test test-gpu lint clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv with the pinned requirements; a second run reuses it
 
@@ -37,6 +37,9 @@ quickstart: $(STAMP) ## train a small GPT on 8 CPU ranks, start to end, in minut
 
 test: $(STAMP) ## run the whole test suite
 	$(RUN) $(BIN)/python -m pytest
+
+test-gpu: ## run the tests that need a GPU, with this machine's python (PYTHON=...), which has torch already
+	$(RUN) $(PYTHON) -m pytest tests/gpu
 
 lint: $(STAMP) ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .

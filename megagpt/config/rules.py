@@ -229,6 +229,12 @@ def _zero(config: Config) -> Iterator[Problem]:
             f"zero.stage: 3 with parallel.schedule {config.parallel.schedule}, which delays weight gradients or has several "
             'chunks per rank, while stage 3 frees the weights; use parallel.schedule "1f1b", or zero.stage 1 or 2',
         )
+    if zero.stage == 3 and config.training.compile is True:
+        yield Problem(
+            ("training.compile", "zero.stage"),
+            "training.compile: true needs zero.stage 0, 1 or 2; stage 3 has a layer's weights only inside that layer; "
+            'use "auto" or false',
+        )
     if zero.stage == 0 and zero.offload_optimizer != "none":
         yield Problem(
             ("zero.stage", "zero.offload_optimizer"),

@@ -90,21 +90,19 @@ class FlatZero:
         if self._frees:
             self._own = [_zeros(group.weights, len(group.weights) // self._n_ranks) for group in groups]
         self._buffers: dict[_Segment, Tensor] = {}
+        self._views: dict[nn.Parameter, Tensor] = {}
+        if not self._frees:
+            self._allocate()
         self._pending: dict[nn.Parameter, None] = {}
         self._works: list[tuple[Any, _Segment]] = []
 
     def begin(self) -> None:
         """Set all gradients to zero, as views of flat buffers."""
         torch._foreach_zero_(self._full or self._own)
-        for segment in self._segments:
-            if self._frees:
-                buffer = _zeros(self._groups[segment.group].weights, segment.end - segment.start)
-            else:
-                buffer = self._full[segment.group][segment.start : segment.end]
-            self._buffers[segment] = buffer
-            for parameter, start in segment.parameters:
-                first = start - segment.start
-                parameter.grad = buffer[first : first + parameter.numel()].view_as(parameter)
+        if self._frees:
+            self._allocate()
+        for parameter, view in self._views.items():
+            parameter.grad = view
         self._pending = dict.fromkeys(self._place)
 
     def reduce(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -136,8 +134,8 @@ class FlatZero:
                 for index, first, last in self._own_ranges([segment]):
                     shift = self._rank * self._part_length(index) - segment.start
                     self._own[index][first:last] = self._buffers[segment][first + shift : last + shift]
+            self._buffers, self._views = {}, {}
         self._works = []
-        self._buffers = {}
 
     def update(self, loss_scale: float, max_norm: float) -> Update:
         """Clip this rank's gradients to `max_norm` (0: do not), update its weights, and gather all weights. Collective.
@@ -162,6 +160,18 @@ class FlatZero:
             if self._n_ranks > 1:
                 all_gather_into(group.weights, own, group=self._shard_group)
         return Update(grad_norm, skipped=False)
+
+    def _allocate(self) -> None:
+        """Make the buffers of all segments, and the views of them that are the gradients."""
+        for segment in self._segments:
+            if self._frees:
+                buffer = _zeros(self._groups[segment.group].weights, segment.end - segment.start)
+            else:
+                buffer = self._full[segment.group][segment.start : segment.end]
+            self._buffers[segment] = buffer
+            for parameter, start in segment.parameters:
+                first = start - segment.start
+                self._views[parameter] = buffer[first : first + parameter.numel()].view_as(parameter)
 
     def _norm(self) -> Tensor:
         """Return the L2 norm of all counted gradients of all ranks, a scalar on the device. Collective."""
