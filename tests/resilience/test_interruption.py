@@ -16,7 +16,7 @@ from megagpt.checkpoint.boxes import Box
 from megagpt.checkpoint.load import CheckpointReader
 from megagpt.config import load_config
 from megagpt.errors import ConfigError
-from megagpt.resilience.interruption import REQUEUE, Interruption
+from megagpt.resilience.interruption import LAUNCHER_ENDED, REQUEUE, Interruption, exit_code
 
 ENDLESS = 1_000_000
 """Steps that no test waits for."""
@@ -123,7 +123,6 @@ def test_the_time_limit_counts_from_the_start_time() -> None:
         assert interruption.reason is None
     with Interruption(max_hours=1.0, start_time=time.monotonic() - 3601) as interruption:
         assert interruption.reason == "training.max_hours 1"
-        assert interruption.exit_code == 1
 
 
 def test_signals_in_quick_succession_count_as_one_request(capfd: pytest.CaptureFixture[str]) -> None:
@@ -135,8 +134,28 @@ def test_signals_in_quick_succession_count_as_one_request(capfd: pytest.CaptureF
         while interruption.reason is None and time.monotonic() < end:
             time.sleep(0.01)
         assert interruption.reason == "SIGTERM"
-        assert interruption.exit_code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(
+    ("reasons", "saved", "code"),
+    [
+        ([None, "SIGTERM"], True, REQUEUE),
+        (["SIGHUP", "SIGHUP"], True, REQUEUE),
+        (["training.max_hours 1", None], True, REQUEUE),
+        ([LAUNCHER_ENDED, LAUNCHER_ENDED], True, REQUEUE),
+        (["SIGINT", None], True, 130),
+        (["SIGTERM", "SIGINT"], True, 130),
+        (["SIGINT", "SIGINT"], False, 130),
+        ([None, "SIGTERM"], False, 143),
+        (["SIGUSR1", None], False, 128 + signal.SIGUSR1),
+        ([LAUNCHER_ENDED], False, 1),
+    ],
+)
+def test_the_exit_code_asks_for_a_new_start_only_if_the_state_is_saved_and_nobody_pressed_ctrl_c(
+    reasons: list[str | None], saved: bool, code: int
+) -> None:
+    assert exit_code(reasons, saved) == code
 
 
 def test_signals_after_the_state_is_saved_do_not_change_the_exit_code() -> None:
