@@ -6,7 +6,7 @@ The rules in `megagpt/config/rules.py` know the top-level keys; DeepSpeed knows 
 from collections.abc import Iterator
 from typing import Any
 
-from deepspeed.runtime.config import DeepSpeedConfig
+import deepspeed
 from pydantic import ValidationError
 
 from megagpt.config.schema import Config
@@ -48,7 +48,7 @@ def _single_settings(section: dict[str, Any], path: tuple[str, ...] = ()) -> Ite
 def _refusal(config: Config, section: dict[str, Any], dp_cp_size: int) -> Exception | None:
     """Return DeepSpeed's error for a config with another section `deepspeed`, or None."""
     try:
-        DeepSpeedConfig(deepspeed_config(config.model_copy(update={"deepspeed": section}), dp_cp_size))
+        deepspeed.DeepSpeedConfig(deepspeed_config(config.model_copy(update={"deepspeed": section}), dp_cp_size))
     except Exception as error:  # DeepSpeed has no common class for them
         return error
     return None
