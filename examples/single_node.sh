@@ -8,7 +8,7 @@
 # data-parallel size. `--print-config` after CONFIG prints what would run. On a machine without GPUs, the ranks run on the
 # CPU cores. CONFIG and the paths in it are relative to the folder that you call the script from.
 #
-# MASTER_PORT=29511 bash examples/single_node.sh ... lets the ranks meet at that port instead of one that is free.
+# The ranks connect to each other at a free port; to choose it, set the environment variable MASTER_PORT.
 set -euo pipefail
 
 if (($# < 2)); then

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 CRASHED = 1
 SILENT_SECONDS = 2.0
-"""Time after which a search prints its progress."""
+"""Time after which a slow part of the start prints a line."""
 SECONDS_AFTER_WATCHDOG = 60.0
 """A collective's own timeout names no rank, so it comes this much later than the watchdog's."""
 
@@ -84,7 +85,8 @@ def open_trainer(path: str, overrides: Sequence[str], launcher: Launcher) -> Ite
     start_time = time.monotonic()
     ranks = f"{launcher.world_size} rank{'s' if launcher.world_size > 1 else ''}"
     with ending_at_once(launcher.rank):
-        config = checked_config(path, overrides, launcher.world_size) if launcher.rank == 0 else None
+        with _noted_if_slow(launcher, "checking the config and the data"):
+            config = checked_config(path, overrides, launcher.world_size) if launcher.rank == 0 else None
         _note(launcher, f"config and data are checked; starting {ranks}")
         import torch
 
@@ -127,6 +129,18 @@ def _note(launcher: Launcher, text: str) -> None:
     """Print a line about a slow part of the start to standard error, on rank 0."""
     if launcher.rank == 0:
         note(text)
+
+
+@contextmanager
+def _noted_if_slow(launcher: Launcher, text: str) -> Iterator[None]:
+    """Print a line, on rank 0, if the block is not done after `SILENT_SECONDS`."""
+    timer = threading.Timer(SILENT_SECONDS, _note, (launcher, text))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager

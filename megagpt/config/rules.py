@@ -1,6 +1,7 @@
 """Rules that join several keys, and the world sizes that a layout fits. Pure functions of a `Config`."""
 
 import difflib
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,38 +30,41 @@ OWNED_BY_MEGAGPT = {
     "zero_force_ds_cpu_optimizer": "use optimizer.type",
     "activation_checkpointing": "use training.recompute",
     "wandb": "use logging.wandb",
+    "gradient_allreduce_op": "remove it: the loss is a mean over the tokens of the global batch",
     "steps_per_print": "use logging.interval",
     "pipeline": "use parallel.pipeline",
 }
 """DeepSpeed keys that the user must not set -> what to do instead."""
 
-DEEPSPEED_KEYS = (
-    "aio",
-    "checkpoint",
-    "comet",
-    "comms_logger",
-    "communication_data_type",
-    "compile",
-    "csv_monitor",
-    "disable_allgather",
-    "disable_python_gc",
-    "dump_state",
-    "flops_profiler",
-    "fp16",
-    "gradient_allreduce_op",
-    "gradient_predivide_factor",
-    "log_level",
-    "memory_breakdown",
-    "nebula",
-    "prescale_gradients",
-    "seq_parallel_communication_data_type",
-    "sparse_gradients",
-    "tensorboard",
-    "timers",
-    "wall_clock_breakdown",
-    "zero_optimization",
-)
-"""Top-level keys of DeepSpeed 0.19 that a user may set. DeepSpeed ignores unknown ones silently."""
+OBJECT, FLAG, NUMBER = "an object of settings", "true or false", "a number"
+DTYPES_OF_COMMUNICATION = ("fp16", "bf16", "fp32")
+DEEPSPEED_KEYS: dict[str, str | tuple[str, ...]] = {
+    "aio": OBJECT,
+    "checkpoint": OBJECT,
+    "comet": OBJECT,
+    "comms_logger": OBJECT,
+    "communication_data_type": DTYPES_OF_COMMUNICATION,
+    "compile": OBJECT,
+    "csv_monitor": OBJECT,
+    "disable_allgather": FLAG,
+    "disable_python_gc": FLAG,
+    "dump_state": FLAG,
+    "flops_profiler": OBJECT,
+    "fp16": OBJECT,
+    "gradient_predivide_factor": NUMBER,
+    "log_level": ("debug", "info", "warning", "error", "critical"),
+    "memory_breakdown": FLAG,
+    "nebula": OBJECT,
+    "prescale_gradients": FLAG,
+    "seq_parallel_communication_data_type": DTYPES_OF_COMMUNICATION,
+    "tensorboard": OBJECT,
+    "timers": OBJECT,
+    "wall_clock_breakdown": FLAG,
+    "zero_optimization": OBJECT,
+}
+"""Top-level keys of DeepSpeed 0.19 that a user may set, with what they must be: a kind, or one of several texts.
+
+DeepSpeed ignores unknown keys silently, and fails without the key's name on values of another kind."""
 
 
 @dataclass(frozen=True)
@@ -402,10 +406,31 @@ def _deepspeed(config: Config) -> Iterator[Problem]:
         for owned, instead in OWNED_BY_MEGAGPT.items():
             if key == owned or key.startswith(owned + "."):
                 yield Problem((f"deepspeed.{key}",), f"deepspeed.{key}: megagpt sets this key itself; {instead}")
-    for section in sorted({owned.partition(".")[0] for owned in OWNED_BY_MEGAGPT if "." in owned}):
-        value = config.deepspeed.get(section, {})
-        if not isinstance(value, dict):  # DeepSpeed's short forms would set a key that megagpt sets
-            yield Problem((f"deepspeed.{section}",), f"deepspeed.{section}: expected an object of settings, not {value!r}")
+    sections = {owned.partition(".")[0]: OBJECT for owned in OWNED_BY_MEGAGPT if "." in owned}
+    for key, expected in {**sections, **DEEPSPEED_KEYS}.items():
+        value = config.deepspeed.get(key)
+        # DeepSpeed's short forms of sections would set a key that megagpt sets.
+        if key in config.deepspeed and not _is_of_kind(value, expected):
+            kind = expected if isinstance(expected, str) else " or ".join(f'"{text}"' for text in expected)
+            yield Problem((f"deepspeed.{key}",), f"deepspeed.{key}: expected {kind}, not {_shortened(value)}")
+    profiler = config.deepspeed.get("flops_profiler")
+    enabled = profiler.get("enabled", False) if isinstance(profiler, dict) else False
+    if not isinstance(enabled, bool):
+        key = "deepspeed.flops_profiler.enabled"
+        yield Problem((key,), f"{key}: expected {FLAG}, not {_shortened(enabled)}")
+
+
+def _is_of_kind(value: Any, expected: str | tuple[str, ...]) -> bool:
+    if isinstance(expected, tuple):
+        return value is None or value in expected
+    if expected == NUMBER:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, dict if expected == OBJECT else bool)
+
+
+def _shortened(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def flat_keys(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:

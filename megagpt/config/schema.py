@@ -4,6 +4,7 @@ The docstring under a field is its help text; `docs/config.md` is generated from
 several keys, `load.py` reads files and overrides. This module does no I/O and does not import torch.
 """
 
+import os
 import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
@@ -18,15 +19,16 @@ else:
     ScheduleName = Literal[(*SCHEDULES, "auto")]
 
 
-def _expand_home(path: str) -> str:
-    """Replace a leading `~` by the home directory, as a shell does."""
+def _expand(path: str) -> str:
+    """Replace a leading `~` by the home directory, and $NAME by the environment variable if it is set, as a shell does."""
     if "\0" in path:
         raise ValueError("a path cannot contain a NUL character")
+    path = os.path.expandvars(path)
     return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
-PathText = Annotated[str, StringConstraints(min_length=1), AfterValidator(_expand_home)]
-"""A path of a file or folder; a leading `~` is the home directory."""
+PathText = Annotated[str, StringConstraints(min_length=1), AfterValidator(_expand)]
+"""A path of a file or folder; a leading `~` is the home directory, $NAME an environment variable."""
 Source = PathText | dict[PathText, float]
 """One prefix of a .bin/.idx pair, or several with their weights: {"data/web": 0.7, "data/books": 0.3}."""
 MAX_STEPS = 10**12

@@ -40,6 +40,10 @@ class LauncherProcess(NamedTuple):
     """Clock ticks since the machine started."""
 
 
+ENDED = LauncherProcess(pid=0, start_time=0)
+"""Stands for a launcher that had ended before it was looked for."""
+
+
 class _Status(NamedTuple):
     state: str
     parent: int
@@ -52,9 +56,12 @@ def launchers_above(pid: int, proc: Path = Path("/proc")) -> list[LauncherProces
     status = _status(pid, proc)
     while status is not None and status.parent > 1:
         pid = status.parent
-        status = _status(pid, proc)
-        if status is not None and is_launcher(_command(pid, proc)):
+        status, command = _status(pid, proc), _command(pid, proc)
+        if status is not None and is_launcher(command):
             found.append(LauncherProcess(pid, status.start_time))
+            # The first process adopts what another one has left behind.
+            if status.parent == 1 and _is_started_by_deepspeed(command) and not _is_python(_command(1, proc)):
+                found.append(ENDED)
     return found
 
 
@@ -68,11 +75,12 @@ def is_launcher(command: Sequence[str]) -> bool:
     """Return whether a command line is that of a launcher, either a program or a script or module of python."""
     if not command:
         return False
-    program = Path(command[0].split(":")[0]).name  # the title of slurmstepd is "slurmstepd: [JOB.STEP]"
-    if not program.startswith("python"):
-        return program in PROGRAMS
+    if not _is_python(command):
+        return _program(command) in PROGRAMS
     words = iter(command[1:])
     for word in words:
+        if word == "-c":
+            return False
         if word == "-m":
             return next(words, "") in MODULES
         if word in ("-X", "-W"):
@@ -80,6 +88,19 @@ def is_launcher(command: Sequence[str]) -> bool:
         elif not word.startswith("-"):
             return Path(word).name in PROGRAMS
     return False
+
+
+def _is_started_by_deepspeed(command: Sequence[str]) -> bool:
+    """Return whether this is the second process of `deepspeed` on one node; other nodes get a --node_rank."""
+    return "deepspeed.launcher.launch" in command and not any(word.startswith("--node_rank") for word in command)
+
+
+def _is_python(command: Sequence[str]) -> bool:
+    return bool(command) and _program(command).startswith("python")
+
+
+def _program(command: Sequence[str]) -> str:
+    return Path(command[0].split(":")[0]).name  # the title of slurmstepd is "slurmstepd: [JOB.STEP]"
 
 
 def _status(pid: int, proc: Path) -> _Status | None:

@@ -80,6 +80,8 @@ def init_deepspeed(launcher: Launcher, backend: str, timeout: timedelta) -> None
     os.environ["RANK"] = str(launcher.rank)
     os.environ["WORLD_SIZE"] = str(launcher.world_size)
     os.environ["LOCAL_RANK"] = str(launcher.local_rank)
+    # It refuses another local rank of mpirun, which torchrun's ranks inherit if mpirun has started torchrun.
+    os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
     # Its shared-memory operator is for inference only; refusing it saves a compilation and the need for a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed 0.19 calls collectives by the names that torch 2.13 replaced, in every step.

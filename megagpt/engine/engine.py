@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megagpt.config.schema import Config
 from megagpt.distributed.phase import PhaseTracker
+from megagpt.engine.deepspeed_check import check_section, explain_refusal
 from megagpt.engine.deepspeed_config import deepspeed_config
 from megagpt.engine.deepspeed_internals import (
     ZeroState,
@@ -191,13 +192,18 @@ class Engine:
         if config.training.precision == "fp16" and not get_accelerator().is_fp16_supported():
             raise ConfigError('training.precision: "fp16" is not supported on this device; "bf16" and "fp32" are')
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its notes are not for the user
+        check_section(config, topology.layout.dp_cp)
         mark_for_gradient_norm(self.parameters, topology.layout.tensor)
-        engine, *_ = deepspeed.initialize(
-            model=self.model,
-            optimizer=build_optimizer(config.optimizer, self.model.parameters()),
-            mpu=DeepSpeedMPU(topology, shard=config.zero.stage > 0),
-            config=deepspeed_config(config, topology.layout.dp_cp),
-        )
+        optimizer = build_optimizer(config.optimizer, self.model.parameters())
+        try:
+            engine, *_ = deepspeed.initialize(
+                model=self.model,
+                optimizer=optimizer,
+                mpu=DeepSpeedMPU(topology, shard=config.zero.stage > 0),
+                config=deepspeed_config(config, topology.layout.dp_cp),
+            )
+        except (AssertionError, AttributeError, ImportError, TypeError, ValueError) as error:
+            raise explain_refusal(config, error) from error
         check_internals(engine, self.model.parameters())  # with the placeholders, so at least one is trained
         for parameter in self.parameters:
             # Micro-batches accumulate in fp32. DeepSpeed's own option for this (data_types.grad_accum_dtype) would use

@@ -6,6 +6,7 @@ from megagpt import __version__
 from megagpt.config.schema import Config
 from megagpt.data.blend import Dataset
 from megagpt.data.tokenizer import load_tokenizer
+from megagpt.distributed.object_collectives import all_gather_object
 from megagpt.distributed.rank_zero import rank_zero_print, rank_zero_warn
 from megagpt.engine.deepspeed_internals import local_size
 from megagpt.parallel.topology import Layout
@@ -21,32 +22,41 @@ MAX_CORPORA = 8
 
 
 def announce_run(trainer: Trainer) -> None:
-    """Print the banner and the warnings of a run that is about to train, on rank 0."""
-    if trainer.topology.rank != 0 or trainer.is_complete:
+    """Print the banner and the warnings of a run that is about to train, on rank 0. Collective."""
+    if trainer.is_complete:
         return
+    sizes = all_gather_object(sum(local_size(parameter) for parameter in trainer.engine.parameters))
     config, datasets = trainer.config, trainer.datasets
-    steps_left = trainer.total_steps - trainer.step
-    end = trainer.consumed_samples + steps_left * config.training.global_batch_size  # a ramp reads less
     warnings = config_warnings(config, trainer.total_steps, datasets.valid is not None)
-    warnings += data_warnings(config, datasets.train, end)
+    warnings += data_warnings(config, datasets.train, last_sample(trainer))
     if config.data.tokenizer is not None:
         warnings += tokenizer_warnings(config, datasets, load_tokenizer(config.data.tokenizer))
-    rank_parameters = sum(local_size(parameter) for parameter in trainer.engine.parameters)
-    lines = [
-        f"megagpt {__version__}, PyTorch {torch.__version__}",
-        f"model      {parameter_count(config):,} parameters",
-        f"layout     {layout_line(config, trainer.topology.layout)}",
-        f"memory     {memory_line(config, trainer.topology.layout, rank_parameters)}",
-        f"device     {device_line(trainer.device, config.training.precision)}",
-        *length_lines(config, trainer.step, trainer.total_steps),
-        *data_lines(config, datasets.train, end),
-        *evaluation_lines(config, datasets.valid, datasets.test),
-        *output_lines(config),
-    ]
-    for line in lines:
+    for line in banner(trainer, max(sizes)):
         rank_zero_print(line)
     for warning in warnings:
         rank_zero_warn(warning)
+
+
+def banner(trainer: Trainer, rank_parameters: int) -> list[str]:
+    """Return the lines of the banner. `rank_parameters`: parameters of the rank that has most."""
+    config, datasets, layout = trainer.config, trainer.datasets, trainer.topology.layout
+    return [
+        f"megagpt {__version__}, PyTorch {torch.__version__}",
+        f"model      {parameter_count(config):,} parameters",
+        f"layout     {layout_line(config, layout)}",
+        f"memory     {memory_line(config, layout, rank_parameters)}",
+        f"device     {device_line(trainer.device, config.training.precision)}",
+        *length_lines(config, trainer.step, trainer.total_steps),
+        *data_lines(config, datasets.train, last_sample(trainer)),
+        *evaluation_lines(config, datasets.valid, datasets.test),
+        *output_lines(config),
+    ]
+
+
+def last_sample(trainer: Trainer) -> int:
+    """Return the number of samples that the run has read at its end; a ramp of the batch size reads less."""
+    steps_left = trainer.total_steps - trainer.step
+    return trainer.consumed_samples + steps_left * trainer.config.training.global_batch_size
 
 
 def layout_line(config: Config, layout: Layout) -> str:
@@ -58,11 +68,12 @@ def layout_line(config: Config, layout: Layout) -> str:
 
 
 def memory_line(config: Config, layout: Layout, rank_parameters: int) -> str:
-    """Return the memory of rank 0, which has `rank_parameters`, without activations."""
-    memory = state_memory(config, layout, rank_parameters)
+    """Return the memory of the largest rank, which has `rank_parameters`, without activations."""
+    total = state_memory(config, layout, rank_parameters).total
+    size = f"{total / 2**30:.3g} GiB" if total >= 2**30 else f"{total / 2**20:.3g} MiB"
     return (
-        f"rank 0 has {rank_parameters:,} parameters: {memory.total / 2**30:.3g} GiB of weights, gradients and optimizer "
-        "states; activations come on top"
+        f"the largest rank has {rank_parameters:,} parameters: {size} of weights, gradients and optimizer states; "
+        "activations come on top"
     )
 
 
@@ -102,12 +113,12 @@ def data_lines(config: Config, dataset: Dataset, n_samples: int) -> list[str]:
 
 def evaluation_lines(config: Config, valid: Dataset | None, test: Dataset | None) -> list[str]:
     """Return when and on how many samples the run is evaluated."""
-    evaluation, parts = config.evaluation, []
+    evaluation, length, parts = config.evaluation, config.model.n_positions, []
     if valid is not None:
         when = f"every {evaluation.interval} steps and " if evaluation.interval is not None else ""
-        parts.append(f"{when}at the end on {_of_all(valid, evaluation.samples)} validation samples")
+        parts.append(f"{when}at the end on {_used(valid, evaluation.samples, length)} of the validation data")
     if test is not None:
-        parts.append(f"at the end on {_of_all(test, evaluation.test_samples)} test samples")
+        parts.append(f"at the end on {_used(test, evaluation.test_samples, length)} of the test data")
     return [f"evaluation {'; '.join(parts)}"] if parts else []
 
 
@@ -126,6 +137,7 @@ def output_lines(config: Config) -> list[str]:
     return [f"writes     {'; '.join(parts)}"] if parts else []
 
 
-def _of_all(dataset: Dataset, asked: int | None) -> str:
+def _used(dataset: Dataset, asked: int | None, length: int) -> str:
     used, available = evaluated_samples(dataset, asked), dataset.unrepeated_samples
-    return f"all {available:,}" if used == available else f"{used:,} of {available:,}"
+    share = f"all {available:,}" if used == available else f"{used:,} of {available:,}"
+    return f"{share} samples ({used * length:,} tokens)"

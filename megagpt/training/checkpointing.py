@@ -99,10 +99,12 @@ class Checkpointer:
         step: int,
         lock: RunLock | None = None,
         write_file: WriteFile = write_safetensors,
+        initial_weights: Path | None = None,
     ) -> None:
         """`loaded`: the checkpoint of step `step` that the run started from, which is never deleted. Collective.
 
-        `lock`: the folder's lock, on rank 0; `write_file`: writes one safetensors file.
+        `lock`: the folder's lock, on rank 0; `write_file`: writes one safetensors file; `initial_weights`: the checkpoint
+        that gave only its weights.
         """
         self._engine = engine
         self._lock = lock
@@ -114,7 +116,7 @@ class Checkpointer:
         self._prepared = False
         self._saver: AsyncSaver | None = None
         path = engine.config.data.tokenizer
-        tokenizer = run_on_ranks(lambda: _tokenizer_to_carry(path, loaded), only_rank=0)
+        tokenizer = run_on_ranks(lambda: _tokenizer_to_carry(path, loaded or initial_weights), only_rank=0)
         if self._config.dir is not None:
             self._saver = AsyncSaver(
                 Path(self._config.dir),
@@ -277,7 +279,7 @@ def _amounts(loaded: LoadedWeights) -> str:
 def _tokenizer_to_carry(path: str | None, loaded: Path | None) -> RunTokenizer | None:
     """Return the tokenizer that this run's checkpoints carry, and warn if the loaded checkpoint has another one.
 
-    `path`: data.tokenizer; a run whose config names none keeps the one of the loaded checkpoint.
+    `path`: data.tokenizer; a run whose config names none keeps the one of the checkpoint that its weights come from.
     """
     tokenizer = None if path is None else read_tokenizer(path)
     if loaded is None:

@@ -106,7 +106,7 @@ class Trainer:
             self.phase.enter("loading of the initial weights")
             load_initial_weights(self.engine, initial_weights)
         require_not_shorter(config, datasets, self.step, self.consumed_samples)
-        self.checkpointer = Checkpointer(self.engine, checkpoint, self.step, lock)
+        self.checkpointer = Checkpointer(self.engine, checkpoint, self.step, lock, initial_weights=initial_weights)
         self.total_steps = total_steps(config, datasets, self.step, self.consumed_samples)
         if saved_config is not None and self.step < self.total_steps:
             change = learning_rate_change(saved_config, config, datasets, self.step, self.total_steps)

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.commands import LAUNCHER_VARIABLES, config_file
+from support.commands import LAUNCHER_VARIABLES, config_file, records
+from support.job import Job
 from support.runs import tiny_config
 
 from megagpt.commands import job
@@ -70,6 +71,63 @@ def test_debug_adds_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     job.run(lambda launcher: fail(ValueError("a bug")), debug=True)
     text = capsys.readouterr().err
     assert text.startswith("Traceback") and text.endswith("error: ValueError: a bug\n")
+
+
+def open_mpi(rank: int) -> None:
+    """Replace a rank's variables by those of Open MPI."""
+    _set_variables(
+        {
+            "OMPI_COMM_WORLD_RANK": rank,
+            "OMPI_COMM_WORLD_SIZE": 2,
+            "OMPI_COMM_WORLD_LOCAL_RANK": rank,
+            "OMPI_COMM_WORLD_LOCAL_SIZE": 2,
+        }
+    )
+
+
+def mpich(rank: int) -> None:
+    """Replace a rank's variables by those of MPICH and Intel MPI."""
+    _set_variables({"PMI_RANK": rank, "PMI_SIZE": 2, "MPI_LOCALRANKID": rank, "MPI_LOCALNRANKS": 2})
+
+
+def torchrun_in_mpirun(rank: int) -> None:
+    """Add the variables of an mpirun that has started one process, which has started the ranks."""
+    names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "PMIX_RANK")
+    os.environ |= dict.fromkeys(names, "0") | {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
+
+
+def _set_variables(variables: dict[str, int]) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        del os.environ[name]
+    os.environ |= {name: str(value) for name, value in variables.items()}
+
+
+@pytest.mark.parametrize("environment", [open_mpi, mpich, torchrun_in_mpirun])
+def test_processes_of_mpirun_train_one_run_together(environment: Any, tmp_path: Path) -> None:
+    run = Job(2, ["--config", str(config_file(tmp_path))], tmp_path / "logs", environment)
+    assert run.finish(60) == [0, 0]
+    assert "data 2 x pipeline 1 x context 1 x tensor 1 = 2 ranks" in run.output()
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("environment", [None, open_mpi])
+def test_a_config_that_rank_0_refuses_ends_all_ranks_with_one_message(environment: Any, tmp_path: Path) -> None:
+    arguments = ["--config", str(config_file(tmp_path)), "--set", "training.stepz=3"]
+    run = Job(2, arguments, tmp_path / "logs", environment)
+    assert run.finish(60) == [2, 2]
+    assert run.output().strip().endswith("training.stepz: no such key; did you mean steps?")
+    assert run.output().count("error:") == 1
+
+
+def test_an_error_that_all_ranks_find_is_reported_once(tmp_path: Path) -> None:
+    """The folder of the checkpoints is looked at on every rank, when they are connected."""
+    latest = tmp_path / "checkpoints" / "latest"
+    latest.parent.mkdir()
+    latest.write_text("step_00000009\n")
+    config = config_file(tmp_path, checkpoint={"dir": str(latest.parent)})
+    run = Job(2, ["--config", str(config)], tmp_path / "logs")
+    assert run.finish(60) == [2, 2]
+    assert run.output().count("error:") == 1
 
 
 def test_all_commands_accept_the_rank_that_launchers_append() -> None:

@@ -148,6 +148,16 @@ def test_a_tilde_is_the_home_directory_in_every_path(tmp_path: Path, monkeypatch
     assert config.data.train == {str(tmp_path / "a"): 1.0, "b": 2.0}
 
 
+def test_an_environment_variable_in_a_path_is_its_value_if_it_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    monkeypatch.delenv("NO_SUCH_NAME", raising=False)
+    config = load_config(
+        base(tmp_path), ["checkpoint.dir=$SCRATCH/a", "data.train=${SCRATCH}/b", "logging.metrics_file=$NO_SUCH_NAME"]
+    )
+    assert (config.checkpoint.dir, config.data.train) == ("/scratch/a", "/scratch/b")
+    assert config.logging.metrics_file == "$NO_SUCH_NAME"
+
+
 def test_json_errors_name_the_line_and_nothing_of_the_library(tmp_path: Path) -> None:
     message = error_of(written(tmp_path, '{"model": {},\n "training" {}}'))
     assert "line 2" in message and "<string>" not in message

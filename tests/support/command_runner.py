@@ -43,8 +43,12 @@ SMALL_RUN = (
     "lr_schedule.decay_steps=null",
     "logging.interval=1",
 )
-SMALLER = {"train_tokenizer": ["--vocab-size", "400"], "find_learning_rate": ["--steps", "30"]}
-"""Arguments that make a tool's work small; they override those before them."""
+SMALLER = {
+    "train_tokenizer": ["--vocab-size", "400"],
+    "find_learning_rate": ["--steps", "30"],
+    "generate_text": ["--device", "cpu"],
+}
+"""Arguments that make a tool's work small, and possible without a GPU; they override those before them."""
 ON_RANKS = ("pretrain", "find_learning_rate")
 
 
@@ -115,8 +119,13 @@ class CommandRunner:
         """Return the command of megagpt that a program starts."""
         if program in ("deepspeed", "torchrun"):
             return launched(program, arguments)
+        if program == "mpirun":
+            own = self._interpreted("python", arguments[arguments.index("python") + 1 :], command)
+            return own._replace(ranks=int(arguments[arguments.index("-n") + 1]))
         if program.startswith("megagpt-"):
             return RanksCommand(1, program.removeprefix("megagpt-").replace("-", "_"), arguments)
+        if program == "python" and arguments[:2] == ["-m", "megagpt"]:
+            return RanksCommand(1, arguments[2], arguments[3:])
         if program == "python" and arguments[0] == "-m":
             return RanksCommand(1, arguments[1].removeprefix("megagpt.commands."), arguments[2:])
         if program == "python" and Path(arguments[0]).is_file():
@@ -157,7 +166,7 @@ class CommandRunner:
         assert script.returncode == 0, f"{command}\n{script.stdout}{script.stderr}"
         calls = [json.loads(line) for line in (self.scratch / "bin" / "calls").read_text().splitlines()]
         (self.scratch / "bin" / "calls").unlink()
-        ((launcher, *words),) = [started for started in calls if "pretrain_gpt.py" in started]
+        ((launcher, *words),) = [started for started in calls if "pretrain_gpt.py" in (Path(word).name for word in started)]
         if Path(launcher).name == "srun":
             return RanksCommand(nodes * TASKS_PER_NODE, "pretrain", words[words.index("pretrain_gpt.py") + 1 :])
         return launched(Path(launcher).name, words)
@@ -207,10 +216,16 @@ def launched(launcher: str, words: list[str]) -> RanksCommand:
     """Return what a launcher starts, read by its own parser."""
     if launcher == "deepspeed":
         args = deepspeed_launcher.parse_args(words)
+        if args.module:
+            assert args.user_script == "megagpt"
+            return RanksCommand(args.num_gpus, args.user_args[0], args.user_args[1:])
         return RanksCommand(args.num_gpus * max(args.num_nodes, 1), module_of(args.user_script), args.user_args)
     args = torchrun.parse_args(words)
     nodes = int(str(args.nnodes).split(":")[0])
     script = args.training_script
+    if args.module:
+        assert script == "megagpt"
+        return RanksCommand(int(args.nproc_per_node) * nodes, args.training_script_args[0], args.training_script_args[1:])
     module = script.removeprefix("megagpt-").replace("-", "_") if args.no_python else module_of(script)
     return RanksCommand(int(args.nproc_per_node) * nodes, module, args.training_script_args)
 
@@ -218,7 +233,7 @@ def launched(launcher: str, words: list[str]) -> RanksCommand:
 def module_of(script: str) -> str:
     """Return the module of megagpt.commands that a script runs."""
     assert (ROOT / script).is_file(), script
-    return "pretrain" if script == "pretrain_gpt.py" else Path(script).stem
+    return "pretrain" if Path(script).name == "pretrain_gpt.py" else Path(script).stem
 
 
 def own_overrides(module: str, args: argparse.Namespace) -> list[str]:

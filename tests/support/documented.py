@@ -11,7 +11,7 @@ MODULES = sorted(path.stem for path in (ROOT / "megagpt" / "commands").glob("*.p
 COMMENTED = (*sorted((ROOT / "examples").rglob("*.s*")), *sorted((ROOT / "configs").glob("*.json")))
 """Scripts and configs, which may have commands in their comments."""
 _BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
-_PROGRAM = re.compile(r"(?:[A-Z_]+=\S+ )*(?:python|deepspeed|torchrun|bash|sbatch|srun|make|source|pip|megagpt-[\w-]+) ")
+_PROGRAM = re.compile(r"(?:[A-Z_]+=\S+ )*(?:python|deepspeed|torchrun|mpirun|bash|sbatch|srun|make|source|pip|megagpt-[\w-]+) ")
 _NAMED_FILE = re.compile(r"^// ([\w.-]+\.json)\n")
 
 

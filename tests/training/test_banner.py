@@ -1,14 +1,20 @@
 """The banner's numbers are those of the config and the data."""
 
+import contextlib
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from support.runs import corpus, tiny_config
+from support.pool import Pool
+from support.runs import corpus, open_trainer, tiny_config
 
+from megagpt.config import Config
 from megagpt.data.blend import build_datasets
 from megagpt.parallel.topology import Layout
 from megagpt.training.banner import (
+    announce_run,
+    banner,
     data_lines,
     device_line,
     evaluation_lines,
@@ -45,8 +51,8 @@ def test_the_data_has_its_size_and_the_number_of_times_that_it_is_read(tmp_path:
     ]
     (line,) = evaluation_lines(config, dataset, dataset)
     assert line == (
-        f"evaluation every 5 steps and at the end on 7 of {samples} validation samples; at the end on all {samples} test "
-        "samples"
+        f"evaluation every 5 steps and at the end on 7 of {samples} samples (112 tokens) of the validation data; "
+        f"at the end on all {samples} samples ({samples * 16:,} tokens) of the test data"
     )
     assert evaluation_lines(config, None, None) == []
 
@@ -69,4 +75,55 @@ def test_a_gpu_has_its_peak_or_a_reason_for_having_none(name: str, text: str, mo
 def test_the_memory_of_weights_gradients_and_adam_in_fp32_is_20_bytes_per_parameter() -> None:
     """4 for the weight, 4 for its gradient, 12 for the optimizer's copy and two moments."""
     text = memory_line(tiny_config(zero={"stage": 0}), Layout(data=4), 2**30)
-    assert text.startswith("rank 0 has 1,073,741,824 parameters: 20 GiB of")
+    assert text.startswith("the largest rank has 1,073,741,824 parameters: 20 GiB of")
+    text = memory_line(tiny_config(zero={"stage": 0}), Layout(data=4), 2**20)
+    assert text.startswith("the largest rank has 1,048,576 parameters: 20 MiB of")
+
+
+def largest_rank(config: Config, capture: Path) -> tuple[int, str]:
+    """Announce a run; return the number of this rank's parameters and what it has printed."""
+    trainer = open_trainer(config)
+    path = capture / f"rank_{trainer.topology.rank}"
+    with path.open("w") as stream, contextlib.redirect_stdout(stream):
+        announce_run(trainer)
+    n_parameters = sum(parameter.numel() for parameter in trainer.engine.parameters)
+    trainer.close()
+    return n_parameters, path.read_text()
+
+
+def test_the_memory_is_that_of_the_largest_rank_and_only_rank_0_prints(ranks: Pool, tmp_path: Path) -> None:
+    """The first stage of three has the token embedding."""
+    config = tiny_config(
+        model={"vocab_size": 1009, "tie_embeddings": False, "n_layer": 3},
+        data={"train": corpus(tmp_path)},
+        parallel={"pipeline": 3},
+    )
+    (first, text), (second, silence), *_ = results = ranks.run(3, largest_rank, config, tmp_path)
+    largest = max(size for size, _ in results)
+    assert first != second
+    assert f"the largest rank has {largest:,} parameters" in text
+    assert silence == ""
+
+
+def labels(lines: list[str]) -> list[str]:
+    """Return the first word of each line of a banner; some have none."""
+    return [line[:11].strip() for line in lines[1:]]
+
+
+def example_banner(config: Config) -> list[str]:
+    return banner(open_trainer(config), 1)
+
+
+def test_the_banner_in_the_readme_has_the_lines_of_a_run(ranks: Pool, tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```text\n(megagpt .*?)```", readme, re.DOTALL)
+    data = corpus(tmp_path)
+    config = tiny_config(
+        data={"train": data, "valid": data, "test": data},
+        checkpoint={"dir": str(tmp_path / "checkpoints")},
+    )
+    (lines,) = ranks.run(1, example_banner, config)
+    expected = labels(lines)
+    shown = labels(block.splitlines())
+    assert expected == ["model", "layout", "memory", "device", "batch", "steps", "data", "evaluation", "writes"]
+    assert shown[: len(expected)] == expected

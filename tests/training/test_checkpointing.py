@@ -27,6 +27,7 @@ from support.runs import (
 from support.saved import flip_bit
 
 from megagpt.checkpoint.files import write_safetensors
+from megagpt.checkpoint.format import read_manifest, resolve_checkpoint
 from megagpt.checkpoint.write import TensorSource, WriteFile, write_checkpoint
 from megagpt.config import Config
 from megagpt.config.schema import CheckpointConfig
@@ -179,6 +180,28 @@ def test_a_run_that_is_initialized_from_weights_is_like_a_new_run_with_these_wei
     assert result[0]["losses"] == reference[0]["losses"] and len(result[0]["losses"]) == 3
     again = ranks.run(2, run_trainer, initialized)[0]
     assert again["step"] == 3 and len(again["losses"]) == 3  # resumed from its own checkpoint, which is complete
+
+
+def test_a_run_without_a_tokenizer_keeps_the_one_of_its_initial_weights(ranks: Pool, tmp_path: Path) -> None:
+    data: Tree = {"train": corpus(tmp_path)}
+    training: Tree = {"steps": 1, "micro_batch_size": 2, "global_batch_size": 8}
+    first = tiny_config(
+        model={"vocab_size": 257},
+        data={**data, "tokenizer": "byte"},
+        training=training,
+        checkpoint={"dir": str(tmp_path / "first")},
+    )
+    second = tiny_config(
+        model={"vocab_size": 257},
+        data=data,
+        training=training,
+        checkpoint={"dir": str(tmp_path / "second"), "initialize_from": str(tmp_path / "first")},
+    )
+    ranks.run(1, run_trainer, first)
+    ranks.run(1, run_trainer, second)
+    for folder in ("first", "second"):
+        carried = read_manifest(resolve_checkpoint(tmp_path / folder)).tokenizer
+        assert carried is not None and carried.name == "byte"
 
 
 def test_a_resumed_run_takes_no_initial_weights(run: Path, ranks: Pool) -> None:
