@@ -28,6 +28,7 @@ COMMANDS = (
     "inspect-dataset",
     "inspect-checkpoint",
     "export-weights",
+    "convert-checkpoint",
     "train-tokenizer",
     "generate-text",
     "plot-losses",

@@ -55,6 +55,16 @@ class RunProgress(BaseModel):
     """The data that `consumed_samples` counts in; None in older checkpoints."""
 
 
+class ImportedFrom(BaseModel):
+    """Where the weights of a checkpoint come from that no run has written: a Hugging Face model."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    folder: str
+    model_type: str
+    generation_config: dict[str, Any]
+
+
 class RunState(RunProgress):
     """The `state` section of a checkpoint's manifest: everything but weights and optimizer states."""
 
@@ -65,6 +75,8 @@ class RunState(RunProgress):
     optimizer: str
     loss_scaler: dict[str, FiniteFloat]
     """State of the fp16 loss scale; empty for other precisions."""
+    imported_from: ImportedFrom | None = None
+    """Set if the checkpoint was converted, not trained: it has weights alone."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +210,11 @@ def _check(engine: Engine, reader: CheckpointReader) -> tuple[dict[str, Any], Ru
     with _other_version_if_invalid(reader.folder):
         state = RunState.model_validate(reader.manifest.state)
         state_changes(saved_config, engine.config)
+    if state.imported_from is not None:
+        raise CheckpointError(
+            f"{reader.folder}: was imported from {state.imported_from.folder} and has weights alone, no optimizer states "
+            "and no data position, so a run cannot resume from it; set checkpoint.initialize_from to it, and another checkpoint.dir"
+        )
     return saved_config, state
 
 

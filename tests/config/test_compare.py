@@ -68,3 +68,14 @@ def test_all_differences_are_named_at_once() -> None:
 
 def test_an_absent_ffn_hidden_equals_its_default_value() -> None:
     assert model_differences(model(), model(ffn_hidden=128)) == []
+
+
+def test_the_sequence_length_is_free_without_weights_for_each_position() -> None:
+    rotary = {"position_embedding": "rotary"}
+    assert model_differences(model(**rotary), model(**rotary, n_positions=64)) == []
+
+
+def test_absent_keys_equal_what_they_stand_for() -> None:
+    assert model_differences(model(), model(attention_scale=8**-0.5, n_kv_head=4, head_dim=8)) == []
+    window = {"attention_window": 4}
+    assert model_differences(model(**window), model(**window, full_attention_every=3)) == []  # of two layers
