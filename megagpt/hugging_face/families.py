@@ -148,7 +148,7 @@ _GPT_NEOX = Family(
         "embedding.token.weight": Same("gpt_neox.embed_in.weight"),
         "final_norm.weight": Same("gpt_neox.final_layer_norm.weight"),
         "final_norm.bias": Same("gpt_neox.final_layer_norm.bias"),
-        "head.weight": Same("lm_head.weight"),
+        "head.weight": Same("embed_out.weight"),  # its name in files; transformers 5 has lm_head in memory
     },
     _gpt_neox_layer,
     "gpt_neox.",

@@ -131,7 +131,8 @@ class Import:
         if wrong:
             raise CheckpointError(f"{folder}: tensors do not have the shapes that {CONFIG} implies: {listed(wrong, 3)}")
         used = {tensor for part in parts for tensor in part.tensors}
-        tied = {"lm_head.weight"} if config.model.tie_embeddings else set()  # the embedding's values once more
+        # The embedding's values once more.
+        tied = set(self.family.ends["head.weight"].names) if config.model.tie_embeddings else set()
         extra = [name for name in stored if name not in used | tied and not re.fullmatch(self.family.buffers, name)]
         if extra:
             raise CheckpointError(f"{folder}: has tensors that {self.family.architecture} does not have: {listed(extra)}")

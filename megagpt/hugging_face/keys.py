@@ -223,7 +223,8 @@ class LayerWindows:
         kinds = ["full_attention" if model.window_of(layer) is None else "sliding_attention" for layer in range(model.n_layer)]
         keys: Tree = {"sliding_window": model.attention_window or 4096, "layer_types": kinds}
         if self.switch:
-            keys |= {"use_sliding_window": model.attention_window is not None, "max_window_layers": 0}
+            keys |= {"max_window_layers": 0} if model.attention_window is not None else {}
+            keys |= {"use_sliding_window": model.attention_window is not None}
         return keys
 
 
@@ -283,6 +284,8 @@ class Rope:
         rotary = model.rotary
         kind = next((kind for kind, (scaling, _) in _SCALING.items() if scaling == rotary.scaling), "default")
         scaling = {theirs: getattr(rotary, ours) for theirs, ours in _SCALING[kind][1].items()}
+        usual = {"beta_fast": 32.0, "beta_slow": 1.0}
+        scaling = {key: value for key, value in scaling.items() if value != usual.get(key)}
         parameters: Tree = {"rope_type": kind, "rope_theta": rotary.theta, **scaling}
         if self.partial:
             parameters["partial_rotary_factor"] = rotary.fraction

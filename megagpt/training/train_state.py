@@ -213,7 +213,8 @@ def _check(engine: Engine, reader: CheckpointReader) -> tuple[dict[str, Any], Ru
     if state.imported_from is not None:
         raise CheckpointError(
             f"{reader.folder}: was imported from {state.imported_from.folder} and has weights alone, no optimizer states "
-            "and no data position, so a run cannot resume from it; set checkpoint.initialize_from to it, and another checkpoint.dir"
+            "and no data position, so a run cannot resume from it; set checkpoint.initialize_from to it, and another "
+            "checkpoint.dir"
         )
     return saved_config, state
 
