@@ -30,7 +30,7 @@ from megagpt.hugging_face.rules import Rule
 from megagpt.model.meta_model import meta_model
 from megagpt.parallel.parameter import shard_of
 from megagpt.progress import Progress
-from megagpt.training.train_state import ImportedFrom
+from megagpt.training.train_state import IMPORTED_FROM, ImportedFrom
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -160,7 +160,10 @@ class Export:
         """Write the config, the tokenizer and generation_config.json; return notes for the user."""
         files, notes = self._tokenizer_files()
         for name, content in files.items():
-            (folder / name).write_bytes(content)
+            with (folder / name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
         generation = self._generation_config(folder)
         ids = {key: generation.get(key) for key in TOKEN_IDS}  # null, too: transformers has other defaults
         keys = MODEL_KEYS[self.family_name].from_model(self.config.model)
@@ -246,11 +249,11 @@ def require_replaceable(output: Path, checkpoint: Path, force: bool) -> None:
 
 
 def _imported_from(reader: CheckpointReader) -> ImportedFrom | None:
-    found = reader.manifest.state.get("imported_from")
+    found = reader.manifest.state.get(IMPORTED_FROM)
     try:
         return None if found is None else ImportedFrom.model_validate(found)
     except ValidationError:
-        raise CheckpointError(f"{reader.folder}: state.imported_from is of another version of megagpt") from None
+        raise CheckpointError(f"{reader.folder}: state.{IMPORTED_FROM} is of another version of megagpt") from None
 
 
 def _specs(rule: Rule, prefix: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[TensorSpec]:

@@ -28,7 +28,7 @@ from megagpt.hugging_face.rules import Rule
 from megagpt.model.meta_model import meta_model
 from megagpt.parallel.parameter import shard_of
 from megagpt.progress import Progress
-from megagpt.training.train_state import ImportedFrom, RunState
+from megagpt.training.train_state import ImportedFrom, ImportedState
 
 STEP = 0
 """Step of the checkpoint: nothing was trained here."""
@@ -96,7 +96,7 @@ class Import:
         imported_from = ImportedFrom(
             folder=str(self.source.folder), model_type=self.source.config["model_type"], generation_config=generation
         )
-        state = RunState(
+        state = ImportedState(
             consumed_samples=0, optimizer="none", optimizer_step=0, loss_scaler={}, imported_from=imported_from
         ).model_dump()
         config = self._config.model_dump(mode="json")
