@@ -106,6 +106,24 @@ def _shape(config: Config) -> Iterator[Problem]:
             ("model.full_attention_every", "model.attention_window"),
             "model.full_attention_every: has no effect without model.attention_window; set it, or leave this key out",
         )
+    if model.position_embedding == "relative" and (
+        model.relative_buckets % 2 or model.relative_max_distance <= model.relative_buckets // 2
+    ):
+        yield Problem(
+            ("model.relative_buckets", "model.relative_max_distance"),
+            f"model.relative_buckets: {model.relative_buckets} must be even, and half of it below model.relative_max_distance "
+            f"{model.relative_max_distance}; try 32 and 128",
+        )
+    if model.mup_base_width is not None and model.init_scheme == "small_wang":
+        yield Problem(
+            ("model.mup_base_width", "model.init_scheme"),
+            'model.mup_base_width: needs model.init_scheme "scaled" or "plain": "small_wang" depends on the width itself',
+        )
+    if model.mup_base_width is not None and config.optimizer.type == "sgd":
+        yield Problem(
+            ("model.mup_base_width", "optimizer.type"),
+            'model.mup_base_width: its learning rates are those of Adam; set optimizer.type "adamw" or "adam"',
+        )
     yield from _rotary(config)
 
 

@@ -24,14 +24,14 @@ from megagpt.engine.deepspeed_internals import (
     discard_gradients,
     mark_for_gradient_norm,
 )
-from megagpt.engine.freezing import add_placeholder_parameters, freeze
+from megagpt.engine.freezing import add_placeholder_parameters, freeze, require_matches
 from megagpt.engine.gradient_sync import GradientSync, sum_gradients, sum_partial_gradients
 from megagpt.engine.mpu import DeepSpeedMPU
-from megagpt.engine.optimizer import build_optimizer
+from megagpt.engine.optimizer import build_optimizer, group_of_shard, groups_of_model, set_group, set_learning_rate
 from megagpt.errors import ConfigError
 from megagpt.model.forward_context import MicroBatch
 from megagpt.model.gpt import DTYPES, TOKEN_EMBEDDING, GPTChunk, build_chunk, share_tied_embedding
-from megagpt.model.meta_model import stage_layers
+from megagpt.model.meta_model import meta_model, parameter_names, stage_layers
 from megagpt.parallel.deferred_gradients import DeferredGradients
 from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.parameter import shard_of
@@ -77,7 +77,12 @@ class Engine:
         self.tied = [p for p in self.parameters if shard_of(p).name == tied_name]
         """The tied embedding, if this rank has it."""
         self._sync = GradientSync(self.chunks, self._rank_of_stage, topology, config.zero.stage, tied_name)
-        add_placeholder_parameters(self.model)
+        scales = config.optimizer.learning_rate_scales
+        if scales:
+            require_matches("optimizer.learning_rate_scales", scales, parameter_names(meta_model(config)))
+        for parameter in self.parameters:
+            set_group(parameter, group_of_shard(shard_of(parameter), config))
+        add_placeholder_parameters(self.model, groups_of_model(config))
         self.deepspeed = self._initialize_deepspeed()
         self._reduction = build_reduction(self.deepspeed)
         self._executors: dict[tuple[str | None, int, torch.Size], Executor] = {}
@@ -107,8 +112,7 @@ class Engine:
         """Clip the gradients and update the weights; skip the update if the gradients overflowed. Collective."""
         self.phase.enter("optimizer step")
         loss_scale = self.loss_scale
-        for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self.deepspeed.optimizer.param_groups, learning_rate)
         with self.phase.waiting():
             self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm()

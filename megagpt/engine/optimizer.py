@@ -1,25 +1,71 @@
-"""The optimizer and its two groups of parameters: matrices with weight decay, biases and norms without.
+"""The optimizer and its groups of parameters: matrices with weight decay, biases and norms without, and learning rates.
 
 Frozen parameters are in no group.
 """
 
 import importlib
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 
-from megagpt.config.schema import OptimizerConfig
+from megagpt.config.schema import Config, OptimizerConfig
+from megagpt.model.meta_model import meta_model
+from megagpt.parallel.parameter import Shard, shard_of
+
+
+class Group(NamedTuple):
+    """What the parameters of one group share."""
+
+    matrix: bool
+    """Whether they have more than one dim; others have no weight decay."""
+    lr_scale: float
+    """Factor of the learning rate."""
+
+
+def group_of_shard(shard: Shard, config: Config) -> Group:
+    """Return the group of a parameter: under muP the matrices of wider blocks have lower learning rates."""
+    matrix = len(shard.shape) > 1
+    scale = 1 / config.model.width_growth if matrix and shard.name.startswith("layers.") else 1.0
+    for pattern, factor in config.optimizer.learning_rate_scales.items():
+        if fnmatchcase(shard.name, pattern):
+            scale *= factor
+    return Group(matrix, scale)
+
+
+def groups_of_model(config: Config) -> list[Group]:
+    """Return the groups of the full model, in the order that every rank uses; there is one of each number of dims."""
+    groups = {group_of_shard(shard_of(parameter), config) for parameter in meta_model(config).parameters()}
+    for matrix in (True, False):
+        if not any(group.matrix == matrix for group in groups):
+            groups.add(Group(matrix, 1.0))
+    return sorted(groups, reverse=True)
+
+
+def set_group(parameter: nn.Parameter, group: Group) -> None:
+    """Attach its group to a parameter."""
+    cast(Any, parameter).optimizer_group = group
+
+
+def group_of(parameter: nn.Parameter) -> Group:
+    """Return the parameter's group; without one it has the learning rate of the config."""
+    group: Group = getattr(parameter, "optimizer_group", Group(parameter.dim() > 1, 1.0))
+    return group
 
 
 def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """Build the optimizer that ZeRO shards: on CUDA apex's FusedAdam if NVIDIA apex is installed, else torch's fused one."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+        {
+            "params": [parameter for parameter in trained if group_of(parameter) == group],
+            "weight_decay": config.weight_decay if group.matrix else 0.0,
+            "lr_scale": group.lr_scale,
+        }
+        for group in sorted(set(map(group_of, trained)), reverse=True)
     ]
-    groups = [group for group in groups if group["params"]]
     if config.type == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
     decoupled = config.type == "adamw"
@@ -28,6 +74,12 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter])
         return fused_adam(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, adam_w_mode=decoupled)
     optimizer = torch.optim.AdamW if decoupled else torch.optim.Adam
     return optimizer(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+
+
+def set_learning_rate(groups: Iterable[dict[str, Any]], learning_rate: float) -> None:
+    """Set the learning rate of each group."""
+    for group in groups:
+        group["lr"] = learning_rate * group["lr_scale"]
 
 
 def _apex_fused_adam() -> type | None:

@@ -6,6 +6,7 @@ from megagpt.config.schema import Config
 from megagpt.model.attention import CausalSelfAttention
 from megagpt.model.dropout import ResidualDropout
 from megagpt.model.forward_context import ForwardContext
+from megagpt.model.init_scheme import init_stds
 from megagpt.model.mlp import build_mlp
 from megagpt.model.norm import build_norm
 from megagpt.parallel.parallel_context import ParallelContext
@@ -17,8 +18,7 @@ class Block(nn.Module):
     def __init__(self, index: int, config: Config, parallel: ParallelContext) -> None:
         super().__init__()
         model, name = config.model, f"layers.{index}"
-        # GPT-2: scaled by depth, so that the variance of the residual stream does not grow with the number of layers.
-        residual_std = model.init_std / (2 * model.n_layer) ** 0.5
+        residual_std = init_stds(model).residual
         recompute_core = config.training.recompute == "selective"
         before, after = model.norm_placement != "after", model.norm_placement != "before"
         one_norm = model.parallel_branches == "one_norm"

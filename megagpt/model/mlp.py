@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megagpt.config.schema import ModelConfig
+from megagpt.model.init_scheme import init_stds
 from megagpt.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megagpt.parallel.parallel_context import ParallelContext
 
@@ -24,7 +25,7 @@ class MLP(nn.Module):
     def __init__(self, name: str, model: ModelConfig, parallel: ParallelContext, residual_std: float) -> None:
         super().__init__()
         width, inner = model.n_embd, model.ffn_hidden_size
-        self.up = ColumnParallelLinear(f"{name}.up", width, inner, parallel, model.init_std, model.mlp_bias)
+        self.up = ColumnParallelLinear(f"{name}.up", width, inner, parallel, init_stds(model).hidden, model.mlp_bias)
         self.down = RowParallelLinear(f"{name}.down", inner, width, parallel, residual_std, model.mlp_bias)
         self.activation = ACTIVATIONS[model.activation]
 
@@ -42,7 +43,9 @@ class GatedMLP(nn.Module):
     def __init__(self, name: str, model: ModelConfig, parallel: ParallelContext, residual_std: float) -> None:
         super().__init__()
         width, inner, bias = model.n_embd, model.ffn_hidden_size, model.mlp_bias
-        self.gate_up = ColumnParallelLinear(f"{name}.gate_up", width, 2 * inner, parallel, model.init_std, bias, parts=2)
+        self.gate_up = ColumnParallelLinear(
+            f"{name}.gate_up", width, 2 * inner, parallel, init_stds(model).hidden, bias, parts=2
+        )
         self.down = RowParallelLinear(f"{name}.down", inner, width, parallel, residual_std, bias)
         self.activation = ACTIVATIONS[model.activation]
 

@@ -22,11 +22,14 @@ OTHER = {
     "norm_placement": "both",
     "qk_norm": "head",
     "position_embedding": "rotary",
+    "relative_buckets": 16,
+    "relative_max_distance": 64,
     "rotary": {"theta": 500000.0},
     "attention_window": 8,
     "full_attention_every": 2,
     "attention_scale": 0.5,
     "attention_softcap": 50.0,
+    "attention_sinks": True,
     "parallel_branches": "one_norm",
     "qkv_bias": False,
     "attention_bias": False,
@@ -39,6 +42,8 @@ OTHER = {
     "resid_pdrop": 0.1,
     "tie_embeddings": False,
     "init_std": 0.1,
+    "init_scheme": "plain",
+    "mup_base_width": 8,
     "layer_norm_epsilon": 1e-6,
 }
 
