@@ -34,7 +34,9 @@ def families(draw: st.DrawFn) -> Tree:
         "norm": one_of("layernorm", "rmsnorm", "rmsnorm_plus_one"),
         "norm_placement": one_of("before", "before", "after", "both"),
         "qk_norm": one_of("none", "none", "head"),
-        "position_embedding": one_of("learned", "rotary", "rotary", "none"),
+        "position_embedding": one_of("learned", "rotary", "rotary", "alibi", "relative", "none"),
+        "attention_sinks": one_of(False, False, True),
+        "init_scheme": one_of("plain", "scaled", "small_wang"),
         "attention_window": one_of(None, None, 1, 3, 7),
         "attention_scale": one_of(None, 0.2),
         "attention_softcap": one_of(None, None, 4.0),
@@ -44,6 +46,8 @@ def families(draw: st.DrawFn) -> Tree:
         "embedding_scale": one_of(1.0, 3.0),
         "logit_softcap": one_of(None, None, 3.0),
     }
+    if keys["init_scheme"] != "small_wang":
+        keys["mup_base_width"] = one_of(None, 8)
     if keys["norm"] == "rmsnorm":
         keys["qk_norm"] = one_of("none", "head", "width")
     if keys["norm_placement"] == "before":
@@ -90,8 +94,11 @@ def cases(draw: st.DrawFn) -> tuple[int, Tree, Tree]:
             "z_loss": draw(st.sampled_from([0.0, 0.0, 1e-2])),
             "label_smoothing": draw(st.sampled_from([0.0, 0.0, 0.1])),
         },
-        "optimizer": {"type": draw(st.sampled_from(["adamw", "sgd"]))},
     }
+    kinds = ["adamw"] if run["model"].get("mup_base_width") else ["adamw", "sgd"]
+    scales = draw(st.sampled_from([{}, {}, {"embedding.*": 0.5, "layers.*.bias": 2.0}]))
+    biased = all(run["model"].get(key, True) for key in ("qkv_bias", "attention_bias", "mlp_bias"))
+    run["optimizer"] = {"type": draw(st.sampled_from(kinds)), "learning_rate_scales": scales if biased else {}}
     parallel: Tree = {"tensor": tensor, "pipeline": pipeline, "context": context}
     parallel |= {"sequence_parallel": tensor > 1 and draw(st.booleans())}
     if pipeline > 1:

@@ -60,6 +60,13 @@ MODELS: dict[str, Tree] = {
         "tie_embeddings": True,
     },
     "parallel branches": {"parallel_branches": "two_norms", "position_embedding": "rotary", "rotary": {"fraction": 0.5}},
+    "learned bias of the scores, sinks, muP": {
+        "position_embedding": "relative",
+        "relative_buckets": 6,
+        "relative_max_distance": 12,
+        "attention_sinks": True,
+        "mup_base_width": 8,
+    },
     "parallel branches with one norm": {"parallel_branches": "one_norm", "activation": "relu_squared"},
 }
 LAYOUTS: dict[str, tuple[int, Tree, int]] = {
