@@ -314,6 +314,10 @@ class OptimizerConfig(Section):
     """Momentum (sgd)."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Weight decay of matrices and embeddings; biases and norms have none."""
+    final_weight_decay: float | None = Field(default=None, ge=0)
+    """Weight decay after the last step; weight_decay is that of the first. The same in every step if absent."""
+    weight_decay_schedule: Literal["linear", "cosine"] = "linear"
+    """Shape of the change from weight_decay to final_weight_decay over the run (Megatron: weight-decay-incr-style)."""
     clip_grad: float = Field(default=1.0, ge=0)
     """Clip the gradient to this global L2 norm; 0 disables clipping."""
 

@@ -27,7 +27,14 @@ from megagpt.engine.deepspeed_internals import (
 from megagpt.engine.freezing import add_placeholder_parameters, freeze, require_matches
 from megagpt.engine.gradient_sync import GradientSync, sum_gradients, sum_partial_gradients
 from megagpt.engine.mpu import DeepSpeedMPU
-from megagpt.engine.optimizer import build_optimizer, group_of_shard, groups_of_model, set_group, set_learning_rate
+from megagpt.engine.optimizer import (
+    build_optimizer,
+    group_of_shard,
+    groups_of_model,
+    set_group,
+    set_learning_rate,
+    set_weight_decay,
+)
 from megagpt.errors import ConfigError
 from megagpt.model.forward_context import MicroBatch
 from megagpt.model.gpt import DTYPES, TOKEN_EMBEDDING, GPTChunk, build_chunk, share_tied_embedding
@@ -118,6 +125,10 @@ class Engine:
         norm = self.deepspeed.get_global_grad_norm()
         skipped = bool(getattr(self.deepspeed.optimizer, "overflow", False))
         return StepResult(float("nan") if norm is None else float(norm), loss_scale, skipped)
+
+    def set_weight_decay(self, value: float) -> None:
+        """Set the weight decay of the next steps."""
+        set_weight_decay(self.deepspeed.optimizer.param_groups, value)
 
     def discard(self) -> StepResult:
         """Drop the gradients of `forward_backward` without an update. Weights and loss scale do not change."""

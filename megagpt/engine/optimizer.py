@@ -63,6 +63,7 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter])
             "params": [parameter for parameter in trained if group_of(parameter) == group],
             "weight_decay": config.weight_decay if group.matrix else 0.0,
             "lr_scale": group.lr_scale,
+            "decays": group.matrix,
         }
         for group in sorted(set(map(group_of, trained)), reverse=True)
     ]
@@ -80,6 +81,12 @@ def set_learning_rate(groups: Iterable[dict[str, Any]], learning_rate: float) ->
     """Set the learning rate of each group."""
     for group in groups:
         group["lr"] = learning_rate * group["lr_scale"]
+
+
+def set_weight_decay(groups: Iterable[dict[str, Any]], weight_decay: float) -> None:
+    """Set the weight decay of the groups of matrices; others have none."""
+    for group in groups:
+        group["weight_decay"] = weight_decay if group["decays"] else 0.0
 
 
 def _apex_fused_adam() -> type | None:
