@@ -94,7 +94,6 @@ SAME_VALUE = {
     "tensorboard_dir": "logging.tensorboard.dir",
     "wandb_project": "logging.wandb.project",
     "wandb_exp_name": "logging.wandb.name",
-    "initial_loss_scale": "deepspeed.fp16.initial_loss_scale",
 }
 """Foreign name -> our key with the same value."""
 FLAGS = {
@@ -347,7 +346,12 @@ def _zero(build: _Builder) -> None:
 
 
 def _precision(build: _Builder) -> None:
-    """GPT-NeoX: {"fp16": {"enabled": true}}."""
+    """GPT-NeoX: {"fp16": {"enabled": true}}. The first loss scale is a power of two in DeepSpeed."""
+    scale = build.take("initial_loss_scale")
+    if isinstance(scale, (int, float)) and scale >= 1 and build.values.get("fp16"):
+        build.set("deepspeed.fp16.initial_scale_power", round(math.log2(scale)))
+    if isinstance(build.values.get("fp16"), dict) and build.values["fp16"].get("enabled"):
+        build.set("deepspeed.fp16.initial_scale_power", build.values["fp16"].get("initial_scale_power"))
     for name in ("fp16", "bf16"):
         if isinstance(build.values.get(name), dict):
             build.values[name] = bool(build.values[name].get("enabled"))

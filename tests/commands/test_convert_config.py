@@ -54,6 +54,7 @@ def test_a_config_of_gpt_neox_becomes_a_config_that_runs(tmp_path: Path) -> None
     config = build_config(result.tree)
     assert parameter_count(config) == 1_414_647_808  # Pythia 1.4B
     assert (config.model.parallel_branches, config.model.init_scheme) == ("two_norms", "small_wang")
+    assert config.deepspeed == {"fp16": {"initial_scale_power": 12}}
     assert config.lr_schedule.warmup_steps == 1430 and config.training.precision == "fp16"
 
 
@@ -94,6 +95,7 @@ def test_defaults_of_the_other_program_are_written() -> None:
         ("--vocab-file x/vocab.json --merge-file x/merges.txt", "data", {"tokenizer": "x"}),
         ("--rampup-batch-size 16 8 6000", "training", {"batch_ramp": {"start": 16, "increment": 8, "samples": 6000}}),
         ("--train-samples 1000 --seq-length 8", "training", {"tokens": 8000}),
+        ("--fp16 --initial-loss-scale 65536", "deepspeed", {"fp16": {"initial_scale_power": 16}}),
         ("--exit-duration-in-mins 90", "training", {"max_hours": 1.5}),
         ("--zero-stage=1 --use-distributed-optimizer", "zero", {"stage": 1}),
         ("--start-weight-decay 0.01 --end-weight-decay 0.1 --weight-decay-incr-style cosine", "optimizer", {
