@@ -298,20 +298,21 @@ class DataConfig(Section):
 class OptimizerConfig(Section):
     """The optimizer."""
 
-    type: Literal["adamw", "adam", "sgd"] = "adamw"
+    type: Literal["adamw", "adam", "sgd", "muon"] = "adamw"
     """adamw: decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101); adam: L2 penalty added to the gradient; sgd:
-    stochastic gradient descent."""
+    stochastic gradient descent; muon: orthogonalised momentum for the matrices of the blocks, adamw for the rest (Liu et al.,
+    arXiv 2502.16982). muon needs zero.stage 0 to 2."""
     learning_rate: float = Field(default=3e-4, gt=0)
     """Peak learning rate."""
     learning_rate_scales: dict[str, Annotated[float, Field(ge=0, le=1e6)]] = {}
     """Patterns of weights -> factor of their learning rate, for example {"embedding.*": 0.5, "layers.*.bias": 2}. A weight
     that several patterns match gets the product. Names as in training.freeze."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of the two moments (adam, adamw)."""
+    """Decay rates of the two moments (adam, adamw, muon)."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the square root of the second moment (adam, adamw)."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
-    """Momentum (sgd)."""
+    """Momentum (sgd, muon); muon has 0.95 if this is 0."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Weight decay of matrices and embeddings; biases and norms have none."""
     final_weight_decay: float | None = Field(default=None, ge=0)

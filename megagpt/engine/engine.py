@@ -14,6 +14,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
+from megagpt.checkpoint.boxes import boxes_of_range
 from megagpt.config.schema import Config
 from megagpt.distributed.phase import PhaseTracker
 from megagpt.engine.deepspeed_config import deepspeed_config
@@ -27,8 +28,10 @@ from megagpt.engine.deepspeed_internals import (
 from megagpt.engine.freezing import add_placeholder_parameters, freeze, require_matches
 from megagpt.engine.gradient_sync import GradientSync, sum_gradients, sum_partial_gradients
 from megagpt.engine.mpu import DeepSpeedMPU
+from megagpt.engine.muon import Muon, Segment
 from megagpt.engine.optimizer import (
     build_optimizer,
+    group_of,
     group_of_shard,
     groups_of_model,
     set_group,
@@ -89,8 +92,11 @@ class Engine:
             require_matches("optimizer.learning_rate_scales", scales, parameter_names(meta_model(config)))
         for parameter in self.parameters:
             set_group(parameter, group_of_shard(shard_of(parameter), config))
-        add_placeholder_parameters(self.model, groups_of_model(config))
+        self._groups = groups_of_model(config)
+        add_placeholder_parameters(self.model, self._groups)
         self.deepspeed = self._initialize_deepspeed()
+        if config.optimizer.type == "muon":
+            self._attach_matrices()
         self._reduction = build_reduction(self.deepspeed)
         self._executors: dict[tuple[str | None, int, torch.Size], Executor] = {}
 
@@ -203,6 +209,23 @@ class Engine:
             # an optimizer that cannot leave the reduction to the end of the step.
             parameter.grad_dtype = torch.float32
         return engine
+
+    def _attach_matrices(self) -> None:
+        """Tell Muon which pieces of which matrices this rank has."""
+        zero, topology = self.zero_state(), self.topology
+        shards = topology.dp_cp_group if self.config.zero.stage > 0 else None
+        for group, description in zip(self.deepspeed.optimizer.param_groups, self._groups, strict=True):
+            segments = []
+            for parameter in self.parameters:
+                if not parameter.requires_grad or not description.orthogonal or group_of(parameter) != description:
+                    continue
+                shard, found = shard_of(parameter), zero.flat_range(parameter)
+                start, offset, length = found or (0, 0, 0)
+                pieces = boxes_of_range(shard, tuple(parameter.shape), start, start + length)
+                split = topology.tensor_group if shard.dim is not None else None
+                groups = tuple(one for one in (shards, split) if one is not None)
+                segments.append(Segment(shard, pieces, offset, groups))
+            Muon.attach(group, segments)
 
     def _loss_gradient(self, n_tokens: int | Tensor, scale: float) -> Tensor:
         """Return scale / n_tokens: the gradient of the sum of the token losses, an fp32 scalar on the device."""

@@ -12,8 +12,11 @@ import torch
 from torch import nn
 
 from megagpt.config.schema import Config, OptimizerConfig
+from megagpt.engine.muon import Muon
 from megagpt.model.meta_model import meta_model
 from megagpt.parallel.parameter import Shard, shard_of
+
+MUON_MOMENTUM = 0.95
 
 
 class Group(NamedTuple):
@@ -23,6 +26,8 @@ class Group(NamedTuple):
     """Whether they have more than one dim; others have no weight decay."""
     lr_scale: float
     """Factor of the learning rate."""
+    orthogonal: bool = False
+    """Whether Muon updates them."""
 
 
 def group_of_shard(shard: Shard, config: Config) -> Group:
@@ -32,7 +37,7 @@ def group_of_shard(shard: Shard, config: Config) -> Group:
     for pattern, factor in config.optimizer.learning_rate_scales.items():
         if fnmatchcase(shard.name, pattern):
             scale *= factor
-    return Group(matrix, scale)
+    return Group(matrix, scale, config.optimizer.type == "muon" and matrix and shard.name.startswith("layers."))
 
 
 def groups_of_model(config: Config) -> list[Group]:
@@ -64,11 +69,14 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter])
             "weight_decay": config.weight_decay if group.matrix else 0.0,
             "lr_scale": group.lr_scale,
             "decays": group.matrix,
+            "orthogonal": group.orthogonal,
         }
         for group in sorted(set(map(group_of, trained)), reverse=True)
     ]
     if config.type == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
+    if config.type == "muon":
+        return Muon(groups, config.learning_rate, config.betas, config.eps, config.momentum or MUON_MOMENTUM)
     decoupled = config.type == "adamw"
     fused_adam = _apex_fused_adam() if trained[0].is_cuda else None
     if fused_adam is not None:
