@@ -28,6 +28,8 @@ COMMANDS = (
     "inspect-dataset",
     "inspect-checkpoint",
     "export-weights",
+    "convert-checkpoint",
+    "convert-config",
     "train-tokenizer",
     "generate-text",
     "plot-losses",
@@ -54,6 +56,7 @@ setup(
         "numpy>=1.26",
         "pydantic>=2.7",  # the first with use_attribute_docstrings
         "json5>=0.9.20",
+        "pyyaml>=6",
         "sentencepiece>=0.2",
         "tokenizers>=0.20",
         "gigatoken>=0.10",

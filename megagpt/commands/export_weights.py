@@ -15,6 +15,7 @@ from megagpt.checkpoint.boxes import Box
 from megagpt.checkpoint.files import TensorSpec, Written, fsync_folder, write_safetensors
 from megagpt.checkpoint.format import MASTER, WRITING, resolve_checkpoint
 from megagpt.checkpoint.load import CheckpointReader
+from megagpt.checkpoint.precision import to_dtype
 from megagpt.checkpoint.report import require_valid
 from megagpt.checkpoint.tokenizer_files import carried_path
 from megagpt.commands import shell
@@ -29,8 +30,6 @@ The names of the weights are the same under every layout; a tied output layer is
 file's metadata has "megagpt_config", the model section of the config as JSON, and "step". The file takes 4 bytes per
 parameter in fp32, and 2 in bf16 and fp16; memory is needed for the largest weight twice."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_BLOCK = 1 << 20
-"""Number of values compared at a time."""
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -108,22 +107,10 @@ def _weights(specs: list[TensorSpec], reader: CheckpointReader, bar: Progress) -
     """Yield each weight, unsharded. Raises CheckpointError if a value is too large for the dtype."""
     for name, dtype, shape in specs:
         values = reader.read(MASTER, name, Box.full(shape))
-        converted = values.to(dtype)
-        too_large = _count_too_large(values, converted)
-        if too_large:
-            raise CheckpointError(
-                f"{reader.folder}: {name}: {too_large} of {values.numel()} values are too large for {dtype}, whose largest "
-                f"value is {torch.finfo(dtype).max:g}; export with another --dtype"
-            )
+        converted = to_dtype(values, dtype, f"{reader.folder}: {name}")
         yield converted
         bar.update(values.nbytes)
         del values, converted  # free them before the next weight is read
-
-
-def _count_too_large(values: Tensor, converted: Tensor) -> int:
-    """Return the number of values that were finite and are infinite after the conversion."""
-    blocks = zip(values.flatten().split(_BLOCK), converted.flatten().split(_BLOCK), strict=True)
-    return sum(int((after.isinf() & before.isfinite()).sum()) for before, after in blocks)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from megagpt.commands import shell
 from megagpt.commands.progress import progress
 from megagpt.config import build_config, upgrade_keys
 from megagpt.errors import CheckpointError, ConfigError, listed
-from megagpt.training.train_state import RunState
+from megagpt.training.train_state import IMPORTED_FROM, ImportedState, RunState
 
 EXAMPLE = """example:
   python tools/inspect_checkpoint.py runs/quickstart/checkpoints
@@ -67,7 +67,7 @@ def config_and_state_problems(folder: Path, manifest: Manifest) -> list[str]:
     except ConfigError as error:
         problems.append(str(error))
     try:
-        RunState.model_validate(manifest.state)
+        (ImportedState if IMPORTED_FROM in manifest.state else RunState).model_validate(manifest.state)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))

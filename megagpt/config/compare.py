@@ -5,18 +5,22 @@ from typing import Any
 
 from megagpt.config.schema import ModelConfig
 
-FREE = frozenset({"vocab_multiple", "clf_pdrop", "embd_pdrop", "attn_pdrop", "resid_pdrop", "init_std"})
+FREE = frozenset({"vocab_multiple", "clf_pdrop", "embd_pdrop", "attn_pdrop", "resid_pdrop", "init_std", "init_scheme"})
 """Keys that may change on resume: the saved weights mean the same with any value."""
 
 
 def model_differences(saved: ModelConfig, current: ModelConfig) -> list[str]:
     """Return a clause of a message for each key in which the two models differ, except the free ones."""
-    before, after = _effective_values(saved), _effective_values(current)
     return [
-        f"model.{key} is {before[key]} in the checkpoint and {after[key]} in the config"
-        for key in before
-        if before[key] != after[key]
+        f"model.{key} is {before} in the checkpoint and {after} in the config"
+        for key, (before, after) in differing_keys(saved, current).items()
     ]
+
+
+def differing_keys(first: ModelConfig, second: ModelConfig) -> dict[str, tuple[object, object]]:
+    """Return the keys in which two models differ, except the free ones, with both values."""
+    before, after = _effective_values(first), _effective_values(second)
+    return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
 
 
 def changed_keys(saved: dict[str, Any], current: dict[str, Any], skip: Collection[str] = ()) -> list[str]:
@@ -38,12 +42,15 @@ def changed_keys(saved: dict[str, Any], current: dict[str, Any], skip: Collectio
 def _effective_values(model: ModelConfig) -> dict[str, object]:
     """Return the values of all keys except the free ones; absent values are replaced by what they stand for.
 
-    A new key of the schema is included automatically.
+    A new key of the schema is included automatically. Only learned positions have weights for each position: without them
+    the sequence length may change.
     """
     values = {key: getattr(model, key) for key in ModelConfig.model_fields if key not in FREE}
     return values | {
         "ffn_hidden": model.ffn_hidden_size,
         "head_dim": model.head_size,
         "n_kv_head": model.kv_heads,
-        "vocab_size": model.vocab_size,
+        "n_positions": model.n_positions if model.position_embedding == "learned" else None,
+        "attention_scale": model.attention_scale or model.head_size**-0.5,
+        "full_attention_every": model.full_attention_every if model.n_layer >= (model.full_attention_every or 0) else None,
     }

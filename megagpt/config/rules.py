@@ -110,6 +110,24 @@ def _shape(config: Config) -> Iterator[Problem]:
             ("model.full_attention_every", "model.attention_window"),
             "model.full_attention_every: has no effect without model.attention_window; set it, or leave this key out",
         )
+    if model.position_embedding == "relative" and (
+        model.relative_buckets % 2 or model.relative_max_distance <= model.relative_buckets // 2
+    ):
+        yield Problem(
+            ("model.relative_buckets", "model.relative_max_distance"),
+            f"model.relative_buckets: {model.relative_buckets} must be even, and half of it below model.relative_max_distance "
+            f"{model.relative_max_distance}; try 32 and 128",
+        )
+    if model.mup_base_width is not None and model.init_scheme == "small_wang":
+        yield Problem(
+            ("model.mup_base_width", "model.init_scheme"),
+            'model.mup_base_width: needs model.init_scheme "scaled" or "plain": "small_wang" depends on the width itself',
+        )
+    if model.mup_base_width is not None and config.optimizer.type not in ("adamw", "adam"):
+        yield Problem(
+            ("model.mup_base_width", "optimizer.type"),
+            'model.mup_base_width: its learning rates are those of Adam; set optimizer.type "adamw" or "adam"',
+        )
     yield from _rotary(config)
 
 
@@ -391,6 +409,11 @@ def _lr_schedule(config: Config) -> Iterator[Problem]:
 
 
 def _optimizer(config: Config) -> Iterator[Problem]:
+    if config.optimizer.type == "muon" and (config.zero.stage == 3 or config.zero.offload_optimizer != "none"):
+        yield Problem(
+            ("optimizer.type", "zero.stage", "zero.offload_optimizer"),
+            'optimizer.type: "muon" needs zero.stage 0, 1 or 2 without zero.offload_optimizer, because it joins full matrices',
+        )
     for beta in config.optimizer.betas:
         if not 0 <= beta < 1:
             yield Problem(("optimizer.betas",), f"optimizer.betas: {beta:g} is not in [0, 1); try [0.9, 0.95]")

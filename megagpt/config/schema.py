@@ -124,8 +124,13 @@ class ModelConfig(Section):
     """Norm of each residual branch: at its input (GPT-2, LLaMA), at its output (OLMo 2), or both (Gemma 2)."""
     qk_norm: Literal["none", "head", "width"] = "none"
     """Norm of queries and keys: each head (Qwen3), or all heads together (OLMo 2)."""
-    position_embedding: Literal["learned", "rotary", "none"] = "learned"
-    """Learned vectors that are added to the token embeddings, or rotary embeddings in attention."""
+    position_embedding: Literal["learned", "rotary", "alibi", "relative", "none"] = "learned"
+    """Learned vectors that are added to the token embeddings, rotary embeddings in attention, a fixed bias of the attention
+    scores (ALiBi), or a learned one (T5). The biases take memory quadratic in the sequence length."""
+    relative_buckets: int = Field(default=32, ge=2, le=2**16)
+    """relative: number of buckets of distances, an even number."""
+    relative_max_distance: int = Field(default=128, ge=2, le=2**27)
+    """relative: all distances from here on share the last bucket."""
     rotary: RotaryConfig = RotaryConfig()
     """Frequencies of rotary embeddings."""
     attention_window: int | None = Field(default=None, ge=1, le=2**27)
@@ -136,6 +141,9 @@ class ModelConfig(Section):
     """Factor of the attention scores; 1 / sqrt(head_dim) if absent."""
     attention_softcap: float | None = Field(default=None, gt=0)
     """Limit the attention scores to +-cap by cap * tanh(score / cap) (Gemma 2)."""
+    attention_sinks: bool = False
+    """A learned score of each head for a key without a value, so that a head can attend to nothing (gpt-oss). Takes memory
+    quadratic in the sequence length."""
     parallel_branches: Literal["no", "two_norms", "one_norm"] = "no"
     """Attention and MLP read the same input, and both are added to it: each with its own norm (GPT-NeoX), or with one norm for
     both (GPT-J)."""
@@ -160,7 +168,14 @@ class ModelConfig(Section):
     tie_embeddings: bool = True
     """Use the token embedding's weight for the output layer as well."""
     init_std: float = Field(default=0.02, gt=0)
-    """Standard deviation of the initial weights; divided by sqrt(2 n_layer) in the last layer of each residual branch."""
+    """Standard deviation of the initial weights."""
+    init_scheme: Literal["plain", "scaled", "small_wang"] = "scaled"
+    """plain: init_std for all matrices; scaled: divided by sqrt(2 n_layer) in the last layer of each residual branch (GPT-2,
+    Megatron-LM); small_wang: sqrt(2 / (5 n_embd)), and 2 / (n_layer sqrt(n_embd)) there (GPT-NeoX); init_std is not used."""
+    mup_base_width: int | None = Field(default=None, ge=1, le=2**20)
+    """muP (Yang et al., arXiv 2203.03466): the n_embd for which learning rate and init_std were chosen. For m times the
+    width, the learning rate of the blocks' matrices is divided by m, their init_std by sqrt(m), and the logits by m. Keep
+    head_dim, or set attention_scale in proportion to 1 / head_dim."""
     layer_norm_epsilon: float = Field(default=1e-5, gt=0)
     """Added to the variance, or the mean square, in each norm."""
 
@@ -168,6 +183,11 @@ class ModelConfig(Section):
     def ffn_hidden_size(self) -> int:
         """Hidden size of the MLP."""
         return self.ffn_hidden or 4 * self.n_embd
+
+    @property
+    def width_growth(self) -> float:
+        """Ratio of the width to the one that muP starts from; 1 without muP."""
+        return self.n_embd / (self.mup_base_width or self.n_embd)
 
     @property
     def head_size(self) -> int:
@@ -280,19 +300,27 @@ class DataConfig(Section):
 class OptimizerConfig(Section):
     """The optimizer."""
 
-    type: Literal["adamw", "adam", "sgd"] = "adamw"
+    type: Literal["adamw", "adam", "sgd", "muon"] = "adamw"
     """adamw: decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101); adam: L2 penalty added to the gradient; sgd:
-    stochastic gradient descent."""
+    stochastic gradient descent; muon: orthogonalised momentum for the matrices of the blocks, adamw for the rest (Liu et al.,
+    arXiv 2502.16982). muon needs zero.stage 0 to 2."""
     learning_rate: float = Field(default=3e-4, gt=0)
     """Peak learning rate."""
+    learning_rate_scales: dict[str, Annotated[float, Field(ge=0, le=1e6)]] = {}
+    """Patterns of weights -> factor of their learning rate, for example {"embedding.*": 0.5, "layers.*.bias": 2}. A weight
+    that several patterns match gets the product. Names as in training.freeze."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of the two moments (adam, adamw)."""
+    """Decay rates of the two moments (adam, adamw, muon)."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the square root of the second moment (adam, adamw)."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
-    """Momentum (sgd)."""
+    """Momentum (sgd, muon); muon has 0.95 if this is 0."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Weight decay of matrices and embeddings; biases and norms have none."""
+    final_weight_decay: float | None = Field(default=None, ge=0)
+    """Weight decay after the last step; weight_decay is that of the first. The same in every step if absent."""
+    weight_decay_schedule: Literal["linear", "cosine"] = "linear"
+    """Shape of the change from weight_decay to final_weight_decay over the run (Megatron: weight-decay-incr-style)."""
     clip_grad: float = Field(default=1.0, ge=0)
     """Clip the gradient to this global L2 norm; 0 disables clipping."""
 

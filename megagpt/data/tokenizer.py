@@ -19,6 +19,8 @@ HUGGING_FACE, SENTENCEPIECE, VOCAB, MERGES = "tokenizer.json", "tokenizer.model"
 """Names of tokenizer files in a folder, as Hugging Face uses them."""
 DECLARATIONS = ("tokenizer_config.json", "special_tokens_map.json")
 """Files beside a tokenizer that may declare its end-of-sequence token, in order of preference."""
+COMPANIONS = ("added_tokens.json", "chat_template.jinja", "generation_config.json")
+"""Files of a Hugging Face model that belong to its tokenizer, and that megagpt only copies."""
 MAX_TOKENIZER_BYTES = 2**28
 """Largest accepted file of a tokenizer. The tokenizer.json of a vocabulary of 256,000 has 35 MB."""
 LARGEST_VOCABULARY = 1 << 24
@@ -114,6 +116,7 @@ class HuggingFaceTokenizer:
                 f"{source}: has no token that ends documents; expected {' or '.join(names)}; to use another, {_HOW_TO_DECLARE}"
             )
         self.eod_id: int = ids[0]
+        self.eod_token = str(tokenizer.id_to_token(self.eod_id))
         if (growth := _growth(tokenizer.normalizer)) > MAX_GROWTH:
             raise DataError(f"{source}: its normalizer can make a text {growth:g} times as long; expected at most {MAX_GROWTH}")
         with _without_native_messages(), library_errors(source, "cannot encode a text"):
@@ -192,7 +195,7 @@ def tokenizer_files(path: str) -> dict[str, Path]:
         return {}
     files = _main_files(Path(path))
     beside = next(iter(files.values())).parent
-    files |= {name: beside / name for name in DECLARATIONS if (beside / name).is_file()}
+    files |= {name: beside / name for name in (*DECLARATIONS, *COMPANIONS) if (beside / name).is_file()}
     for file in files.values():
         try:
             require_regular_file(file, MAX_TOKENIZER_BYTES)

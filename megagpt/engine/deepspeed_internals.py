@@ -354,7 +354,8 @@ class ZeroState:
         self._stage = engine.zero_optimization_stage()
         self._inner = self._zero.optimizer
         self._parameters = parameters
-        self._state_names = OPTIMIZER_STATES[optimizer_type] if optimizer_type != "sgd" or momentum else ()
+        self._optimizer_type = optimizer_type
+        self._momentum = momentum
 
     def partitions(self) -> Iterator[ParameterPartition]:
         """Yield this rank's partition of each parameter; parameters it has no part of are skipped."""
@@ -366,7 +367,8 @@ class ZeroState:
             if entry is None:
                 continue
             optimizer_state = self._state_of(entry.flat)
-            states = {name: optimizer_state[name].narrow(0, entry.offset, entry.length) for name in self._state_names}
+            names = self._state_names(entry.flat)
+            states = {name: optimizer_state[name].narrow(0, entry.offset, entry.length) for name in names}
             master = entry.flat.detach().narrow(0, entry.offset, entry.length)
             yield ParameterPartition(parameter, entry.shape, entry.start, master, states)
 
@@ -406,6 +408,23 @@ class ZeroState:
             if hasattr(self._zero.loss_scaler, key):
                 setattr(self._zero.loss_scaler, key, value)
 
+    def flat_range(self, parameter: Any) -> tuple[int, int, int] | None:
+        """Return where a parameter's range is, below stage 3: first value in the parameter, in the flat partition, length.
+
+        None if this rank has no part of it.
+        """
+        entry = self._stage_1_and_2_range(parameter)
+        return None if entry is None else (entry.start, entry.offset, entry.length)
+
+    def _state_names(self, flat: Tensor) -> tuple[str, ...]:
+        """Return the names of the states of a flat partition."""
+        if self._optimizer_type == "sgd" and not self._momentum:
+            return ()
+        if self._optimizer_type != "muon":
+            return OPTIMIZER_STATES[self._optimizer_type]
+        number = next(number for number, other in enumerate(self._flat_partitions()) if other is flat)
+        return OPTIMIZER_STATES["sgd" if self._inner.param_groups[number]["orthogonal"] else "adamw"]
+
     def _flat_partitions(self) -> list[Tensor]:
         zero = self._zero
         return zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
@@ -413,10 +432,11 @@ class ZeroState:
     def _state_of(self, flat: Tensor) -> dict[str, Any]:
         """Return the optimizer's state of a flat partition; create zeros if no step has created it yet."""
         state = self._inner.state[flat]
-        for name in self._state_names:
+        names = self._state_names(flat)
+        for name in names:
             if state.get(name) is None:
                 state[name] = torch.zeros_like(flat.detach())
-        if "exp_avg" in self._state_names and "step" not in state and "step" not in self._inner.param_groups[0]:
+        if "exp_avg" in names and "step" not in state and "step" not in self._inner.param_groups[0]:
             state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
         return state
 

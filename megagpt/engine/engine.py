@@ -15,6 +15,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
+from megagpt.checkpoint.boxes import boxes_of_range
 from megagpt.config.schema import Config
 from megagpt.distributed.phase import PhaseTracker
 from megagpt.engine.deepspeed_check import check_section, explain_refusal
@@ -25,14 +26,23 @@ from megagpt.engine.deepspeed_internals import (
     check_internals,
     mark_for_gradient_norm,
 )
-from megagpt.engine.freezing import add_placeholder_parameters, freeze
+from megagpt.engine.freezing import add_placeholder_parameters, freeze, require_matches
 from megagpt.engine.gradient_sync import GradientSync, sum_gradients, sum_partial_gradients
 from megagpt.engine.mpu import DeepSpeedMPU
-from megagpt.engine.optimizer import build_optimizer
+from megagpt.engine.muon import Muon, Segment
+from megagpt.engine.optimizer import (
+    build_optimizer,
+    group_of,
+    group_of_shard,
+    groups_of_model,
+    set_group,
+    set_learning_rate,
+    set_weight_decay,
+)
 from megagpt.errors import ConfigError
 from megagpt.model.forward_context import MicroBatch
 from megagpt.model.gpt import DTYPES, TOKEN_EMBEDDING, GPTChunk, build_chunk, share_tied_embedding
-from megagpt.model.meta_model import stage_layers
+from megagpt.model.meta_model import meta_model, parameter_names, stage_layers
 from megagpt.parallel.deferred_gradients import DeferredGradients
 from megagpt.parallel.kernels import Kernels
 from megagpt.parallel.parallel_context import ParallelContext
@@ -95,8 +105,16 @@ class Engine:
         self.tied = [p for p in self.parameters if shard_of(p).name == tied_name]
         """The tied embedding, if this rank has it."""
         self._sync = GradientSync(self.chunks, self._rank_of_stage, topology, config.zero.stage, tied_name)
-        add_placeholder_parameters(self.model)
+        scales = config.optimizer.learning_rate_scales
+        if scales:
+            require_matches("optimizer.learning_rate_scales", scales, parameter_names(meta_model(config)))
+        for parameter in self.parameters:
+            set_group(parameter, group_of_shard(shard_of(parameter), config))
+        self._groups = groups_of_model(config)
+        add_placeholder_parameters(self.model, self._groups)
         self.deepspeed = self._initialize_deepspeed()
+        if config.optimizer.type == "muon":
+            self._attach_matrices()
         self._zero = build_zero_steps(self.deepspeed, list(self._sync.by_stage.values()))
         self._executors: dict[tuple[str | None, int, torch.Size], Executor] = {}
 
@@ -125,11 +143,14 @@ class Engine:
         """Clip the gradients and update the weights; skip the update if the gradients overflowed. Collective."""
         self.phase.enter("optimizer step")
         loss_scale = self.loss_scale
-        for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self.deepspeed.optimizer.param_groups, learning_rate)
         with self.phase.waiting():
             update = self._zero.update()
         return StepResult(update.grad_norm, loss_scale, update.skipped)
+
+    def set_weight_decay(self, value: float) -> None:
+        """Set the weight decay of the next steps."""
+        set_weight_decay(self.deepspeed.optimizer.param_groups, value)
 
     def discard(self) -> StepResult:
         """Drop the gradients of `forward_backward` without an update. Weights and loss scale do not change."""
@@ -210,6 +231,23 @@ class Engine:
             # an optimizer that cannot leave the reduction to the end of the step.
             parameter.grad_dtype = torch.float32
         return engine
+
+    def _attach_matrices(self) -> None:
+        """Tell Muon which pieces of which matrices this rank has."""
+        zero, topology = self.zero_state(), self.topology
+        shards = topology.dp_cp_group if self.config.zero.stage > 0 else None
+        for group, description in zip(self.deepspeed.optimizer.param_groups, self._groups, strict=True):
+            segments = []
+            for parameter in self.parameters:
+                if not parameter.requires_grad or not description.orthogonal or group_of(parameter) != description:
+                    continue
+                shard, found = shard_of(parameter), zero.flat_range(parameter)
+                start, offset, length = found or (0, 0, 0)
+                pieces = boxes_of_range(shard, tuple(parameter.shape), start, start + length)
+                split = topology.tensor_group if shard.dim is not None else None
+                groups = tuple(one for one in (shards, split) if one is not None)
+                segments.append(Segment(shard, pieces, offset, groups))
+            Muon.attach(group, segments)
 
     def _loss_gradient(self, n_tokens: int | Tensor, scale: float) -> Tensor:
         """Return scale / n_tokens: the gradient of the sum of the token losses, an fp32 scalar on the device."""

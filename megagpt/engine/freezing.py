@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megagpt.config.schema import Config
+from megagpt.engine.optimizer import Group, group_of, set_group
 from megagpt.errors import ConfigError
 from megagpt.model.meta_model import meta_model, parameter_names
 from megagpt.parallel.parameter import shard_of
@@ -29,26 +30,30 @@ def freeze(chunks: Iterable[nn.Module], config: Config) -> None:
         chunk.register_forward_hook(_start_backward)
 
 
-def add_placeholder_parameters(model: nn.Module) -> None:
-    """Give a rank without a trained matrix, or without a trained vector, a one-element parameter of that kind.
+def add_placeholder_parameters(model: nn.Module, groups: Iterable[Group]) -> None:
+    """Give a rank without a trained parameter in one of `groups` a parameter of one element.
 
     All stages then have the same number of parameter groups in their optimizers. DeepSpeed sums the gradient norm group by
     group over all stages, so a missing group would deadlock.
     """
-    dims = [parameter.dim() for parameter in model.parameters() if parameter.requires_grad]
-    for name, missing, shape in (
-        ("placeholder_matrix", not any(dim > 1 for dim in dims), (1, 1)),
-        ("placeholder_vector", not any(dim <= 1 for dim in dims), (1,)),
-    ):
-        if missing:
-            model.register_parameter(name, nn.Parameter(next(model.parameters()).new_zeros(shape)))
+    present = {group_of(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    for number, group in enumerate(groups):
+        if group not in present:
+            placeholder = nn.Parameter(next(model.parameters()).new_zeros((1, 1) if group.matrix else (1,)))
+            set_group(placeholder, group)
+            model.register_parameter(f"placeholder_{number}", placeholder)
 
 
-def _check(patterns: list[str], names: list[str]) -> None:
+def require_matches(key: str, patterns: Iterable[str], names: list[str]) -> None:
+    """Raise ConfigError if a pattern of the config's `key` matches none of the model's parameter names."""
     for pattern in patterns:
         if not any(_matches(name, [pattern]) for name in names):
             (nearest,) = difflib.get_close_matches(pattern, _suggestions(names), n=1, cutoff=0.0)
-            raise ConfigError(f"training.freeze: {pattern!r} matches no weight of this model; the nearest is {nearest!r}")
+            raise ConfigError(f"{key}: {pattern!r} matches no weight of this model; the nearest is {nearest!r}")
+
+
+def _check(patterns: list[str], names: list[str]) -> None:
+    require_matches("training.freeze", patterns, names)
     if all(_matches(name, patterns) for name in names):
         raise ConfigError("training.freeze: every weight is frozen; leave at least one to train")
 

@@ -1,33 +1,100 @@
-"""The optimizer and its two groups of parameters: matrices with weight decay, biases and norms without.
+"""The optimizer and its groups of parameters: matrices with weight decay, biases and norms without, and learning rates.
 
 Frozen parameters are in no group.
 """
 
 import importlib
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 
-from megagpt.config.schema import OptimizerConfig
+from megagpt.config.schema import Config, OptimizerConfig
+from megagpt.engine.muon import Muon
+from megagpt.model.meta_model import meta_model
+from megagpt.parallel.parameter import Shard, shard_of
+
+MUON_MOMENTUM = 0.95
+
+
+class Group(NamedTuple):
+    """What the parameters of one group share."""
+
+    matrix: bool
+    """Whether they have more than one dim; others have no weight decay."""
+    lr_scale: float
+    """Factor of the learning rate."""
+    orthogonal: bool = False
+    """Whether Muon updates them."""
+
+
+def group_of_shard(shard: Shard, config: Config) -> Group:
+    """Return the group of a parameter: under muP the matrices of wider blocks have lower learning rates."""
+    matrix = len(shard.shape) > 1
+    scale = 1 / config.model.width_growth if matrix and shard.name.startswith("layers.") else 1.0
+    for pattern, factor in config.optimizer.learning_rate_scales.items():
+        if fnmatchcase(shard.name, pattern):
+            scale *= factor
+    return Group(matrix, scale, config.optimizer.type == "muon" and matrix and shard.name.startswith("layers."))
+
+
+def groups_of_model(config: Config) -> list[Group]:
+    """Return the groups of the full model, in the order that every rank uses; there is one of each number of dims."""
+    groups = {group_of_shard(shard_of(parameter), config) for parameter in meta_model(config).parameters()}
+    for matrix in (True, False):
+        if not any(group.matrix == matrix for group in groups):
+            groups.add(Group(matrix, 1.0))
+    return sorted(groups, reverse=True)
+
+
+def set_group(parameter: nn.Parameter, group: Group) -> None:
+    """Attach its group to a parameter."""
+    cast(Any, parameter).optimizer_group = group
+
+
+def group_of(parameter: nn.Parameter) -> Group:
+    """Return the parameter's group; without one it has the learning rate of the config."""
+    group: Group = getattr(parameter, "optimizer_group", Group(parameter.dim() > 1, 1.0))
+    return group
 
 
 def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """Build the optimizer that ZeRO shards: on CUDA apex's FusedAdam if NVIDIA apex is installed, else torch's fused one."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+        {
+            "params": [parameter for parameter in trained if group_of(parameter) == group],
+            "weight_decay": config.weight_decay if group.matrix else 0.0,
+            "lr_scale": group.lr_scale,
+            "decays": group.matrix,
+            "orthogonal": group.orthogonal,
+        }
+        for group in sorted(set(map(group_of, trained)), reverse=True)
     ]
-    groups = [group for group in groups if group["params"]]
     if config.type == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
+    if config.type == "muon":
+        return Muon(groups, config.learning_rate, config.betas, config.eps, config.momentum or MUON_MOMENTUM)
     decoupled = config.type == "adamw"
     fused_adam = _apex_fused_adam() if trained[0].is_cuda else None
     if fused_adam is not None:
         return fused_adam(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, adam_w_mode=decoupled)
     optimizer = torch.optim.AdamW if decoupled else torch.optim.Adam
     return optimizer(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+
+
+def set_learning_rate(groups: Iterable[dict[str, Any]], learning_rate: float) -> None:
+    """Set the learning rate of each group."""
+    for group in groups:
+        group["lr"] = learning_rate * group["lr_scale"]
+
+
+def set_weight_decay(groups: Iterable[dict[str, Any]], weight_decay: float) -> None:
+    """Set the weight decay of the groups of matrices; others have none."""
+    for group in groups:
+        group["weight_decay"] = weight_decay if group["decays"] else 0.0
 
 
 def _apex_fused_adam() -> type | None:

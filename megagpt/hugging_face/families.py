@@ -22,6 +22,10 @@ class Family:
     """Embeddings, final norm, and the output layer if it is not tied."""
     layer: Callable[[ModelConfig], Rules]
     """The parameters of one layer, which depend on the model: grouped heads, biases, norms."""
+    base_prefix: str
+    """Prefix that names lack in a folder of the base model, which has no output layer."""
+    buffers: str = r".*\.rotary_emb\.inv_freq"
+    """Pattern of tensors that are computed from the config; older versions of transformers stored them."""
 
     def rules(self, model: ModelConfig) -> Iterator[tuple[str, Rule, str]]:
         """Yield (parameter name, rule, prefix of the rule's names) for every parameter of the model."""
@@ -134,6 +138,8 @@ _GPT2 = Family(
         "head.weight": Same("lm_head.weight"),
     },
     _gpt2_layer,
+    "transformer.",
+    r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",
 )
 _GPT_NEOX = Family(
     "GPTNeoXForCausalLM",
@@ -142,18 +148,20 @@ _GPT_NEOX = Family(
         "embedding.token.weight": Same("gpt_neox.embed_in.weight"),
         "final_norm.weight": Same("gpt_neox.final_layer_norm.weight"),
         "final_norm.bias": Same("gpt_neox.final_layer_norm.bias"),
-        "head.weight": Same("lm_head.weight"),
+        "head.weight": Same("embed_out.weight"),  # its name in files; transformers 5 has lm_head in memory
     },
     _gpt_neox_layer,
+    "gpt_neox.",
+    r".*\.attention\.(rotary_emb\.inv_freq|(masked_)?bias)",
 )
 FAMILIES = {
     "gpt2": _GPT2,
     "gpt_neox": _GPT_NEOX,
-    "llama": Family("LlamaForCausalLM", "model.layers.{}.", _LLAMA_ENDS, _llama_layer),
-    "mistral": Family("MistralForCausalLM", "model.layers.{}.", _LLAMA_ENDS, _llama_layer),
-    "qwen2": Family("Qwen2ForCausalLM", "model.layers.{}.", _LLAMA_ENDS, _llama_layer),
-    "qwen3": Family("Qwen3ForCausalLM", "model.layers.{}.", _LLAMA_ENDS, _qwen3_layer),
-    "olmo2": Family("Olmo2ForCausalLM", "model.layers.{}.", _LLAMA_ENDS, _olmo2_layer),
-    "gemma2": Family("Gemma2ForCausalLM", "model.layers.{}.", _LLAMA_ENDS, _gemma2_layer),
+    "llama": Family("LlamaForCausalLM", "model.layers.{}.", _LLAMA_ENDS, _llama_layer, "model."),
+    "mistral": Family("MistralForCausalLM", "model.layers.{}.", _LLAMA_ENDS, _llama_layer, "model."),
+    "qwen2": Family("Qwen2ForCausalLM", "model.layers.{}.", _LLAMA_ENDS, _llama_layer, "model."),
+    "qwen3": Family("Qwen3ForCausalLM", "model.layers.{}.", _LLAMA_ENDS, _qwen3_layer, "model."),
+    "olmo2": Family("Olmo2ForCausalLM", "model.layers.{}.", _LLAMA_ENDS, _olmo2_layer, "model."),
+    "gemma2": Family("Gemma2ForCausalLM", "model.layers.{}.", _LLAMA_ENDS, _gemma2_layer, "model."),
 }
 """`model_type` of config.json -> family."""

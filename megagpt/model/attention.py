@@ -89,9 +89,15 @@ class CausalSelfAttention(nn.Module):
     def core_flops_per_token(self, sequence_length: int) -> int:
         """Forward FLOPs of scores and weighted values for one token, averaged over the sequence, of all heads.
 
-        The full square takes 4 x sequence_length x width; half of it is masked. A window limits the length.
+        Token i sees i + 1 tokens, at most its window: in the mean half of a full sequence, and of a window all but the part
+        that is cut off at the start of the sequence.
         """
-        return 2 * min(self.window or sequence_length, sequence_length) * self.proj.n_in
+        unmasked = self.unmasked_core_flops_per_token(sequence_length)
+        return unmasked - unmasked * min(self.window or sequence_length, sequence_length) // (2 * sequence_length)
+
+    def unmasked_core_flops_per_token(self, sequence_length: int) -> int:
+        """Forward FLOPs of scores and weighted values if each token saw an entire sequence, or its entire window."""
+        return 4 * min(self.window or sequence_length, sequence_length) * self.proj.n_in
 
     def flops_per_token(self, sequence_length: int) -> int:
         """Forward FLOPs of the unsharded layer for one token, averaged over the sequence."""

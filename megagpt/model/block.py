@@ -7,6 +7,7 @@ from megagpt.model import fused
 from megagpt.model.attention import CausalSelfAttention
 from megagpt.model.dropout import ResidualDropout
 from megagpt.model.forward_context import ForwardContext
+from megagpt.model.init_scheme import init_stds
 from megagpt.model.mlp import build_mlp
 from megagpt.model.norm import build_add_norm, build_norm
 from megagpt.parallel.parallel_context import ParallelContext
@@ -19,8 +20,7 @@ class _Block(nn.Module):
         """`add_bias`: False leaves the output biases of the branches to the residual additions."""
         super().__init__()
         model, name = config.model, f"layers.{index}"
-        # GPT-2: scaled by depth, so that the variance of the residual stream does not grow with the number of layers.
-        residual_std = model.init_std / (2 * model.n_layer) ** 0.5
+        residual_std = init_stds(model).residual
         recompute_core = config.training.recompute == "selective"
         self.attention = CausalSelfAttention(index, model, parallel, residual_std, recompute_core, add_bias)
         self.attention_dropout = ResidualDropout(model.resid_pdrop, parallel, index, "attention residual")

@@ -1,13 +1,13 @@
 """Causal attention whose scores exist in memory, for what scaled_dot_product_attention cannot do: see `ExplicitAttention`."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megagpt.config.schema import ModelConfig
 from megagpt.model.dropout import site_keys
 from megagpt.model.dropout_masks import keep_mask
 from megagpt.model.forward_context import ForwardContext
+from megagpt.model.score_bias import NoBias, build_bias, build_weighting, own_heads
 from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.seeding import stable_seed
 
@@ -16,10 +16,11 @@ QUERY_BLOCK = 256
 
 
 class ExplicitAttention(nn.Module):
-    """Causal attention with capped scores or with dropout of the attention weights.
+    """Causal attention with capped or biased scores, with sinks, or with dropout of the attention weights.
 
-    scaled_dot_product_attention has no cap, and draws its dropout masks from the device's generator, which knows no heads
-    and positions. So the weights are computed here, in memory that grows with the square of the sequence.
+    scaled_dot_product_attention has no cap and no sinks, would need biases of all positions in memory, and draws its dropout
+    masks from the device's generator, which knows no heads and positions. So the weights are computed here, in memory that
+    grows with the square of the sequence.
     """
 
     def __init__(self, model: ModelConfig, scale: float, parallel: ParallelContext, index: int) -> None:
@@ -28,14 +29,18 @@ class ExplicitAttention(nn.Module):
         self.scale = scale
         self.softcap = model.attention_softcap
         self.probability = model.attn_pdrop
+        name = f"layers.{index}.attention"
+        self.bias = build_bias(name, model, parallel)
+        self.weighting = build_weighting(name, model, parallel)
+        self.is_biased = not isinstance(self.bias, NoBias)
+        self.always_needed = self.is_biased or model.attention_sinks or self.softcap is not None
         self.site_key = stable_seed("dropout", index, "attention weights")
-        heads = model.n_head // parallel.tp_size  # of this tensor rank; the context ranks divide them
-        self.first_head = parallel.tp_rank * heads + parallel.context.rank * (heads // parallel.context.size)
+        self.first_head = own_heads(model, parallel).start
 
     @property
     def is_needed(self) -> bool:
         """Whether scaled_dot_product_attention would give another result now."""
-        return self.softcap is not None or (self.training and self.probability > 0)
+        return self.always_needed or (self.training and self.probability > 0)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, ctx: ForwardContext) -> Tensor:
         """Attend to the earlier positions; the queries are the last positions of the keys.
@@ -52,8 +57,10 @@ class ExplicitAttention(nn.Module):
             scores = (query[:, :, start:stop] * self.scale) @ key[:, :, :visible].transpose(2, 3)
             if self.softcap is not None:
                 scores = torch.tanh(scores / self.softcap) * self.softcap
+            if self.is_biased:
+                scores = scores + self.bias(_distances(n_keys - n_queries + start, visible, scores)).to(scores.dtype)
             hidden = _causal_mask(scores) if mask is None else mask[:, :, start:stop, :visible]
-            weights = self._drop(F.softmax(scores + hidden, -1), start, n_keys, ctx)
+            weights = self._drop(self.weighting(scores + hidden), start, n_keys, ctx)
             outputs.append(weights @ value[:, :, :visible])
         return torch.cat(outputs, 2)
 
@@ -67,6 +74,12 @@ class ExplicitAttention(nn.Module):
         columns = head_numbers.view(heads, 1, 1) * n_keys + torch.arange(keys, dtype=torch.int32, device=weights.device)
         rows = site_keys(ctx, self.site_key)[:, None, start : start + queries, None]
         return weights * keep_mask(rows, columns, self.probability) * (1 / (1 - self.probability))
+
+
+def _distances(first: int, n_keys: int, scores: Tensor) -> Tensor:
+    """Return query position minus key position, [queries, keys]; `first`: position of the first query."""
+    queries = torch.arange(first, first + scores.shape[2], device=scores.device)
+    return queries.unsqueeze(1) - torch.arange(n_keys, device=scores.device)
 
 
 def _causal_mask(scores: Tensor) -> Tensor:

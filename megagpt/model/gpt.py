@@ -16,6 +16,7 @@ from megagpt.model.block import Block, PreNormBlock, build_block
 from megagpt.model.dropout import ResidualDropout
 from megagpt.model.dropout_masks import token_keys
 from megagpt.model.forward_context import ForwardContext, MicroBatch
+from megagpt.model.init_scheme import init_stds
 from megagpt.model.kv_cache import KVCache
 from megagpt.model.norm import build_norm
 from megagpt.model.positions import build_positions
@@ -83,7 +84,12 @@ class GPTChunk(nn.Module):
             x = _run_recomputed(self.blocks, x, ctx, self.config.training.recompute_layers)
         else:
             x = _run(self.blocks, x, ctx)
-        return self.norm(x) if self.is_last else x
+        return self._output(x) if self.is_last else x
+
+    def _output(self, x: Tensor) -> Tensor:
+        """Return the input of the output layer."""
+        growth = self.config.model.width_growth
+        return self.norm(x) if growth == 1 else self.norm(x) / growth  # muP: smaller logits for larger widths
 
     def logits(self, tokens: Tensor, caches: Mapping[int, KVCache] | None = None) -> Tensor:
         """Return next-token logits; for a model in one chunk. [batch, seq] -> [batch, seq, vocab_size]"""
@@ -102,7 +108,7 @@ class GPTChunk(nn.Module):
             rotary=self._rotary_table(torch.arange(first, first + new, device=tokens.device)),
             attention_masks=self._masks(None, new, tokens.device),
         )
-        return self.norm(_run(self.blocks, self._embed(tokens, ctx), ctx))
+        return self._output(_run(self.blocks, self._embed(tokens, ctx), ctx))
 
     def _embed(self, tokens: Tensor, ctx: ForwardContext) -> Tensor:
         x = self.tokens(tokens)
@@ -160,7 +166,7 @@ class GPTChunk(nn.Module):
     def _embedding(self, name: str) -> VocabParallelEmbedding:
         model = self.config.model
         return VocabParallelEmbedding(
-            name, model.tokens_in_vocab, model.padded_vocab_size, model.n_embd, self.parallel, model.init_std
+            name, model.tokens_in_vocab, model.padded_vocab_size, model.n_embd, self.parallel, init_stds(model).embedding
         )
 
 

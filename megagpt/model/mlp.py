@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from megagpt.config.schema import ModelConfig
 from megagpt.model import fused
+from megagpt.model.init_scheme import init_stds
 from megagpt.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megagpt.parallel.parallel_context import ParallelContext
 
@@ -39,10 +40,10 @@ class MLP(nn.Module):
     ) -> None:
         """`add_bias`: False leaves the output's bias to the residual addition."""
         super().__init__()
-        width, inner, bias = model.n_embd, model.ffn_hidden_size, model.mlp_bias
+        width, inner, bias, std = model.n_embd, model.ffn_hidden_size, model.mlp_bias, init_stds(model).hidden
         self.kernels = parallel.kernels
         fuse = parallel.kernels.compiled
-        self.up = ColumnParallelLinear(f"{name}.up", width, inner, parallel, model.init_std, bias, add_bias=not fuse)
+        self.up = ColumnParallelLinear(f"{name}.up", width, inner, parallel, std, bias, add_bias=not fuse)
         self.down = RowParallelLinear(f"{name}.down", inner, width, parallel, residual_std, bias, add_bias)
         self.activation = ACTIVATIONS[model.activation]
 
@@ -62,7 +63,7 @@ class GatedMLP(nn.Module):
     ) -> None:
         """`add_bias`: False leaves the output's bias to the residual addition."""
         super().__init__()
-        width, inner, bias, std = model.n_embd, model.ffn_hidden_size, model.mlp_bias, model.init_std
+        width, inner, bias, std = model.n_embd, model.ffn_hidden_size, model.mlp_bias, init_stds(model).hidden
         self.kernels = parallel.kernels
         fuse = parallel.kernels.compiled
         self.gate_up = ColumnParallelLinear(

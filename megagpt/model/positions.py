@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from megagpt.config.schema import ModelConfig
 from megagpt.model.forward_context import ForwardContext
+from megagpt.model.init_scheme import init_stds
 from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.parameter import replicated_parameter
 
@@ -45,4 +46,4 @@ def build_positions(name: str, model: ModelConfig, parallel: ParallelContext) ->
     """Return the embedding that is added to the token embeddings."""
     if model.position_embedding != "learned":
         return NoPositions()
-    return LearnedPositions(name, model.n_positions, model.n_embd, parallel, model.init_std)
+    return LearnedPositions(name, model.n_positions, model.n_embd, parallel, init_stds(model).embedding)

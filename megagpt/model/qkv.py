@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from megagpt.config.schema import ModelConfig
 from megagpt.model import fused
+from megagpt.model.init_scheme import init_stds
 from megagpt.model.norm import Norm
 from megagpt.parallel.collectives import copy_to_ranks, reduce_from_ranks
 from megagpt.parallel.linear import ColumnParallelLinear
@@ -34,7 +35,7 @@ class FusedQKV(nn.Module):
         self.head_size = model.head_size
         self.kernels = parallel.kernels
         n_out = 3 * model.n_head * model.head_size
-        self.qkv = ColumnParallelLinear(f"{name}.qkv", model.n_embd, n_out, parallel, model.init_std, model.qkv_bias)
+        self.qkv = ColumnParallelLinear(f"{name}.qkv", model.n_embd, n_out, parallel, init_stds(model).hidden, model.qkv_bias)
         self.norm = build_qk_norm(name, model, parallel, kv_replicated=False)
 
     def forward(self, x: Tensor) -> Heads:
@@ -55,7 +56,7 @@ class GroupedQKV(nn.Module):
     def __init__(self, name: str, model: ModelConfig, parallel: ParallelContext) -> None:
         super().__init__()
         self.head_size = model.head_size
-        width, std, bias = model.n_embd, model.init_std, model.qkv_bias
+        width, std, bias = model.n_embd, init_stds(model).hidden, model.qkv_bias
         replicated = model.kv_heads % parallel.tp_size != 0
         self.q = ColumnParallelLinear(f"{name}.q", width, model.n_head * model.head_size, parallel, std, bias)
         n_out = 2 * model.kv_heads * model.head_size

@@ -10,8 +10,8 @@ from megagpt.planner.dry_run import open_dry_run
 from megagpt.schedules.plan import Action, ActionKind, Plan
 from megagpt.schedules.registry import make_plan
 
-OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "sgd": 0}
-"""fp32 states per weight, beside the fp32 master weight."""
+OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "sgd": 0, "muon": 2}
+"""fp32 states per weight, beside the fp32 master weight; muon has one for the matrices of the blocks: an upper limit."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def _rank_memory(config: Config, layout: Layout, rank: int, plan: Plan) -> Memor
 def state_memory(config: Config, layout: Layout, n_parameters: int) -> MemoryEstimate:
     """Return the memory of a rank with `n_parameters` without its activations."""
     stage, dtype = config.zero.stage, DTYPES[config.training.precision]
-    states = 1 + OPTIMIZER_STATES[config.optimizer.type] + (config.optimizer.momentum > 0)
+    states = 1 + OPTIMIZER_STATES[config.optimizer.type] + (config.optimizer.type == "sgd" and config.optimizer.momentum > 0)
     optimizer = 4 * states * n_parameters // (layout.dp_cp if stage >= 1 else 1)
     return MemoryEstimate(
         parameters=n_parameters,

@@ -1,8 +1,8 @@
-"""The learning rate as a pure function of the step: a resumed run needs no state for it."""
+"""Learning rate and weight decay as pure functions of the step: a resumed run needs no state for them."""
 
 import math
 
-from megagpt.config.schema import LRScheduleConfig
+from megagpt.config.schema import LRScheduleConfig, OptimizerConfig
 
 
 def learning_rate(step: int, total_steps: int, peak: float, config: LRScheduleConfig) -> float:
@@ -30,6 +30,19 @@ def learning_rate(step: int, total_steps: int, peak: float, config: LRScheduleCo
         case "cosine":
             progress = _progress(step, warmup, config.decay_steps or total_steps)
             return _between(peak, floor, (1 + math.cos(math.pi * progress)) / 2)
+
+
+def weight_decay(step: int, total_steps: int, config: OptimizerConfig) -> float:
+    """Return the weight decay of optimizer step `step` (counted from 0) in a run of `total_steps`.
+
+    `final_weight_decay` would be reached in the step after the last one.
+    """
+    if config.final_weight_decay is None:
+        return config.weight_decay
+    share = _progress(step, 0, total_steps)
+    if config.weight_decay_schedule == "cosine":
+        share = (1 - math.cos(math.pi * share)) / 2
+    return config.weight_decay + (config.final_weight_decay - config.weight_decay) * share
 
 
 def _progress(step: int, start: int, end: int) -> float:

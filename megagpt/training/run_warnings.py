@@ -125,7 +125,7 @@ def _unused(config: Config) -> Iterator[str]:
     schedule, optimizer, evaluation = config.lr_schedule, config.optimizer, config.evaluation
     if schedule.decay_steps is not None and schedule.type in ("constant", "inverse-sqrt"):
         yield f"lr_schedule.decay_steps: {schedule.decay_steps} has no effect with lr_schedule.type {schedule.type}"
-    if optimizer.momentum and optimizer.type != "sgd":
+    if optimizer.momentum and optimizer.type not in ("sgd", "muon"):
         yield f"optimizer.momentum: {optimizer.momentum:g} has no effect with optimizer.type {optimizer.type}"
     if config.model.clf_pdrop:
         yield f"model.clf_pdrop: {config.model.clf_pdrop:g} has no effect, because the model has no classification head"

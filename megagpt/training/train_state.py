@@ -30,6 +30,8 @@ LAYOUT = (
     *("training.compile", "training.loss_chunk_mib", "training.deterministic"),
 )
 """Sections and keys that do not change what is computed, or whose change has a note of its own."""
+IMPORTED_FROM = "imported_from"
+"""Key of the `state` section that only a converted checkpoint has."""
 MAX_COUNT = 2**62
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Loss = Annotated[float, Field(ge=-1e30, le=1e30, allow_inf_nan=False)]
@@ -56,6 +58,16 @@ class RunProgress(BaseModel):
     """The data that `consumed_samples` counts in; None in older checkpoints."""
 
 
+class ImportedFrom(BaseModel):
+    """Where the weights of a checkpoint come from that no run has written: a Hugging Face model."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    folder: str
+    model_type: str
+    generation_config: dict[str, Any]
+
+
 class RunState(RunProgress):
     """The `state` section of a checkpoint's manifest: everything but weights and optimizer states."""
 
@@ -66,6 +78,12 @@ class RunState(RunProgress):
     optimizer: str
     loss_scaler: dict[str, FiniteFloat]
     """State of the fp16 loss scale; empty for other precisions."""
+
+
+class ImportedState(RunState):
+    """The `state` section of a checkpoint that was converted, not trained: it has weights alone."""
+
+    imported_from: ImportedFrom
 
 
 @dataclass(frozen=True)
@@ -195,6 +213,11 @@ def state_changes(saved: dict[str, Any], config: Config) -> list[str]:
 
 def _check(engine: Engine, reader: CheckpointReader) -> tuple[dict[str, Any], RunState]:
     """Return the checkpoint's config and state. Raises CheckpointError if they do not fit this engine's model."""
+    if IMPORTED_FROM in reader.manifest.state:
+        raise CheckpointError(
+            f"{reader.folder}: was imported and has weights alone, no optimizer states and no data position, so a run cannot "
+            "resume from it; set checkpoint.initialize_from to it, and another checkpoint.dir"
+        )
     saved_config = _check_model(engine, reader)
     with _other_version_if_invalid(reader.folder):
         state = RunState.model_validate(reader.manifest.state)

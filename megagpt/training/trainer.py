@@ -37,7 +37,7 @@ from megagpt.training.checkpointing import (
 from megagpt.training.evaluation import evaluate
 from megagpt.training.loggers.base import FanOut, Logger, MetricsRecord
 from megagpt.training.loggers.build import build_loggers
-from megagpt.training.lr_schedule import learning_rate
+from megagpt.training.lr_schedule import learning_rate, weight_decay
 from megagpt.training.metrics import LossMean, reduce_loss, sum_tokens
 from megagpt.training.micro_batches import HostBatch, global_batches, to_host_batch
 from megagpt.training.noise_scale import NoiseScale
@@ -196,6 +196,7 @@ class Trainer:
                 self.phase.enter("wait for the first batch")
                 for batch in batches:
                     rate = learning_rate(self.step, self.total_steps, config.optimizer.learning_rate, config.lr_schedule)
+                    self.engine.set_weight_decay(weight_decay(self.step, self.total_steps, config.optimizer))
                     outcome = self.train_step(batch, rate, batches.take_wait_seconds())
                     self._log(outcome)
                     if outcome.verdict.action == "stop":

@@ -22,11 +22,14 @@ OTHER = {
     "norm_placement": "both",
     "qk_norm": "head",
     "position_embedding": "rotary",
+    "relative_buckets": 16,
+    "relative_max_distance": 64,
     "rotary": {"theta": 500000.0},
     "attention_window": 8,
     "full_attention_every": 2,
     "attention_scale": 0.5,
     "attention_softcap": 50.0,
+    "attention_sinks": True,
     "parallel_branches": "one_norm",
     "qkv_bias": False,
     "attention_bias": False,
@@ -39,6 +42,8 @@ OTHER = {
     "resid_pdrop": 0.1,
     "tie_embeddings": False,
     "init_std": 0.1,
+    "init_scheme": "plain",
+    "mup_base_width": 8,
     "layer_norm_epsilon": 1e-6,
 }
 
@@ -68,3 +73,14 @@ def test_all_differences_are_named_at_once() -> None:
 
 def test_an_absent_ffn_hidden_equals_its_default_value() -> None:
     assert model_differences(model(), model(ffn_hidden=128)) == []
+
+
+def test_the_sequence_length_is_free_without_weights_for_each_position() -> None:
+    rotary = {"position_embedding": "rotary"}
+    assert model_differences(model(**rotary), model(**rotary, n_positions=64)) == []
+
+
+def test_absent_keys_equal_what_they_stand_for() -> None:
+    assert model_differences(model(), model(attention_scale=8**-0.5, n_kv_head=4, head_dim=8)) == []
+    window = {"attention_window": 4}
+    assert model_differences(model(**window), model(**window, full_attention_every=3)) == []  # of two layers

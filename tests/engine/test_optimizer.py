@@ -6,7 +6,7 @@ from support.runs import full_model, parameters_by_name, tiny_config
 from torch import Tensor, nn
 
 from megagpt.config.schema import OptimizerConfig
-from megagpt.engine.optimizer import build_optimizer
+from megagpt.engine.optimizer import build_optimizer, set_weight_decay
 
 RATE, DECAY, EPS, BETAS = 0.1, 0.3, 1e-3, (0.9, 0.95)
 
@@ -24,6 +24,16 @@ def test_matrices_have_weight_decay_and_biases_and_norms_have_none() -> None:
     for name, parameter in names.items():
         is_vector = name.endswith(".bias") or "norm" in name
         assert decays[id(parameter)] == (0.0 if is_vector else DECAY), name
+
+
+def test_a_changed_weight_decay_is_that_of_matrices_alone() -> None:
+    matrix, vector = nn.Parameter(torch.ones(1, 4)), nn.Parameter(torch.ones(4))
+    optimizer = build_optimizer(config_of("adamw"), [matrix, vector])
+    set_weight_decay(optimizer.param_groups, 0.5)
+    matrix.grad, vector.grad = torch.zeros(1, 4), torch.zeros(4)
+    optimizer.step()
+    assert torch.equal(vector, torch.ones(4))
+    torch.testing.assert_close(matrix.detach(), torch.full((1, 4), 1 - RATE * 0.5))
 
 
 def test_frozen_parameters_are_in_no_group() -> None:

@@ -45,12 +45,30 @@ def test_the_attention_core_costs_half_a_square_which_grows_with_the_sequence() 
     assert attention.flops_per_token(4096) - attention.flops_per_token(2048) == attention.core_flops_per_token(2048)
 
 
+@pytest.mark.parametrize("window", [1, 7, 16, 100])
+def test_a_window_costs_the_tokens_that_each_token_sees(window: int) -> None:
+    config = tiny_config(model={"attention_window": window, "position_embedding": "rotary", "head_dim": 24, "n_kv_head": 2})
+    seen = sum(min(token + 1, window) for token in range(16)) / 16
+    n_flops = meta_model(config).blocks[0].attention.core_flops_per_token(16)
+    # The integral of the seen tokens, as for the full square: half a token less for each token that sees fewer than its window.
+    assert n_flops == pytest.approx(2 * 2 * seen * 4 * 24, abs=2 * 2 * 0.5 * 4 * 24)
+
+
 def test_position_embeddings_cost_almost_nothing() -> None:
     model = meta_model(gpt3())
     assert 0 < model.positions.flops_per_token() < model.blocks[0].flops_per_token(2048) / 1000
 
 
-@pytest.mark.parametrize("model", [{}, {"ffn_hidden": 80, "tie_embeddings": False}, {"n_layer": 3, "vocab_size": 17}])
+FAMILIES: list[Tree] = [
+    {"n_kv_head": 2, "gated_mlp": True, "qkv_bias": False},
+    {"n_kv_head": 1, "head_dim": 16, "attention_window": 5, "full_attention_every": 2, "tie_embeddings": False},
+    {"parallel_branches": "one_norm", "position_embedding": "rotary", "gated_mlp": True, "ffn_hidden": 48},
+]
+
+
+@pytest.mark.parametrize(
+    "model", [{}, {"ffn_hidden": 80, "tie_embeddings": False}, {"n_layer": 3, "vocab_size": 17}, *FAMILIES]
+)
 def test_the_matrix_products_of_a_forward_have_the_flops_that_the_modules_report(model: Tree) -> None:
     config = tiny_config(model=model)
     batch = micro_batches(config, 0, 0, 1)[0]

@@ -52,6 +52,45 @@ def test_untied_embeddings_cost_the_same_because_a_lookup_is_no_product() -> Non
     assert training_flops_per_token(tied) == training_flops_per_token(untied)
 
 
+LLAMA: Tree = {
+    "n_layer": 6,
+    "n_embd": 64,
+    "n_head": 8,
+    "n_kv_head": 2,
+    "head_dim": 16,
+    "ffn_hidden": 160,
+    "n_positions": 128,
+    "vocab_size": 96,
+    "tie_embeddings": False,
+    "norm": "rmsnorm",
+    "gated_mlp": True,
+    "activation": "silu",
+    "position_embedding": "rotary",
+    "qkv_bias": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+
+
+@pytest.mark.parametrize(
+    "keys, windows",
+    [
+        ({}, [128] * 6),
+        ({"qk_norm": "head", "n_kv_head": 1}, [128] * 6),
+        ({"n_kv_head": 8, "norm_placement": "both", "tie_embeddings": True}, [128] * 6),
+        ({"attention_window": 32}, [32] * 6),
+        ({"attention_window": 32, "full_attention_every": 3}, [32, 32, 128, 32, 32, 128]),
+        ({"attention_window": 500}, [128] * 6),
+    ],
+)
+def test_grouped_heads_gated_mlps_and_windows_have_the_flops_of_a_closed_formula(keys: Tree, windows: list[int]) -> None:
+    model = {**LLAMA, **keys}
+    h, width, f, kv = 64, 8 * 16, 160, model["n_kv_head"] * 16
+    weights = 6 * (h * width + 2 * h * kv + width * h + 3 * h * f) + 96 * h  # the last: the output layer
+    attention = sum(12 * width * window for window in windows)
+    assert training_flops_per_token(tiny_config(model=model)) == 6 * weights + attention
+
+
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recomputation_does_not_count(recompute: str) -> None:
     assert training_flops_per_token(tiny_config(training={"recompute": recompute})) == training_flops_per_token(tiny_config())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.runs import full_model, tiny_config
+from support.runs import Tree, full_model, tiny_config
 
 from megagpt.config import Config
 from megagpt.model.forward_context import MicroBatch
@@ -28,9 +28,36 @@ def bytes_saved_by_a_real_forward(config: Config) -> int:
     return sum(saved.untyped_storage().nbytes() for saved in saved_tensors.values())
 
 
+MODELS: dict[str, Tree] = {
+    "GPT-2, dropout": {"resid_pdrop": 0.1, "attn_pdrop": 0.1},
+    "grouped heads, gated MLP, windows": {
+        "n_kv_head": 2,
+        "gated_mlp": True,
+        "activation": "silu",
+        "norm": "rmsnorm",
+        "position_embedding": "rotary",
+        "attention_window": 5,
+        "full_attention_every": 2,
+        "tie_embeddings": False,
+        "qk_norm": "head",
+    },
+    "norms on both sides, caps": {
+        "norm": "rmsnorm",
+        "norm_placement": "both",
+        "attention_softcap": 5.0,
+        "logit_softcap": 3.0,
+        "n_kv_head": 1,
+        "qk_norm": "width",
+        "parallel_branches": "no",
+    },
+    "parallel branches": {"parallel_branches": "two_norms", "position_embedding": "rotary", "rotary": {"fraction": 0.5}},
+}
+
+
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_a_dry_run_saves_the_bytes_of_a_real_forward(recompute: str) -> None:
-    config = tiny_config(model={"resid_pdrop": 0.1, "attn_pdrop": 0.1}, training={"recompute": recompute})
+@pytest.mark.parametrize("model", MODELS)
+def test_a_dry_run_saves_the_bytes_of_a_real_forward(model: str, recompute: str) -> None:
+    config = tiny_config(model=MODELS[model], training={"recompute": recompute})
     with open_dry_run(config, Layout(), 0) as dry_run:
         assert dry_run.saved_bytes(0) == bytes_saved_by_a_real_forward(config)
 

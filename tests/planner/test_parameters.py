@@ -3,9 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 from support.runs import Tree, tiny_config
 
 from megagpt.config import data_parallel_size, load_config
+from megagpt.hugging_face.model_keys import MODEL_KEYS
+from megagpt.parallel.topology import Layout
+from megagpt.planner.memory import largest_rank_memory
 from megagpt.planner.parameters import parameter_count, parameters_by_group
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -21,7 +25,37 @@ PAPERS = {  # billions of parameters as printed, and the relative difference of 
     "530B": (530.0, 0.005),
     "1T": (1000.0, 0.01),
 }
-NODES = {"125M": 1, "350M": 1, "1.3B": 2, "2.7B": 2, "6B": 4, "13B": 8, "22B": 16, "175B": 64, "530B": 140, "1T": 128}
+FAMILIES = {  # of the safetensors files on the Hugging Face hub; pythia: arXiv 2304.01373, table 1
+    "llama-3.2-1B": 1_235_814_400,
+    "llama-3.1-8B": 8_030_261_248,
+    "llama-3.1-70B": 70_553_706_496,
+    "qwen3-8B": 8_190_735_360,
+    "pythia-1.4B": 1_414_647_808,
+    "pythia-12B": 11_846_072_320,
+    "olmo2-7B": 7_298_617_344,
+}
+GPU_GIB = 80
+SPARE = 0.8
+"""Share of a GPU for what the planner estimates; the rest is for buffers of communication, kernels and the allocator."""
+NODES = {
+    "125M": 1,
+    "350M": 1,
+    "1.3B": 2,
+    "2.7B": 2,
+    "6B": 4,
+    "13B": 8,
+    "22B": 16,
+    "175B": 64,
+    "530B": 140,
+    "1T": 128,
+    "llama-3.2-1B": 1,
+    "llama-3.1-8B": 8,
+    "llama-3.1-70B": 64,
+    "qwen3-8B": 8,
+    "pythia-1.4B": 4,
+    "pythia-12B": 8,
+    "olmo2-7B": 8,
+}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
@@ -30,15 +64,39 @@ def test_a_shipped_config_has_its_paper_s_number_of_parameters_and_the_layout_th
     if path.stem == "quickstart":
         assert data_parallel_size(config, 8) == 2
         return
-    billions, tolerance = PAPERS[path.stem]
-    assert parameter_count(config) / 1e9 == pytest.approx(billions, rel=tolerance)
+    if path.stem in FAMILIES:
+        assert parameter_count(config) == FAMILIES[path.stem]
+    else:
+        billions, tolerance = PAPERS[path.stem]
+        assert parameter_count(config) / 1e9 == pytest.approx(billions, rel=tolerance)
     nodes, parallel = NODES[path.stem], config.parallel
     layout = f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {data_parallel_size(config, 8 * nodes)}"
     assert f"// Layout for {nodes} node{'s' if nodes > 1 else ''} of 8 GPUs: {layout}." in path.read_text()
 
 
 def test_every_shipped_size_is_tested() -> None:
-    assert {path.stem for path in CONFIGS.glob("*.json")} == {*PAPERS, "quickstart"}
+    assert {path.stem for path in CONFIGS.glob("*.json")} == {*PAPERS, *FAMILIES, "quickstart"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_layout_of_a_shipped_family_fits_its_gpus(name: str) -> None:
+    config = load_config(name)
+    parallel = config.parallel
+    layout = Layout(parallel.tensor, parallel.pipeline, parallel.context, data_parallel_size(config, 8 * NODES[name]))
+    assert largest_rank_memory(config, layout).total / 2**30 < SPARE * GPU_GIB
+    assert parallel.tensor <= 8  # within a node
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_shipped_family_is_the_model_of_transformers_with_the_same_parameters(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = load_config(name).model
+    family = next(kind for kind, keys in MODEL_KEYS.items() if not keys.missing(model))
+    config = transformers.AutoConfig.for_model(family, **MODEL_KEYS[family].from_model(model))
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(config)
+    assert theirs.num_parameters() == FAMILIES[name]
+    assert family == {"pythia": "gpt_neox"}.get(name.partition("-")[0], name.partition("-")[0])
 
 
 def test_the_count_is_twelve_h_squared_per_layer_and_the_rest_of_the_published_formula() -> None:
@@ -77,3 +135,34 @@ def test_the_groups_have_the_sizes_of_their_matrices_without_padding(model: Tree
         expected["head"] = vocab_size * h
     assert parameters_by_group(config) == expected
     assert parameter_count(config) == sum(expected.values())
+
+
+def test_the_groups_of_a_llama_have_the_sizes_of_their_matrices() -> None:
+    model = {
+        "n_kv_head": 2,
+        "head_dim": 12,
+        "ffn_hidden": 48,
+        "gated_mlp": True,
+        "norm": "rmsnorm",
+        "qk_norm": "head",
+        "position_embedding": "rotary",
+        "tie_embeddings": False,
+        "qkv_bias": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+    layers, h, f, width = 4, 32, 48, 4 * 12
+    assert parameters_by_group(tiny_config(model=model)) == {
+        "embedding.token": 61 * h,
+        "attention_norm": layers * h,
+        "attention.q": layers * h * width,
+        "attention.kv": layers * h * 2 * 2 * 12,
+        "attention.query_norm": layers * 12,
+        "attention.key_norm": layers * 12,
+        "attention.proj": layers * width * h,
+        "mlp_norm": layers * h,
+        "mlp.gate_up": layers * 2 * h * f,
+        "mlp.down": layers * f * h,
+        "final_norm": h,
+        "head": 61 * h,
+    }

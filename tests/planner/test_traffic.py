@@ -43,6 +43,22 @@ LAYOUTS: dict[str, tuple[int, Tree]] = {
     "2 x 2 x 2": (8, {"parallel": {"tensor": 2, "pipeline": 2}}),
     "2 x 2 x 2, sequence parallel": (8, {"parallel": {"tensor": 2, "pipeline": 2, "sequence_parallel": True}}),
 }
+_GROUPED: Tree = {"n_kv_head": 2, "gated_mlp": True, "norm": "rmsnorm", "position_embedding": "rotary", "qk_norm": "width"}
+FAMILIES: dict[str, tuple[int, Tree]] = {
+    "grouped heads, gated MLP, tensor 2": (2, {"parallel": {"tensor": 2}, "model": _GROUPED}),
+    "fewer key and value heads than ranks, sequence parallel": (
+        4,
+        {"parallel": {"tensor": 4, "sequence_parallel": True}, "model": {**_GROUPED, "tie_embeddings": False}},
+    ),
+    "fewer key and value heads than context ranks": (
+        4,
+        {"parallel": {"tensor": 2, "context": 2}, "model": {**_GROUPED, "qk_norm": "head", "attention_window": 5}},
+    ),
+    "parallel branches, norms of Gemma, pipeline 2": (
+        4,
+        {"parallel": {"tensor": 2, "pipeline": 2}, "model": {"norm": "rmsnorm_plus_one", "parallel_branches": "two_norms"}},
+    ),
+}
 LARGE: dict[str, tuple[int, Tree]] = {
     "GPT-3 175B on 512 ranks": (
         512,
@@ -88,9 +104,9 @@ def dry_run(config: Config, layout: Layout, rank: int) -> tuple[Traffic, int]:
     return step_traffic(config, layout, rank), n_parameters
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [*LAYOUTS, *FAMILIES])
 def test_a_real_step_communicates_what_the_dry_run_counts_and_nothing_else(name: str, ranks: Pool) -> None:
-    world, sections = LAYOUTS[name]
+    world, sections = {**LAYOUTS, **FAMILIES}[name]
     config = tiny_config(**sections)
     layout = layout_of(config, world)
     by_stage = {layout.coordinates(rank).pipeline: dry_run(config, layout, rank) for rank in layout.ranks_along(0, "pipeline")}

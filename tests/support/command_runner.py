@@ -145,6 +145,8 @@ class CommandRunner:
                 output = Path(arguments[arguments.index(flag) + 1])
                 for path in output.parent.glob(f"{output.name}[._]*"):
                     path.unlink()
+                if output.is_dir():
+                    shutil.rmtree(output)
                 output.unlink(missing_ok=True)
 
     def _script(self, program: str, arguments: list[str], command: str) -> RanksCommand:

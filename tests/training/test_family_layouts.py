@@ -1,10 +1,36 @@
-"""Every family trains under every kind of layout as one process does; tolerances as in `test_layouts.py`."""
+"""Every family trains under every kind of layout as one process does, and as transformers does.
 
+Tolerances as in `test_layouts.py`.
+"""
+
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from support.families import CASES, by_file_name, random_model
 from support.pool import Pool
-from support.runs import Tree, compare, tiny_config, train
+from support.runs import (
+    Tree,
+    compare,
+    count_labels,
+    create_engine,
+    full_weights,
+    local_weights,
+    micro_batches,
+    tiny_config,
+    train,
+    train_step,
+)
+
+from megagpt.config import Config
+from megagpt.hugging_face.families import FAMILIES
+from megagpt.hugging_face.folder import ModelFolder
+from megagpt.hugging_face.import_model import Import
+from megagpt.hugging_face.peak_memory import PeakMemory
+from megagpt.progress import NoProgress
+from megagpt.training.train_state import restore_weights
 
 STEPS = 3
 LLAMA: Tree = {
@@ -34,6 +60,13 @@ MODELS: dict[str, Tree] = {
         "tie_embeddings": True,
     },
     "parallel branches": {"parallel_branches": "two_norms", "position_embedding": "rotary", "rotary": {"fraction": 0.5}},
+    "learned bias of the scores, sinks, muP": {
+        "position_embedding": "relative",
+        "relative_buckets": 6,
+        "relative_max_distance": 12,
+        "attention_sinks": True,
+        "mup_base_width": 8,
+    },
     "parallel branches with one norm": {"parallel_branches": "one_norm", "activation": "relu_squared"},
 }
 LAYOUTS: dict[str, tuple[int, Tree, int]] = {
@@ -55,3 +88,59 @@ def test_a_family_trains_under_every_kind_of_layout_as_one_process_does(name: st
     assert min(expected[0]["norms"]) > 2 * tiny_config().optimizer.clip_grad
     for world, parallel, stage in LAYOUTS.values():
         compare(ranks.run(world, train, config_of(model, z_loss, parallel=parallel, zero={"stage": stage}), STEPS), expected)
+
+
+IMPORTED = {
+    "tensor 2": (2, {"tensor": 2}),
+    "pipeline 2": (2, {"pipeline": 2}),
+    "tensor 2 x pipeline 2": (4, {"tensor": 2, "pipeline": 2, "sequence_parallel": True}),
+}
+
+
+def imported_config(case: str, **sections: Tree) -> Config:
+    """Return the config of a run of plain gradient descent: the difference of the weights is the gradient."""
+    optimizer = {"type": "sgd", "learning_rate": 1.0, "clip_grad": 0.0, "weight_decay": 0.0}
+    return tiny_config(model=CASES[case][0], optimizer=optimizer, **sections)
+
+
+def first_step(config: Config, checkpoint: Path) -> Tree:
+    """Return the loss of the first step after `checkpoint.initialize_from`, and this rank's weights before and after it."""
+    engine = create_engine(config)
+    restore_weights(engine, checkpoint)
+    before = local_weights(engine)
+    loss_sum, _ = train_step(engine, 0)
+    total = torch.zeros(1) if loss_sum is None else loss_sum.reshape(1).clone()
+    dist.all_reduce(total)
+    after = local_weights(engine)
+    engine.close()
+    return {"loss": total.item() / config.parallel.tensor / count_labels(config, 0), "before": before, "weights": after}
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_an_imported_model_has_the_loss_and_the_gradients_of_transformers_under_every_layout(
+    case: str, ranks: Pool, tmp_path: Path
+) -> None:
+    """fp32; the same sums in another order: 2e-5 relative to the largest value."""
+    pytest.importorskip("transformers")
+    theirs = random_model(case)
+    theirs.save_pretrained(tmp_path / "model")
+    checkpoint = Import(ModelFolder(tmp_path / "model")).write(tmp_path / "checkpoint", PeakMemory(), NoProgress()).folder
+    config = imported_config(case)
+    loss = torch.zeros(())
+    for batch in micro_batches(config, 0, 0, 1):
+        logits = theirs(batch.tokens).logits.flatten(0, 1)
+        loss = loss + torch.nn.functional.cross_entropy(logits, batch.labels.flatten(), ignore_index=-100, reduction="sum")
+    loss = loss / count_labels(config, 0)
+    loss.backward()
+    gradients = by_file_name({name: parameter.grad for name, parameter in theirs.named_parameters()})
+    rules = list(FAMILIES[case].rules(config.model))
+    expected = {name: rule.to_megagpt([gradients[prefix + part] for part in rule.names]) for name, rule, prefix in rules}
+    for world, parallel in IMPORTED.values():
+        results = ranks.run(world, first_step, imported_config(case, parallel=parallel), checkpoint)
+        assert results[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        before = full_weights([{"weights": result["before"]} for result in results])
+        after = full_weights(results)
+        assert before.keys() == expected.keys()
+        for name, gradient in expected.items():
+            atol = 2e-5 * gradient.abs().max().item() + 1e-6  # the weights are rounded to fp32
+            torch.testing.assert_close(before[name] - after[name], gradient, rtol=0, atol=atol, msg=name)

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megagpt.config.schema import LRScheduleConfig
-from megagpt.training.lr_schedule import learning_rate
+from megagpt.config.schema import LRScheduleConfig, OptimizerConfig
+from megagpt.training.lr_schedule import learning_rate, weight_decay
 
 PEAK, TOTAL = 3e-4, 200
 TYPES = ("cosine", "linear", "constant", "inverse-sqrt", "warmup-stable-decay")
@@ -114,3 +114,16 @@ def test_no_schedule_jumps(kind: str) -> None:
 def test_a_run_shorter_than_its_warm_up_only_warms_up() -> None:
     config = LRScheduleConfig(warmup_steps=100)
     assert [learning_rate(step, 3, 1.0, config) for step in range(3)] == pytest.approx([0.01, 0.02, 0.03])
+
+
+@pytest.mark.parametrize("kind, halfway, quarter", [("linear", 0.06, 0.035), ("cosine", 0.06, 0.01 + 0.1 * (1 - 0.5**0.5) / 2)])
+def test_the_weight_decay_goes_from_its_first_to_its_final_value(kind: str, halfway: float, quarter: float) -> None:
+    config = OptimizerConfig(weight_decay=0.01, final_weight_decay=0.11, weight_decay_schedule=kind)
+    values = [weight_decay(step, TOTAL, config) for step in range(TOTAL + 1)]
+    assert (values[0], values[TOTAL // 2], values[TOTAL]) == pytest.approx((0.01, halfway, 0.11))
+    assert values[TOTAL // 4] == pytest.approx(quarter)
+    assert all(before < after for before, after in pairwise(values))
+
+
+def test_the_weight_decay_is_constant_without_a_final_value() -> None:
+    assert {weight_decay(step, TOTAL, OptimizerConfig(weight_decay=0.3)) for step in range(TOTAL)} == {0.3}
