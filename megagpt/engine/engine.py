@@ -187,6 +187,17 @@ class Engine:
         """Scale of the gradients under fp16; 1 for other precisions."""
         return float(self.deepspeed.optimizer.loss_scale) if self.config.training.precision == "fp16" else 1.0
 
+    @property
+    def compiles(self) -> bool:
+        """Whether the functions between matrix products are compiled."""
+        return compiles(self.config, self.device.type)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer that updates this rank's part of the weights."""
+        optimizer: torch.optim.Optimizer = self.deepspeed.optimizer.optimizer
+        return optimizer
+
     def zero_state(self) -> ZeroState:
         """Return the weights and optimizer states that this rank owns."""
         optimizer = self.config.optimizer
@@ -199,7 +210,7 @@ class Engine:
     def _build_chunks(self) -> dict[int, GPTChunk]:
         """Build this rank's chunks, by stage."""
         topology, config = self.topology, self.config
-        kernels = Kernels(compiled=compiles(config, self.device.type))
+        kernels = Kernels(compiled=self.compiles)
         parallel = ParallelContext.of(topology, config.parallel.sequence_parallel, self.deferred_gradients, kernels)
         layers = stage_layers(config, len(self._rank_of_stage))
         local_stages = [stage for stage, rank in enumerate(self._rank_of_stage) if rank == topology.pp_rank]

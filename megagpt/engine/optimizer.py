@@ -4,6 +4,8 @@ Frozen parameters are in no group.
 """
 
 import importlib
+import importlib.util
+import sys
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, cast
@@ -97,9 +99,29 @@ def set_weight_decay(groups: Iterable[dict[str, Any]], weight_decay: float) -> N
         group["weight_decay"] = weight_decay if group["decays"] else 0.0
 
 
+def optimizer_name(optimizer: torch.optim.Optimizer) -> str:
+    """Return the optimizer with the library whose kernels run."""
+    kind, library = type(optimizer).__name__, type(optimizer).__module__.split(".")[0]
+    if library == "torch":
+        return f"torch's {'fused ' if optimizer.defaults.get('fused') else ''}{kind}"
+    return kind if library == "megagpt" else f"NVIDIA apex's {kind}"
+
+
+def is_unrelated_apex() -> bool:
+    """Whether a package `apex` is installed that is not NVIDIA's: the one on PyPI is another project."""
+    return _find_spec("apex") is not None and _apex_fused_adam() is None
+
+
 def _apex_fused_adam() -> type | None:
-    """Return NVIDIA apex's FusedAdam, or None. The `apex` package on PyPI is another project without this module."""
+    """Return NVIDIA apex's FusedAdam, or None."""
     try:
         return importlib.import_module("apex.optimizers").FusedAdam
     except (ImportError, AttributeError):
         return None
+
+
+def _find_spec(name: str) -> Any:
+    try:
+        return importlib.util.find_spec(name)
+    except ValueError:  # a module without a specification
+        return sys.modules.get(name)

@@ -9,6 +9,7 @@ from megagpt.data.tokenizer import load_tokenizer
 from megagpt.distributed.object_collectives import all_gather_object
 from megagpt.distributed.rank_zero import rank_zero_print, rank_zero_warn
 from megagpt.engine.deepspeed_internals import local_size
+from megagpt.engine.optimizer import is_unrelated_apex, optimizer_name
 from megagpt.parallel.topology import Layout
 from megagpt.planner.memory import state_memory
 from megagpt.planner.parameters import parameter_count
@@ -29,6 +30,8 @@ def announce_run(trainer: Trainer) -> None:
     config, datasets = trainer.config, trainer.datasets
     warnings = config_warnings(config, trainer.total_steps, datasets.valid is not None)
     warnings += data_warnings(config, datasets.train, last_sample(trainer))
+    if trainer.device.type == "cuda" and is_unrelated_apex():
+        warnings.append("the installed package apex is not NVIDIA's, whose FusedAdam would be used; torch's optimizer is used")
     if config.data.tokenizer is not None:
         warnings += tokenizer_warnings(config, datasets, load_tokenizer(config.data.tokenizer))
     for line in banner(trainer, max(sizes)):
@@ -46,6 +49,7 @@ def banner(trainer: Trainer, rank_parameters: int) -> list[str]:
         f"layout     {layout_line(config, layout)}",
         f"memory     {memory_line(config, layout, rank_parameters)}",
         f"device     {device_line(trainer.device, config.training.precision)}",
+        f"kernels    {kernels_line(trainer.engine.compiles, optimizer_name(trainer.engine.optimizer))}",
         *length_lines(config, trainer.step, trainer.total_steps),
         *data_lines(config, datasets.train, last_sample(trainer)),
         *evaluation_lines(config, datasets.valid, datasets.test),
@@ -84,6 +88,11 @@ def device_line(device: torch.device, precision: str) -> str:
     peak = peak_tflops(device, precision)
     text = "no MFU, because its peak is not known" if peak is None else f"peak {peak:g} TFLOP/s"
     return f"{torch.cuda.get_device_name(device)}, {precision}, {text}"
+
+
+def kernels_line(compiles: bool, optimizer: str) -> str:
+    """Return what is compiled, and which optimizer runs."""
+    return f"{'compiled' if compiles else 'eager'} between matrix products, {optimizer}"
 
 
 def length_lines(config: Config, step: int, total_steps: int) -> list[str]:

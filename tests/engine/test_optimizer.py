@@ -1,12 +1,16 @@
 """The optimizer's groups, and its updates compared with the published formulas."""
 
+import sys
+from types import ModuleType
+from typing import Any
+
 import pytest
 import torch
 from support.runs import full_model, parameters_by_name, tiny_config
 from torch import Tensor, nn
 
 from megagpt.config.schema import OptimizerConfig
-from megagpt.engine.optimizer import build_optimizer, set_weight_decay
+from megagpt.engine.optimizer import build_optimizer, is_unrelated_apex, optimizer_name, set_weight_decay
 
 RATE, DECAY, EPS, BETAS = 0.1, 0.3, 1e-3, (0.9, 0.95)
 
@@ -109,3 +113,64 @@ def test_two_steps_of_sgd_follow_the_formula(momentum: float) -> None:
     matrix, vector = updated("sgd", [FIRST, SECOND], momentum)
     torch.testing.assert_close(matrix, by_sgd(momentum, DECAY), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(vector, by_sgd(momentum, 0.0), rtol=1e-6, atol=1e-7)
+
+
+class FusedAdam(torch.optim.AdamW):
+    """A stand-in with the signature that NVIDIA documents for apex.optimizers.FusedAdam."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adam_w_mode: bool = True,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        set_grad_none: bool = True,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        self.adam_w_mode = adam_w_mode
+
+
+FusedAdam.__module__ = "apex.optimizers.fused_adam"
+
+
+class OnCuda(nn.Parameter):
+    """A parameter that claims to be on a GPU."""
+
+    @property
+    def is_cuda(self) -> bool:
+        return True
+
+
+def install(monkeypatch: pytest.MonkeyPatch, **members: Any) -> None:
+    """Install a package apex whose apex.optimizers has these members."""
+    for name, content in {"apex": {}, "apex.optimizers": members}.items():
+        module = ModuleType(name)
+        module.__dict__.update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.parametrize("kind, decoupled", [("adamw", True), ("adam", False)])
+def test_nvidias_apex_is_used_on_a_gpu(kind: str, decoupled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, FusedAdam=FusedAdam)
+    optimizer = build_optimizer(config_of(kind), [OnCuda(torch.ones(2, 3)), OnCuda(torch.ones(3))])
+    assert isinstance(optimizer, FusedAdam) and optimizer.adam_w_mode == decoupled
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [DECAY, 0.0]
+    assert {(group["lr"], group["betas"], group["eps"]) for group in optimizer.param_groups} == {(RATE, BETAS, EPS)}
+    assert optimizer_name(optimizer) == "NVIDIA apex's FusedAdam"
+    assert not is_unrelated_apex()
+    on_cpu = build_optimizer(config_of(kind), [nn.Parameter(torch.ones(2, 3))])
+    assert optimizer_name(on_cpu) == f"torch's fused {'AdamW' if decoupled else 'Adam'}"
+
+
+def test_the_apex_of_pypi_is_recognised_and_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+    assert is_unrelated_apex()
+    assert optimizer_name(build_optimizer(config_of("adamw"), [OnCuda(torch.ones(2, 3))])) == "torch's fused AdamW"
+
+
+def test_without_any_apex_nothing_is_unrelated() -> None:
+    assert not is_unrelated_apex()

@@ -125,5 +125,5 @@ def test_the_banner_in_the_readme_has_the_lines_of_a_run(ranks: Pool, tmp_path: 
     (lines,) = ranks.run(1, example_banner, config)
     expected = labels(lines)
     shown = labels(block.splitlines())
-    assert expected == ["model", "layout", "memory", "device", "batch", "steps", "data", "evaluation", "writes"]
+    assert expected == ["model", "layout", "memory", "device", "kernels", "batch", "steps", "data", "evaluation", "writes"]
     assert shown[: len(expected)] == expected
