@@ -1,11 +1,11 @@
-"""The entire training step of megagpt beside Hugging Face's GPT-2: one process, same shape, alternating, ratio of medians.
+"""The entire training step of megagpt beside Hugging Face's model: one process, same shape, alternating, ratio of medians.
 
 megagpt's steps are those of a real run (`Trainer.train`): data from a memory-mapped corpus, DeepSpeed ZeRO-1, clipping,
-fused AdamW, a log line every step. Hugging Face's are GPT2LMHeadModel with torch's fused AdamW and clip_grad_norm_, on a
-batch already in memory. One runs after each log line of the other. Seconds per step; 12 layers, hidden size 256, 8 heads,
-vocabulary 32,000, 8 x 256 tokens.
+fused AdamW, a log line every step. Hugging Face's are GPT2LMHeadModel or LlamaForCausalLM with torch's fused AdamW and
+clip_grad_norm_, on a batch already in memory. One runs after each log line of the other. Seconds per step, in fp32.
 
   OMP_NUM_THREADS=1 python benchmarks/train_step.py --threads 1
+  OMP_NUM_THREADS=1 python benchmarks/train_step.py --threads 1 --shape llama
 """
 
 import argparse
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 
 from megagpt.config import Config, build_config
+from megagpt.config.schema import ModelConfig
 from megagpt.data.blend import build_datasets
 from megagpt.data.indexed import IndexedWriter
 from megagpt.distributed.launcher import Launcher
@@ -37,11 +39,78 @@ from megagpt.training.trainer import Trainer
 
 WARM_UP = 2
 """First steps, which are not counted."""
+GPT2 = {"activation": "gelu_tanh"}
+LLAMA = {
+    "norm": "rmsnorm",
+    "gated_mlp": True,
+    "activation": "silu",
+    "position_embedding": "rotary",
+    "qkv_bias": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+SHAPES: dict[str, tuple[dict[str, Any], int]] = {
+    "gpt2": ({**GPT2, "n_layer": 12, "n_embd": 256, "n_head": 8, "n_positions": 256, "vocab_size": 32000}, 8),
+    "llama": (
+        {
+            **LLAMA,
+            "n_layer": 12,
+            "n_embd": 256,
+            "n_head": 8,
+            "n_kv_head": 4,
+            "ffn_hidden": 688,
+            "n_positions": 256,
+            "vocab_size": 32000,
+        },
+        8,
+    ),
+    "stories260K": (
+        {
+            **LLAMA,
+            "n_layer": 5,
+            "n_embd": 64,
+            "n_head": 8,
+            "n_kv_head": 4,
+            "ffn_hidden": 172,
+            "n_positions": 512,
+            "vocab_size": 512,
+        },
+        8,
+    ),
+    "picotron": (
+        {
+            **LLAMA,
+            "n_layer": 8,
+            "n_embd": 256,
+            "n_head": 8,
+            "n_kv_head": 4,
+            "ffn_hidden": 768,
+            "n_positions": 256,
+            "vocab_size": 4096,
+        },
+        16,
+    ),
+    "llama-3.2-1B": (
+        {
+            **LLAMA,
+            "n_layer": 16,
+            "n_embd": 2048,
+            "n_head": 32,
+            "n_kv_head": 8,
+            "ffn_hidden": 8192,
+            "n_positions": 2048,
+            "vocab_size": 128256,
+        },
+        1,
+    ),
+}
+"""Model, and sequences per step. The last one needs about 40 GB of memory for both sides."""
 
 
 def main() -> None:
     """Print seconds per step of both, and the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="gpt2", help="model and batch")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the process")
     parser.add_argument("--rounds", type=int, default=8, help=f"counted steps of each, after {WARM_UP} that are not counted")
     args = parser.parse_args()
@@ -50,7 +119,7 @@ def main() -> None:
     init_deepspeed(Launcher(), "gloo", TIMEOUT)
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
-        config = build_run(folder, WARM_UP + args.rounds)
+        config = build_run(folder, args.shape, WARM_UP + args.rounds)
         trainer = Trainer(config, Topology(), build_datasets(config.data, config.model.n_positions), device)
         timer = trainer.logger = AlternatingTimer(trainer.logger, hugging_face_step(config))
         trainer.train()
@@ -64,16 +133,18 @@ def main() -> None:
     print(f"ratio of medians: {medians['Hugging Face'] / medians['megagpt']:.2f} with {args.threads} thread(s)")
 
 
-def build_run(folder: str, steps: int) -> Config:
+def build_run(folder: str, shape: str, steps: int) -> Config:
     """Write a corpus of random tokens and return the config of a run on it."""
-    with IndexedWriter(f"{folder}/random", np.dtype(np.uint16)) as writer:
-        writer.add_documents(np.random.default_rng(0).integers(0, 32000, 200_000).astype(np.uint16), [200_000])
-    model = {"n_layer": 12, "n_embd": 256, "n_head": 8, "n_positions": 256, "vocab_size": 32000, "activation": "gelu_tanh"}
+    model, sequences = SHAPES[shape]
+    n_tokens = (steps + 2) * sequences * (model["n_positions"] + 1)
+    dtype = np.dtype(np.uint16 if model["vocab_size"] <= 2**16 else np.int32)
+    with IndexedWriter(f"{folder}/random", dtype) as writer:
+        writer.add_documents(np.random.default_rng(0).integers(0, model["vocab_size"], n_tokens).astype(dtype), [n_tokens])
     return build_config(
         {
             "model": model,
             "data": {"train": f"{folder}/random"},
-            "training": {"steps": steps, "micro_batch_size": 8, "global_batch_size": 8},
+            "training": {"steps": steps, "micro_batch_size": sequences, "global_batch_size": sequences},
             "logging": {"interval": 1, "metrics_file": f"{folder}/metrics.jsonl"},
         }
     )
@@ -108,10 +179,24 @@ class AlternatingTimer:
 
 def hugging_face_step(config: Config) -> Callable[[], None]:
     """Return a function that runs one training step of Hugging Face's model."""
+    shape = config.model
+    model = (_llama if shape.position_embedding == "rotary" else _gpt2)(shape)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
+    tokens = torch.randint(0, shape.tokens_in_vocab, (config.training.global_batch_size, shape.n_positions))
+
+    def step() -> None:
+        model(tokens, labels=tokens).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _gpt2(shape: ModelConfig) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    shape = config.model
-    model = GPT2LMHeadModel(
+    return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=shape.tokens_in_vocab,
             n_positions=shape.n_positions,
@@ -125,16 +210,25 @@ def hugging_face_step(config: Config) -> Callable[[], None]:
             eos_token_id=None,
         )
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
-    tokens = torch.randint(0, 32000, (8, 256))
 
-    def step() -> None:
-        model(tokens, labels=tokens).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
 
-    return step
+def _llama(shape: ModelConfig) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=shape.tokens_in_vocab,
+            max_position_embeddings=shape.n_positions,
+            hidden_size=shape.n_embd,
+            intermediate_size=shape.ffn_hidden_size,
+            num_hidden_layers=shape.n_layer,
+            num_attention_heads=shape.n_head,
+            num_key_value_heads=shape.kv_heads,
+            tie_word_embeddings=shape.tie_embeddings,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
 
 
 if __name__ == "__main__":
