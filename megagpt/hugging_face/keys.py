@@ -312,7 +312,7 @@ _SCALING: dict[str, tuple[str, dict[str, str]]] = {
 def value_of(theirs: Mapping[str, Any], key: str, default: Any = REQUIRED) -> Any:
     """Return the value of a key, or the default if it is absent. Raises UnsupportedError if it is required."""
     value = theirs.get(key, default)
-    if value is REQUIRED:
+    if value is REQUIRED or (value is None and default is REQUIRED):
         raise UnsupportedError(key, "a value; the key is required")
     return value
 

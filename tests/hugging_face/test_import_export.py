@@ -207,6 +207,7 @@ WRONG_CONFIGS: dict[str, tuple[Tree, str]] = {
     "another width": ({"intermediate_size": 40}, "do not have the shapes that config.json implies: model.layers.0.mlp.gate"),
     "more layers": ({"num_hidden_layers": 5}, "tensors are missing that config.json implies: model.layers.4."),
     "fewer layers": ({"num_hidden_layers": 3}, "has tensors that LlamaForCausalLM does not have: model.layers.3."),
+    "no vocabulary": ({"vocab_size": None}, "vocab_size: null: expected a value; the key is required"),
     "a quantized model": ({"quantization_config": {"bits": 4}}, "quantization_config"),
 }
 
@@ -229,7 +230,7 @@ VALUES = st.one_of(
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen2", "gemma2", "gpt_neox", "gpt2"])
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_value_of_any_key_is_accepted_or_refused_in_one_sentence(
     case: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
