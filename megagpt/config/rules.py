@@ -128,7 +128,8 @@ def _shape(config: Config) -> Iterator[Problem]:
             ("model.mup_base_width", "optimizer.type"),
             'model.mup_base_width: its learning rates are those of Adam; set optimizer.type "adamw" or "adam"',
         )
-    yield from _rotary(config)
+    if model.head_size:  # more heads than n_embd have a rule of their own
+        yield from _rotary(config)
 
 
 def _rotary(config: Config) -> Iterator[Problem]:

@@ -35,6 +35,7 @@ class KeyRule(Protocol):
         """Return keys of config.json; what they cannot express is found by converting them back."""
 
 
+MAX_LAYERS = 10_000
 REQUIRED = object()
 """Default of a key that every config.json has."""
 
@@ -150,7 +151,7 @@ class EmbeddingScale:
     names: tuple[str, ...] = ()
 
     def to_model(self, theirs: Mapping[str, Any]) -> Tree:
-        return {"embedding_scale": float(value_of(theirs, "hidden_size")) ** 0.5}
+        return {"embedding_scale": positive(theirs, "hidden_size") ** 0.5}
 
     def from_model(self, model: ModelConfig) -> Tree:
         return {}
@@ -163,7 +164,7 @@ class QueryScalar:
     names: tuple[str, ...] = ("query_pre_attn_scalar",)
 
     def to_model(self, theirs: Mapping[str, Any]) -> Tree:
-        return {"attention_scale": float(value_of(theirs, "query_pre_attn_scalar", 256)) ** -0.5}
+        return {"attention_scale": positive(theirs, "query_pre_attn_scalar", 256) ** -0.5}
 
     def from_model(self, model: ModelConfig) -> Tree:
         scale = model.attention_scale or model.head_size**-0.5
@@ -209,7 +210,9 @@ class LayerWindows:
 
     def to_model(self, theirs: Mapping[str, Any]) -> Tree:
         window = value_of(theirs, "sliding_window", 4096)
-        layers = value_of(theirs, "num_hidden_layers")
+        layers = int(positive(theirs, "num_hidden_layers"))
+        if layers > MAX_LAYERS:
+            raise UnsupportedError("num_hidden_layers", f"at most {MAX_LAYERS}")
         if self.switch and not theirs.get("use_sliding_window"):
             window = None
         kinds = theirs.get("layer_types")
@@ -309,6 +312,14 @@ _SCALING: dict[str, tuple[str, dict[str, str]]] = {
 def value_of(theirs: Mapping[str, Any], key: str, default: Any = REQUIRED) -> Any:
     """Return the value of a key, or the default if it is absent. Raises UnsupportedError if it is required."""
     value = theirs.get(key, default)
-    if value is REQUIRED:
+    if value is REQUIRED or (value is None and default is REQUIRED):
         raise UnsupportedError(key, "a value; the key is required")
     return value
+
+
+def positive(theirs: Mapping[str, Any], key: str, default: Any = REQUIRED) -> float:
+    """Return a number above 0. Raises UnsupportedError for anything else."""
+    value = value_of(theirs, key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise UnsupportedError(key, "a number above 0")
+    return float(value)

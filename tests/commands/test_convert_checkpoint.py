@@ -174,6 +174,36 @@ def test_a_trained_gpt2_checkpoint_of_four_ranks_becomes_a_model_of_transformers
     assert (tmp_path / "hf" / "model.safetensors").exists()
 
 
+def test_a_weight_that_the_dtype_cannot_hold_leaves_no_folder(
+    original: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The last tensor fails, after the others are written; an older model stays as it is."""
+    source = Path(shutil.copytree(original, tmp_path / "source"))
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"][-1, -1] = 1e6
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    assert main(["from-hf", str(source), "--output", str(tmp_path / "checkpoint")]) == 0
+    arguments = ["to-hf", str(tmp_path / "checkpoint"), "--output", str(tmp_path / "hf")]
+    assert "head.weight: 1 of 1952 values are too large for torch.float16" in error(capsys, *arguments, "--dtype", "fp16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "source"]
+    assert main(arguments) == 0
+    before = (tmp_path / "hf" / "model.safetensors").read_bytes()
+    error(capsys, *arguments, "--dtype", "fp16", "--force")
+    assert (tmp_path / "hf" / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "hf", "source"]
+
+
+def test_a_resized_vocabulary_is_checked_on_the_shared_tokens(
+    original: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for size in (40, 100):
+        arguments = ["from-hf", str(original), "--output", str(tmp_path / str(size)), "--resize-vocab", str(size), "--check"]
+        assert main(arguments) == 0
+        printed = capsys.readouterr()
+        assert "checked with transformers" in printed.out
+        assert ("the tokenizer has 61 tokens, and the model only the first 40" in printed.err) == (size == 40)
+
+
 def test_a_model_that_no_family_covers_is_refused_with_what_the_nearest_one_lacks(
     ranks: Pool, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -217,3 +217,10 @@ def test_every_key_is_read_by_the_code() -> None:
         if isinstance(section.annotation, type) and issubclass(section.annotation, BaseModel):
             for key in section.annotation.model_fields:
                 assert any(f".{key}" in text or f'"{key}"' in text for text in sources), key
+
+
+def test_more_heads_than_the_width_is_one_problem_with_rotary_embeddings() -> None:
+    model = {"n_layer": 1, "n_embd": 32, "n_head": 33, "n_positions": 8, "position_embedding": "rotary"}
+    training = {"steps": 1, "micro_batch_size": 1, "global_batch_size": 1}
+    with pytest.raises(ConfigError, match=r"^config: model.n_head: 33 heads do not divide model.n_embd 32"):
+        build_config({"model": model, "training": training})

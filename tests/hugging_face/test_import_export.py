@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, note, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.families import CASES, random_model
 from support.runs import Tree, tiny_config
@@ -205,6 +207,7 @@ WRONG_CONFIGS: dict[str, tuple[Tree, str]] = {
     "another width": ({"intermediate_size": 40}, "do not have the shapes that config.json implies: model.layers.0.mlp.gate"),
     "more layers": ({"num_hidden_layers": 5}, "tensors are missing that config.json implies: model.layers.4."),
     "fewer layers": ({"num_hidden_layers": 3}, "has tensors that LlamaForCausalLM does not have: model.layers.3."),
+    "no vocabulary": ({"vocab_size": None}, "vocab_size: null: expected a value; the key is required"),
     "a quantized model": ({"quantization_config": {"bits": 4}}, "quantization_config"),
 }
 
@@ -216,6 +219,35 @@ def test_a_config_without_a_counterpart_is_refused_with_its_key(name: str, copy:
     with pytest.raises((ConfigError, CheckpointError)) as error:
         Import(ModelFolder(copy))
     assert message in str(error.value) and str(copy) in str(error.value) and "\n" not in str(error.value)
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 70),
+    st.sampled_from([10**12, -1.5, 0.5, float("nan"), float("inf"), "", "32", [], [1], {}, {"a": 1}, ["full_attention"] * 4]),
+)
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen2", "gemma2", "gpt_neox", "gpt2"])
+@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_value_of_any_key_is_accepted_or_refused_in_one_sentence(
+    case: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / f"any {case}"
+    if not folder.exists():
+        random_model(case).save_pretrained(folder)
+        (folder / "original.json").write_bytes((folder / "config.json").read_bytes())
+    config = json.loads((folder / "original.json").read_text())
+    for key in data.draw(st.lists(st.sampled_from([*config, "rope_scaling", "layer_types", "new"]), min_size=1, max_size=2)):
+        config[key] = data.draw(VALUES)
+    (folder / "config.json").write_text(json.dumps(config))
+    try:
+        Import(ModelFolder(folder))
+    except (ConfigError, CheckpointError) as error:
+        note(str(error))
+        assert str(folder) in str(error)
 
 
 def test_a_key_with_the_value_null_counts_as_absent(copy: Path) -> None:

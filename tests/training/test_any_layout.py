@@ -97,7 +97,7 @@ def cases(draw: st.DrawFn) -> tuple[int, Tree, Tree]:
             "label_smoothing": draw(st.sampled_from([0.0, 0.0, 0.1])),
         },
     }
-    kinds = ["adamw"] if run["model"].get("mup_base_width") else ["adamw", "sgd"]
+    kinds = ["adamw"] if run["model"].get("mup_base_width") else ["adamw", "sgd", "muon"]
     scales = draw(st.sampled_from([{}, {}, {"embedding.*": 0.5, "layers.*.bias": 2.0}]))
     biased = all(run["model"].get(key, True) for key in ("qkv_bias", "attention_bias", "mlp_bias"))
     run["optimizer"] = {"type": draw(st.sampled_from(kinds)), "learning_rate_scales": scales if biased else {}}
@@ -109,7 +109,7 @@ def cases(draw: st.DrawFn) -> tuple[int, Tree, Tree]:
             parallel["virtual_stages"] = draw(st.integers(2, run["model"]["n_layer"] // pipeline))
     layout: Tree = {
         "parallel": parallel,
-        "zero": {"stage": draw(st.integers(0, 3 if pipeline == 1 else 2))},
+        "zero": {"stage": draw(st.integers(0, 3 if pipeline == 1 and run["optimizer"]["type"] != "muon" else 2))},
         "training": {
             "recompute": draw(st.sampled_from(["none", "selective", "full"])),
             "micro_batch_size": micro * draw(st.sampled_from([split for split in (1, 2) if per_rank % split == 0])),
