@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from support.pool import Pool
 from support.precision import allow_fp16
 from support.runs import (
@@ -241,7 +242,9 @@ def test_an_unresolved_schedule_is_an_error() -> None:
         Engine(config, Topology(), torch.device("cpu"))
 
 
-def test_fp16_is_an_error_on_a_device_without_it() -> None:
+def test_fp16_is_an_error_on_a_device_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some CPUs have it."""
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
     config = tiny_config(training={"precision": "fp16"})
     with pytest.raises(ConfigError, match='training.precision: "fp16" is not supported on this device; "bf16" and "fp32" are'):
         Engine(config, Topology(), torch.device("cpu"))
