@@ -72,7 +72,7 @@ def test_the_global_batch_does_not_depend_on_the_layout(prefix: str, dp_size: in
         for dp_rank in range(dp_size):
             batches += GlobalBatches(packed, 8, micro_batch_size, dp_rank, dp_size, 10_000).micro_batches(8 * step)
         assert np.array_equal(np.concatenate([batch.tokens for batch in batches]), expected)
-        assert [batch.index for batch in batches] == list(range(8 // micro_batch_size))
+        assert [batch.first_sample for batch in batches] == list(range(8 * step, 8 * step + 8, micro_batch_size))
 
 
 @pytest.mark.parametrize("first", [0, 3, 10_001])
@@ -87,7 +87,7 @@ def test_a_global_batch_of_another_size_starts_at_the_same_sample(prefix: str) -
     batches = [batch for dp_rank in range(2) for batch in GlobalBatches(packed, 4, 2, dp_rank, 2, 10_000).micro_batches(3, 12)]
     expected = np.stack([packed.sample(3 + row).tokens for row in range(12)])
     assert np.array_equal(np.concatenate([batch.tokens for batch in batches]), expected)
-    assert [batch.index for batch in batches] == list(range(6))
+    assert [batch.first_sample for batch in batches] == list(range(3, 15, 2))
 
 
 def test_an_id_above_the_vocabulary_is_reported_with_its_sample(prefix: str) -> None:
