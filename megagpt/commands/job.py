@@ -85,7 +85,7 @@ def open_trainer(path: str, overrides: Sequence[str], launcher: Launcher) -> Ite
     start_time = time.monotonic()
     ranks = f"{launcher.world_size} rank{'s' if launcher.world_size > 1 else ''}"
     with ending_at_once(launcher.rank):
-        with _noted_if_slow(launcher, "checking the config and the data"):
+        with noted_if_slow(launcher, "checking the config and the data"):
             config = checked_config(path, overrides, launcher.world_size) if launcher.rank == 0 else None
         _note(launcher, f"config and data are checked; starting {ranks}")
         import torch
@@ -132,7 +132,7 @@ def _note(launcher: Launcher, text: str) -> None:
 
 
 @contextmanager
-def _noted_if_slow(launcher: Launcher, text: str) -> Iterator[None]:
+def noted_if_slow(launcher: Launcher, text: str) -> Iterator[None]:
     """Print a line, on rank 0, if the block is not done after `SILENT_SECONDS`."""
     timer = threading.Timer(SILENT_SECONDS, _note, (launcher, text))
     timer.daemon = True

@@ -74,7 +74,8 @@ def build_datasets(data: DataConfig, sequence_length: int) -> Datasets:
     Raises DataError if files are missing, damaged or too short, and if there is no training data.
     """
     if data.paths is not None and data.split is not None:
-        datasets = [_split_dataset(data, data.paths, data.split, part, sequence_length) for part in range(3)]
+        corpora = _open(data.paths)  # once: an index of many documents takes a while to check
+        datasets = [_split_dataset(data, data.paths, corpora, data.split, part, sequence_length) for part in range(3)]
     else:
         datasets = [_full_dataset(data, source, sequence_length) for source in (data.train, data.valid, data.test)]
     train, valid, test = datasets
@@ -103,10 +104,11 @@ def check_vocabulary(data: DataConfig, vocab_size: int) -> None:
         check_corpus(IndexedCorpus(prefix), vocab_size, MAX_CHECKED_BYTES // len(prefixes))
 
 
-def _split_dataset(data: DataConfig, source: Source, split: str, part: int, sequence_length: int) -> Dataset | None:
+def _split_dataset(
+    data: DataConfig, source: Source, corpora: Sequence[IndexedCorpus], split: str, part: int, sequence_length: int
+) -> Dataset | None:
     if float(split.split(",")[part]) == 0:
         return None
-    corpora = [IndexedCorpus(prefix) for prefix in _prefixes(source)]
     ranges = [split_ranges(len(corpus.sizes), split)[part] for corpus in corpora]
     try:
         packed = [_packed(data, c, r, sequence_length) for c, r in zip(corpora, ranges, strict=True)]
@@ -121,8 +123,11 @@ def _split_dataset(data: DataConfig, source: Source, split: str, part: int, sequ
 def _full_dataset(data: DataConfig, source: Source | None, sequence_length: int) -> Dataset | None:
     if not source:
         return None
-    corpora = [IndexedCorpus(prefix) for prefix in _prefixes(source)]
-    return _blend([_packed(data, corpus, range(len(corpus.sizes)), sequence_length) for corpus in corpora], source)
+    return _blend([_packed(data, corpus, range(len(corpus.sizes)), sequence_length) for corpus in _open(source)], source)
+
+
+def _open(source: Source) -> list[IndexedCorpus]:
+    return [IndexedCorpus(prefix) for prefix in _prefixes(source)]
 
 
 def _packed(data: DataConfig, corpus: IndexedCorpus, sequences: range, sequence_length: int) -> PackedCorpus:

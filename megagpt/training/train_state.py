@@ -243,7 +243,7 @@ def _other_version_if_invalid(folder: Path) -> Iterator[None]:
     try:
         yield
     except (ValidationError, KeyError, TypeError, AttributeError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
+        reason = _first_problem(error) if isinstance(error, ValidationError) else repr(error)
         raise CheckpointError(f"{folder}: its config or state is of another version of megagpt: {reason}") from None
 
 
@@ -276,3 +276,10 @@ def _read(reader: CheckpointReader, state: str, shard: Shard, partition: Paramet
     for piece in boxes_of_range(shard, partition.shape, partition.start, partition.start + len(flat)):
         flat[piece.start : piece.start + piece.box.numel] = reader.read(state, shard.name, piece.box).flatten()
     return flat
+
+
+def _first_problem(error: ValidationError) -> str:
+    details = error.errors()[0]
+    key = ".".join(map(str, details["loc"]))
+    value = "" if details["type"] == "missing" else f", not {details['input']!r:.60}"
+    return f"{key}: {details['msg'][:1].lower()}{details['msg'][1:]}{value}"

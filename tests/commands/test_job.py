@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,21 @@ def test_an_error_that_all_ranks_find_is_reported_once(tmp_path: Path) -> None:
     run = Job(2, ["--config", str(config)], tmp_path / "logs")
     assert run.finish(60) == [2, 2]
     assert run.output().count("error:") == 1
+
+
+def test_a_slow_part_of_the_start_is_named_by_rank_0(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with job.noted_if_slow(Launcher(), "checking the data"):
+        pass
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(job, "SILENT_SECONDS", 0.0)
+    for launcher, text in ((Launcher(rank=1, world_size=2), ""), (Launcher(), "checking the data\n")):
+        with job.noted_if_slow(launcher, "checking the data"):
+            (timer,) = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)] or [None]
+            if timer is not None:
+                timer.join()
+        assert capsys.readouterr().err == text
 
 
 def test_all_commands_accept_the_rank_that_launchers_append() -> None:

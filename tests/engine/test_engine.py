@@ -243,7 +243,8 @@ def test_an_unresolved_schedule_is_an_error() -> None:
 
 
 def test_fp16_is_an_error_on_a_device_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)  # some CPUs have it
+    """Some CPUs have it."""
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
     config = tiny_config(training={"precision": "fp16"})
     with pytest.raises(ConfigError, match='training.precision: "fp16" is not supported on this device; "bf16" and "fp32" are'):
         Engine(config, Topology(), torch.device("cpu"))

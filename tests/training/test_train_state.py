@@ -134,8 +134,12 @@ def test_a_checkpoint_of_an_older_version_resumes_bit_for_bit(saved: tuple[Path,
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda manifest: manifest["state"].update(moon="full"), "Extra inputs are not permitted"),
-        (lambda manifest: manifest["state"].pop("optimizer_step"), "Field required"),
+        (lambda manifest: manifest["state"].update(moon="full"), "moon: extra inputs are not permitted, not 'full'"),
+        (
+            lambda manifest: manifest["state"].update(consumed_samples=-1),
+            "consumed_samples: input should be greater than or equal to 0, not -1",
+        ),
+        (lambda manifest: manifest["state"].pop("optimizer_step"), "optimizer_step: field required"),
         (lambda manifest: manifest["config"].pop("model"), "KeyError('model')"),
         (lambda manifest: manifest["config"]["training"].pop("precision"), "KeyError('precision')"),
     ],
