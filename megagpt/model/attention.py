@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megagpt.config.schema import ModelConfig
+from megagpt.model import fused
 from megagpt.model.explicit_attention import ExplicitAttention
 from megagpt.model.forward_context import ForwardContext
 from megagpt.model.kv_cache import KVCache
 from megagpt.model.qkv import Heads, build_qkv
-from megagpt.model.rotary import rotate
 from megagpt.parallel.linear import RowParallelLinear
 from megagpt.parallel.parallel_context import ParallelContext
 
@@ -61,6 +61,7 @@ class CausalSelfAttention(nn.Module):
         name = f"layers.{index}.attention"
         self.index = index
         self.context = parallel.context
+        self.kernels = parallel.kernels
         self.recompute_core = recompute_core
         self.interleaved_rotary = model.rotary.interleaved
         self.window = model.window_of(index)
@@ -75,7 +76,7 @@ class CausalSelfAttention(nn.Module):
         heads = self._all_positions(self.qkv(x))
         query, key, value = (tensor.transpose(1, 2) for tensor in heads)  # [batch, heads, seq, head size]
         if ctx.rotary is not None:
-            query, key = (rotate(tensor, ctx.rotary, self.interleaved_rotary) for tensor in (query, key))
+            query, key = (fused.rotate(self.kernels, tensor, ctx.rotary, self.interleaved_rotary) for tensor in (query, key))
         cache = ctx.caches.get(self.index)
         if cache is not None:
             out = self._cached(query, key, value, ctx, cache)

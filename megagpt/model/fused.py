@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from megagpt.model import rotary
 from megagpt.model.dropout_masks import keep_mask
+from megagpt.model.rotary import RotaryTable
 from megagpt.parallel.deferred_gradients import accumulate
 from megagpt.parallel.kernels import Kernels, column_sum
 from megagpt.parallel.linear import anchor
@@ -97,6 +99,11 @@ def split_heads(kernels: Kernels, x: Tensor, parts: int, head_size: int) -> tupl
     return _SplitHeads.apply(x, kernels, parts, head_size) if kernels.compiled else _split_heads(x, parts, head_size)
 
 
+def rotate(kernels: Kernels, x: Tensor, table: RotaryTable, interleaved: bool) -> Tensor:
+    """Return the rotated heads. x: [batch, heads, seq, head size]; arguments as in `rotary.rotate`."""
+    return _Rotate.apply(x, *table, kernels, interleaved) if kernels.compiled else rotary.rotate(x, table, interleaved)
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, start: Tensor, kernels: Kernels, norm: NormOf) -> Tensor:
@@ -177,6 +184,23 @@ class _SplitHeads(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.kernels.run(_join_heads, *grads), None, None, None
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor, kernels: Kernels, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cosine, sine)
+        ctx.kernels, ctx.interleaved = kernels, interleaved
+        return kernels.run(rotary.rotate, x, (cosine, sine), interleaved)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cosine, sine = ctx.saved_tensors  # the transpose of a rotation turns by the opposite angle
+        return ctx.kernels.run(_rotate_back, grads[0], cosine, sine, ctx.interleaved), None, None, None, None
+
+
+def _rotate_back(grad: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool) -> Tensor:
+    return rotary.rotate(grad, (cosine, -sine), interleaved)
 
 
 def _norm(x: Tensor, norm: NormOf) -> Tensor:
