@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,37 +94,41 @@ class Trainer:
         self._data = same_data_on_all_ranks(config)
         self.phase.enter("search for a checkpoint")
         lock = open_checkpoint_folder(config.checkpoint)
-        checkpoint = find_checkpoint(config.checkpoint)  # fail early here, too
-        initial_weights = find_initial_weights(config.checkpoint) if checkpoint is None else None
-        self.phase.enter("engine construction")
-        self.engine = Engine(config, topology, device, self.phase)
-        self.step = 0
-        self.consumed_samples = 0
-        self.skipped_ranges: list[SampleRange] = []
-        self.health = Health(config.resilience)
-        saved_config = self._load(checkpoint) if checkpoint is not None else None
-        if initial_weights is not None:
-            self.phase.enter("loading of the initial weights")
-            load_initial_weights(self.engine, initial_weights)
-        require_not_shorter(config, datasets, self.step, self.consumed_samples)
-        self.checkpointer = Checkpointer(self.engine, checkpoint, self.step, lock, initial_weights=initial_weights)
-        self.total_steps = total_steps(config, datasets, self.step, self.consumed_samples)
-        if saved_config is not None and self.step < self.total_steps:
-            change = learning_rate_change(saved_config, config, datasets, self.step, self.total_steps)
-            if change is not None:
-                rank_zero_warn(change)
-        self._test_result = TestResult(config)
-        self._test_is_due = datasets.test is not None and not self._test_result.exists(self.step, self.total_steps)
-        self.logger: Logger = FanOut()
-        if topology.rank == 0 and not self.is_complete:
-            self.logger = build_loggers(config, topology.layout, device, self.step, self.total_steps)
-        self._noise_scale = NoiseScale(self.engine)
-        self._stragglers = Stragglers(self.phase, topology, device, config.resilience.straggler_factor)
-        self._flops_per_token = training_flops_per_token(config)
-        self._peak_tflops = peak_tflops(device, config.training.precision)
-        self._window = ThroughputWindow()
-        self._losses = LossMean()
-        self._interruption: Interruption | None = None
+        with ExitStack() as on_failure:
+            if lock is not None:
+                on_failure.callback(lock.release)
+            checkpoint = find_checkpoint(config.checkpoint)  # fail early here, too
+            initial_weights = find_initial_weights(config.checkpoint) if checkpoint is None else None
+            self.phase.enter("engine construction")
+            self.engine = Engine(config, topology, device, self.phase)
+            self.step = 0
+            self.consumed_samples = 0
+            self.skipped_ranges: list[SampleRange] = []
+            self.health = Health(config.resilience)
+            saved_config = self._load(checkpoint) if checkpoint is not None else None
+            if initial_weights is not None:
+                self.phase.enter("loading of the initial weights")
+                load_initial_weights(self.engine, initial_weights)
+            require_not_shorter(config, datasets, self.step, self.consumed_samples)
+            self.checkpointer = Checkpointer(self.engine, checkpoint, self.step, lock, initial_weights=initial_weights)
+            self.total_steps = total_steps(config, datasets, self.step, self.consumed_samples)
+            if saved_config is not None and self.step < self.total_steps:
+                change = learning_rate_change(saved_config, config, datasets, self.step, self.total_steps)
+                if change is not None:
+                    rank_zero_warn(change)
+            self._test_result = TestResult(config)
+            self._test_is_due = datasets.test is not None and not self._test_result.exists(self.step, self.total_steps)
+            self.logger: Logger = FanOut()
+            if topology.rank == 0 and not self.is_complete:
+                self.logger = build_loggers(config, topology.layout, device, self.step, self.total_steps)
+            self._noise_scale = NoiseScale(self.engine)
+            self._stragglers = Stragglers(self.phase, topology, device, config.resilience.straggler_factor)
+            self._flops_per_token = training_flops_per_token(config)
+            self._peak_tflops = peak_tflops(device, config.training.precision)
+            self._window = ThroughputWindow()
+            self._losses = LossMean()
+            self._interruption: Interruption | None = None
+            on_failure.pop_all()
 
     @property
     def is_complete(self) -> bool:

@@ -15,6 +15,7 @@ from support.reads import HostReads
 from support.records import RecordList
 from support.runs import Tree, corpus, create_topology, local_weights, open_trainer, tiny_config
 
+from megagpt.checkpoint.run_lock import LOCK
 from megagpt.config import Config
 from megagpt.data.blend import build_datasets
 from megagpt.data.indexed import IndexedWriter
@@ -373,3 +374,4 @@ def test_fewer_steps_than_the_checkpoint_has_end_every_rank_with_an_error(ranks:
     ranks.run(2, train_only, train_config(tmp_path, **sections))
     errors = ranks.run(2, refused_resume, train_config(tmp_path, **sections, training={"steps": 4}))
     assert [error.split(",")[0] for error in errors] == ["training.steps: 4"] * 2
+    assert not (tmp_path / "checkpoints" / LOCK).exists()  # another run may start at once
