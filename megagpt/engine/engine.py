@@ -244,7 +244,7 @@ class Engine:
         return engine
 
     def _attach_matrices(self) -> None:
-        """Tell Muon which pieces of which matrices this rank has."""
+        """Give Muon the list of the pieces of matrices that this rank has."""
         zero, topology = self.zero_state(), self.topology
         shards = topology.dp_cp_group if self.config.zero.stage > 0 else None
         for group, description in zip(self.deepspeed.optimizer.param_groups, self._groups, strict=True):

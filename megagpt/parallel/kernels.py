@@ -42,7 +42,7 @@ class Kernels:
         except compile_errors() as error:
             self.compiled = False
             reason = str(error).strip().splitlines()[0][:200]
-            warn(f"training.compile: {function.__name__} cannot be compiled, so the run goes on without it, slower: {reason}")
+            warn(f"training.compile: {function.__name__} cannot be compiled, so the run continues without it, slower: {reason}")
             return function(*args, **kwargs)
 
 

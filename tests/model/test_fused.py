@@ -95,7 +95,7 @@ def test_a_failed_compilation_is_reported_once_and_the_function_runs_eagerly(
     assert not kernels.compiled
     warnings = capsys.readouterr().err.splitlines()
     assert warnings == [
-        "warning: training.compile: column_sum cannot be compiled, so the run goes on without it, slower: no compiler"
+        "warning: training.compile: column_sum cannot be compiled, so the run continues without it, slower: no compiler"
     ]
 
 

@@ -43,7 +43,7 @@ def page_sessions(page: Path) -> list[tuple[str, str]]:
 
 
 def page_files(page: Path) -> dict[str, str]:
-    """Return the files that a page lets its readers write: JSON blocks whose first line is a comment with a name."""
+    """Return the files that a page shows to be written: JSON blocks whose first line is a comment with a name."""
     blocks = [block for language, block in _BLOCK.findall(page.read_text(encoding="utf-8")) if language == "json"]
     return {match[1]: block for block in blocks if (match := _NAMED_FILE.match(block))}
 
