@@ -83,7 +83,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 def _from_hugging_face(args: argparse.Namespace) -> None:
     if args.resize_vocab is not None and not 2 <= args.resize_vocab < 2**31:
-        raise ConfigError(f"--resize-vocab {args.resize_vocab}: expected 2 or more tokens")
+        raise ConfigError(f"--resize-vocab {args.resize_vocab}: expected 2 to {2**31 - 1} tokens")
     source = ModelFolder(Path(args.source))
     plan = Import(source, args.resize_vocab)
     _require_memory(str(source.folder), plan.largest_bytes)

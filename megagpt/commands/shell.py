@@ -63,6 +63,13 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
+    except OSError as error:
+        if error.filename is None:  # standard output, which `report_unwritable` explains
+            raise
+        if args.debug:
+            traceback.print_exc()
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -250,14 +250,18 @@ class _Builder:
         self.result.missing.append(f"{name} {value}: {reason}")
 
 
+_END = "::end::"
+"""Word in the place of what ends an array of bash."""
+
+
 def from_arguments(text: str) -> Values:
     """Return the arguments of Megatron-LM in a text: a command, a script, or a file with one argument per line.
 
     Words that are no arguments are skipped. Raises ConfigError if quotes do not match or if there is no argument.
     """
-    lines = [line for line in text.replace("\\\n", " ").splitlines() if not line.lstrip().startswith("#")]
+    text = re.sub(r"\w+=\(|\)", f" {_END} ", text.replace("\\\n", " "))  # arrays of bash: NAME=( ... )
     try:
-        words = shlex.split(" ".join(lines).replace("=(", " ").replace(")", " "))
+        words = shlex.split(text, comments=True)
     except ValueError as error:
         raise ConfigError(f"the arguments cannot be read: {error}") from None
     values: Values = {}
@@ -501,11 +505,13 @@ def _arguments(words: list[str]) -> Values:
     values: Values = {}
     name: str | None = None
     for word in words:
-        if word.startswith("--"):
+        if word == _END or "[@]" in word or word in ("$@", "$*"):
+            name = None
+        elif word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             name = name.replace("-", "_")
             values[name] = _parsed(value) if equals else True
-        elif name is not None and not word.startswith(("-", "$")):
+        elif name is not None and not word.startswith("-"):
             values[name] = _with(values[name], _parsed(word))
     return values
 

@@ -188,6 +188,8 @@ def _message(detail: ErrorDetails) -> str:
         return f"{_short(key)}: {_unknown_key(path)}"
     text = detail["msg"].removeprefix("Value error, ")
     expected = text[0].lower() + text[1:]
+    if detail["type"] == "literal_error" and bool in accepted_types(_annotation(path)):
+        expected += ", true or false"
     near = difflib.get_close_matches(str(detail["input"])[:100], _choices(path), n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     if detail["type"] == "tuple_type":

@@ -375,8 +375,8 @@ class TrainingConfig(Section):
     every precision."""
     compile: Literal["auto"] | bool = "auto"
     """Compile the functions between matrix products (norms, residual additions, activations, loss) with torch.compile: faster,
-    with the same results up to rounding, and some seconds more at the start. "auto": on CUDA, except under ZeRO-3, which
-    cannot use it."""
+    with the same results up to rounding. The first step takes 10 to 20 s more on a GPU machine, and up to minutes on a busy
+    CPU. "auto": on CUDA, except under ZeRO-3, which cannot use it."""
     loss_chunk_mib: float | None = Field(default=None, gt=0, le=2**20)
     """Memory of the logits that exist at a time, in MiB; 1024 on a GPU and 32 on a CPU if absent. More is faster on a GPU."""
     deterministic: bool = False

@@ -274,6 +274,9 @@ class Rope:
         original = given.pop("original_max_position_embeddings", None)
         if kind in ("yarn", "llama3"):
             given["original_max_position_embeddings"] = original or value_of(theirs, "max_position_embeddings")
+        missing = [key for key in keys if key not in given and key not in _OPTIONAL]
+        if missing:
+            raise UnsupportedError(f"rope_parameters.{missing[0]}", f"a number, with rope_type {kind}")
         for key, value in given.items():
             if key in keys:
                 rotary[keys[key]] = value
@@ -307,6 +310,8 @@ _SCALING: dict[str, tuple[str, dict[str, str]]] = {
     "llama3": ("llama3", {**_ORIGINAL, "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor"}),
 }
 """rope_type -> (model.rotary.scaling, its keys of theirs -> keys of model.rotary)."""
+_OPTIONAL = ("beta_fast", "beta_slow")
+"""Keys of rope_parameters for which transformers has a default."""
 
 
 def value_of(theirs: Mapping[str, Any], key: str, default: Any = REQUIRED) -> Any:

@@ -16,7 +16,7 @@ from megagpt.data.identity import DataIdentity, data_identity, training_data_cha
 from megagpt.data.prefetch import Prefetcher
 from megagpt.distributed.object_collectives import all_gather_object, run_on_ranks
 from megagpt.distributed.phase import PhaseTracker
-from megagpt.distributed.rank_zero import rank_zero_print, rank_zero_warn
+from megagpt.distributed.rank_zero import rank_zero_note, rank_zero_print, rank_zero_warn
 from megagpt.distributed.same_everywhere import require_same
 from megagpt.engine.engine import Engine, StepResult
 from megagpt.errors import DataError, TrainingError
@@ -147,6 +147,8 @@ class Trainer:
             )
         if self.is_complete:
             return 0
+        if self.engine.compiles and self.step < self.total_steps:
+            rank_zero_note("training.compile: the first step compiles its functions, which takes 10 s or longer")
         max_hours = self.config.training.max_hours if self.topology.rank == 0 else None  # one clock for all ranks
         try:
             with Interruption(max_hours, self._start_time, self.topology.rank) as self._interruption:

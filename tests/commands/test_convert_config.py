@@ -125,6 +125,27 @@ def test_what_has_no_counterpart_is_named(arguments: str, message: str) -> None:
     assert message in missing
 
 
+def test_the_end_of_an_array_of_bash_ends_an_argument() -> None:
+    """Megatron-LM's own scripts have arrays whose last word may be a switch; comments are no values either."""
+    text = """
+        MODEL_ARGS=(
+            --hidden-size 64   # width
+            --untie-embeddings-and-output-weights
+        )
+        TRAINING_ARGS=( --lr 1e-3 --bf16 )
+        DATA_ARGS=( --split 949,50,1 )
+        torchrun pretrain_gpt.py ${MODEL_ARGS[@]} --save $RUN_DIR "$@"
+    """
+    assert from_arguments(text) == {
+        "hidden_size": 64,
+        "untie_embeddings_and_output_weights": True,
+        "lr": 1e-3,
+        "bf16": True,
+        "split": "949,50,1",
+        "save": "$RUN_DIR",
+    }
+
+
 def test_a_switch_that_is_off_is_not_reported() -> None:
     result = convert({"num_layers": 2, "moe": False, "sequence_parallel": False})
     assert result.missing == [] and "parallel" not in result.tree

@@ -1,6 +1,7 @@
 """Every command has an example in its help, ends errors in one line, and has exit codes for scripts."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +31,12 @@ def test_success_is_exit_code_0() -> None:
 def test_an_error_of_the_user_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert shell.run(lambda args: fail(ConfigError("training.steps: set it")), parser(), []) == 2
     assert capsys.readouterr().err == "error: training.steps: set it\n"
+
+
+def test_a_path_that_the_system_refuses_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / ("a" * 300)
+    assert shell.run(lambda args: path.write_text(""), parser(), []) == 2
+    assert capsys.readouterr().err == f"error: {path}: File name too long\n"
 
 
 def test_debug_adds_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,6 +82,7 @@ def test_all_errors_are_listed_at_once_field_errors_and_broken_rules_alike() -> 
         (["zero.stage=3", "parallel.pipeline=2"], "use zero.stage 1 or 2"),
         (["zero.stage=0", 'zero.offload_optimizer="cpu"'], "zero.offload_optimizer: needs zero.stage 1, 2 or 3"),
         (['zero.offload_param="cpu"'], "zero.offload_param: needs zero.stage 3"),
+        (['training.compile="maybe"'], "training.compile: \"maybe\": input should be 'auto', true or false"),
         (["zero.stage=3", "training.compile=true"], "training.compile: true needs zero.stage 0, 1 or 2"),
         (["training.micro_batch_size=3"], "3 does not divide training.global_batch_size 16"),
         (["evaluation.micro_batch_size=3"], "evaluation.micro_batch_size: 3 does not divide"),

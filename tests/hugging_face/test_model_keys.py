@@ -94,6 +94,14 @@ def test_both_forms_of_rotary_keys_mean_the_same(older: dict[str, Any], newer: d
     assert llama.to_model({**BASE["llama"], **older}) == llama.to_model({**BASE["llama"], "rope_parameters": newer})
 
 
+@pytest.mark.parametrize("key", ["factor", "low_freq_factor", "high_freq_factor"])
+def test_a_missing_key_of_a_scaling_is_named(key: str) -> None:
+    scaling = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    del scaling[key]
+    with pytest.raises(UnsupportedError, match=f"rope_parameters.{key}"):
+        MODEL_KEYS["llama"].to_model({**BASE["llama"], "rope_parameters": scaling})
+
+
 def test_gpt_neox_s_older_keys_are_read() -> None:
     base = CASES["gpt_neox"][2]
     older = {key: value for key, value in base.items() if key != "rope_parameters"}
