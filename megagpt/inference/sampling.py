@@ -88,5 +88,5 @@ def penalised(scores: Tensor, seen: Collection[int], penalty: float) -> Tensor:
 def most_likely_share(probabilities: Tensor, share: float) -> Tensor:
     """Return the probabilities, 0 beyond the fewest most likely tokens that together have at least `share`."""
     ordered, ids = probabilities.sort(descending=True, stable=True)
-    before = ordered.cumsum(0) - ordered
-    return probabilities.index_fill(0, ids[1:][before[1:] >= share], 0)  # the most likely token stays in any case
+    before = ordered.cumsum(0)[:-1]  # of the tokens from the second on; the most likely one stays in any case
+    return probabilities.index_fill(0, ids[1:][before >= share], 0)

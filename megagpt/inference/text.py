@@ -33,9 +33,8 @@ class TextStream:
 
     def finish(self) -> str:
         """Return the rest: no more tokens follow."""
-        if not self.stopped:
-            self._decode(complete=True)
-        return self._show(len(self.text))
+        shown = "" if self.stopped else self._decode(complete=True)
+        return shown + self._show(len(self.text))
 
     def _decode(self, complete: bool) -> str:
         """Decode the pending tokens, unless they end in the middle of a character and are not `complete`."""
