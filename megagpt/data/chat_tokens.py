@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import tokenizers
@@ -79,6 +79,35 @@ def chat_encoder(tokenizer: Tokenizer) -> ChatEncoder:
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return HuggingFaceEncoder(tokenizer)
     return SplittingEncoder(tokenizer)
+
+
+class ParsingTokenizer:
+    """A tokenizer for texts that carry special tokens on purpose: their texts become the tokens."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._encoder = chat_encoder(tokenizer)
+        self._no_marks = Marks([], "")
+        self.vocab_size, self.eod_id = tokenizer.vocab_size, tokenizer.eod_id
+        self.control_tokens = tokenizer.control_tokens
+        self.special_tokens = list(dict.fromkeys([*tokenizer.special_tokens, *tokenizer.control_tokens]))
+
+    def encode(self, text: str) -> list[int]:
+        return [token.id for token in self.encode_spans(text)]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def encode_spans(self, text: str) -> list[SpannedToken]:
+        return self._encoder.encode(text, self._no_marks)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids)
+
+
+def parsing_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    """Return a tokenizer that takes the texts of special tokens for the tokens; the same one if it does so already."""
+    return tokenizer if tokenizer.control_tokens.keys() <= set(tokenizer.special_tokens) else ParsingTokenizer(tokenizer)
 
 
 class HuggingFaceEncoder:
