@@ -7,7 +7,7 @@ from megagpt.config.schema import ModelConfig
 from megagpt.model.dropout import site_keys
 from megagpt.model.dropout_masks import keep_mask
 from megagpt.model.forward_context import ForwardContext
-from megagpt.model.score_bias import NoBias, build_bias, build_weighting, own_heads
+from megagpt.model.score_bias import BIASES, RelativeVectors, build_bias, build_weighting, own_heads
 from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.seeding import stable_seed
 
@@ -18,6 +18,8 @@ QUERY_BLOCK = 256
 class ExplicitAttention(nn.Module):
     """Causal attention with capped or biased scores, with sinks, or with dropout of the attention weights.
 
+    A cap limits the products of queries and keys; what depends on their distance is added afterwards.
+
     scaled_dot_product_attention has no cap and no sinks, would need biases of all positions in memory, and draws its dropout
     masks from the device's generator, which knows no heads and positions. So the weights are computed here, in memory that
     grows with the square of the sequence.
@@ -27,12 +29,14 @@ class ExplicitAttention(nn.Module):
         """`scale`: factor of the scores; `index`: layer number."""
         super().__init__()
         self.scale = scale
+        self.head_size = model.head_size
         self.softcap = model.attention_softcap
         self.probability = model.attn_pdrop
         name = f"layers.{index}.attention"
         self.bias = build_bias(name, model, parallel)
         self.weighting = build_weighting(name, model, parallel)
-        self.is_biased = not isinstance(self.bias, NoBias)
+        self.is_biased = model.position_embedding in BIASES
+        self.has_vectors = isinstance(self.bias, RelativeVectors)
         self.always_needed = self.is_biased or model.attention_sinks or self.softcap is not None
         self.site_key = stable_seed("dropout", index, "attention weights")
         self.first_head = own_heads(model, parallel).start
@@ -40,7 +44,12 @@ class ExplicitAttention(nn.Module):
     @property
     def is_needed(self) -> bool:
         """Whether scaled_dot_product_attention would give another result now."""
-        return self.always_needed or (self.training and self.probability > 0)
+        return self.always_needed or self.needs_weights
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether the result depends on the attention weights other than by their products with the values."""
+        return self.has_vectors or (self.training and self.probability > 0)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, ctx: ForwardContext) -> Tensor:
         """Attend to the earlier positions; the queries are the last positions of the keys.
@@ -54,14 +63,18 @@ class ExplicitAttention(nn.Module):
         for start in range(0, n_queries, QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, n_queries)
             visible = n_keys - n_queries + stop
-            scores = (query[:, :, start:stop] * self.scale) @ key[:, :, :visible].transpose(2, 3)
+            scaled = query[:, :, start:stop] * self.scale
+            scores = scaled @ key[:, :, :visible].transpose(2, 3)
             if self.softcap is not None:
                 scores = torch.tanh(scores / self.softcap) * self.softcap
-            if self.is_biased:
-                scores = scores + self.bias(_distances(n_keys - n_queries + start, visible, scores)).to(scores.dtype)
+            distances = _distances(n_keys - n_queries + start, visible, scores) if self.is_biased else None
+            if distances is not None:
+                scores = scores + self.bias.scores(scaled, distances).to(scores.dtype)
             hidden = _causal_mask(scores) if mask is None else mask[:, :, start:stop, :visible]
             weights = self._drop(self.weighting(scores + hidden), start, n_keys, ctx)
-            outputs.append(weights @ value[:, :, :visible])
+            out = weights @ value[:, :, :visible]
+            added = None if distances is None else self.bias.outputs(weights, distances)
+            outputs.append(out if added is None else out + added)
         return torch.cat(outputs, 2)
 
     def _drop(self, weights: Tensor, start: int, n_keys: int, ctx: ForwardContext) -> Tensor:
