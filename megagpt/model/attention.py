@@ -105,7 +105,7 @@ class CausalSelfAttention(nn.Module):
     def flops_per_token(self, sequence_length: int) -> int:
         """Forward FLOPs of the unsharded layer for one token, averaged over the sequence."""
         projections = self.qkv.flops_per_token() + self.proj.flops_per_token()
-        return projections + self.core_flops_per_token(sequence_length) + self.explicit.bias.flops_per_token()
+        return projections + self.core_flops_per_token(sequence_length) + self.explicit.flops_per_token()
 
     def _all_positions(self, heads: Heads) -> Heads:
         """Exchange the heads of this rank's positions for some heads of all positions, under context parallelism."""

@@ -7,7 +7,7 @@ FlexAttention has no backward.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -64,11 +64,11 @@ def attend(explicit: ExplicitAttention, query: Tensor, key: Tensor, value: Tenso
 
     Raises TrainingError if the kernel cannot be compiled.
     """
-    biases = explicit.bias.by_distance(key.shape[2], query.device)
+    biases = None if explicit.bias is None else explicit.bias(key.shape[2], query.device)
     # torch 2.13 gives a tensor that the rule reads no gradient if it is a transposed view.
     rule = _score_rule(explicit.softcap, None if biases is None else biases.contiguous())
     grouped = key.shape[1] != query.shape[1]
-    request = torch_flex.AuxRequest(lse=explicit.weighting.has_sinks)
+    request = torch_flex.AuxRequest(lse=explicit.sinks is not None)
     try:
         out, aux = _compiled_attention()(
             query, key, value, rule, mask, scale=explicit.scale, enable_gqa=grouped, return_aux=request
@@ -79,7 +79,11 @@ def attend(explicit: ExplicitAttention, query: Tensor, key: Tensor, value: Tenso
             f"attention with masks or biases cannot be compiled for this GPU: {reason}; set training.flex_attention=false to "
             "compute it with all scores in memory"
         ) from error
-    return explicit.weighting.with_sinks(out, aux.lse)
+    if explicit.sinks is None:
+        return cast(Tensor, out)
+    # The weights are divided by exp(lse) + exp(sink) instead of exp(lse), the sum of exp(score).
+    share = torch.sigmoid(aux.lse - explicit.sinks().view(1, -1, 1))
+    return cast(Tensor, out * share.unsqueeze(-1).to(out.dtype))
 
 
 @functools.cache
