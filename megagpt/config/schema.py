@@ -420,6 +420,19 @@ class TrainingConfig(Section):
         return BatchRampConfig() if value is None else value
 
 
+class LoRAConfig(Section):
+    """Low-rank adapters of the linear layers (LoRA, Hu et al., arXiv 2106.09685): they are trained, all other weights are
+    frozen. Conversion to Hugging Face and generation merge them into the weights."""
+
+    rank: int | None = Field(default=None, ge=1, le=2**16)
+    """Rank of the adapters; no adapters if absent."""
+    alpha: float = Field(default=16.0, gt=0)
+    """The output of an adapter is multiplied by alpha / rank."""
+    targets: list[str] = ["*"]
+    """Name patterns of the layers that get an adapter, for example "layers.*.attention.*" or "layers.*.mlp.up"; all linear
+    layers of the blocks by default. The names are those of the weights without ".weight"."""
+
+
 class EvaluationConfig(Section):
     """Loss on the validation data during training, and on the test data after the last step."""
 
@@ -533,6 +546,8 @@ class Config(Section):
     """Learning rate schedule."""
     training: TrainingConfig
     """Length, batch size and precision."""
+    lora: LoRAConfig = LoRAConfig()
+    """Low-rank adapters."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Loss on held-out data."""
     checkpoint: CheckpointConfig = CheckpointConfig()

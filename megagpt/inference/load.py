@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from megagpt.checkpoint.format import Manifest
-from megagpt.checkpoint.load import CheckpointReader
+from megagpt.checkpoint.merged import open_merged
 from megagpt.checkpoint.report import require_valid
 from megagpt.checkpoint.tokenizer_files import carried_path, tokenizer_problems
 from megagpt.checkpoint.verify import raise_all
@@ -33,7 +33,7 @@ def load_model(
     `checksums`: compare the files with their SHA-256; `progress` gets the bytes that were compared.
     Raises CheckpointError for any damage, and ConfigError if the memory does not suffice, before anything is allocated.
     """
-    reader = CheckpointReader(folder)
+    reader = open_merged(folder)
     require_valid(folder, reader.manifest, checksums, progress or NoProgress())
     config = _config(folder, reader.manifest, dtype)
     model = meta_model(config)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megagpt.config.schema import Config
+from megagpt.model.adapters import add_adapters
 from megagpt.model.attention import attention_mask
 from megagpt.model.block import Block, PreNormBlock, build_block
 from megagpt.model.dropout import ResidualDropout
@@ -50,6 +51,7 @@ class GPTChunk(nn.Module):
             self.positions = build_positions("embedding.position", model, parallel)
             self.dropout = ResidualDropout(model.embd_pdrop, parallel, "embedding")
         self.layers = nn.ModuleDict({str(index): build_block(index, config, parallel) for index in layers})
+        add_adapters(self.layers, config.lora)
         if self.is_last:
             self.norm = build_norm("final_norm", model, parallel)
             self.loss = VocabParallelLoss(
