@@ -79,7 +79,7 @@ def broken_rules(config: Config) -> list[Problem]:
     """Return all rules that `config` breaks, for any number of ranks."""
     layout = (_shape, _tensor_parallel, _context, _pipeline, _zero)
     batches = (_batch, _ramp, _noise_scale, _length)
-    other = (_checkpoint, _data, _lr_schedule, _optimizer, _deepspeed)
+    other = (_checkpoint, _data, _preference, _lr_schedule, _optimizer, _deepspeed)
     return [problem for rule in (*layout, *batches, *other) for problem in rule(config)]
 
 
@@ -392,6 +392,28 @@ def _data(config: Config) -> Iterator[Problem]:
         source = getattr(data, key)
         if isinstance(source, dict) and (not source or min(source.values()) <= 0):
             yield Problem((f"data.{key}",), f"data.{key}: needs at least one prefix, each with a weight above 0")
+
+
+def _preference(config: Config) -> Iterator[Problem]:
+    """Yield what preference tuning does not work with."""
+    if config.data.task != "preference":
+        return
+    task = 'data.task "preference"'
+    if config.checkpoint.initialize_from is None:
+        yield Problem(("checkpoint.initialize_from",), f"checkpoint.initialize_from: required by {task}: the reference model")
+    if config.parallel.context > 1:
+        yield Problem(
+            ("parallel.context",), f"parallel.context: {config.parallel.context} does not work with {task}; expected 1"
+        )
+    if config.zero.stage == 3:
+        yield Problem(("zero.stage",), f"zero.stage: 3 does not work with {task}; expected 0, 1 or 2")
+    for key in ("label_smoothing", "z_loss"):
+        if getattr(config.training, key):
+            yield Problem((f"training.{key}",), f"training.{key}: has no meaning for {task}; leave it out")
+    if config.logging.noise_scale_interval is not None:
+        yield Problem(
+            ("logging.noise_scale_interval",), f"logging.noise_scale_interval: does not work with {task}; leave it out"
+        )
 
 
 def _lr_schedule(config: Config) -> Iterator[Problem]:

@@ -282,12 +282,13 @@ class DataConfig(Section):
     tokenizer: PathText | None = None
     """A SentencePiece .model file, a Hugging Face tokenizer.json, a folder with vocab.json and merges.txt, or "byte".
     GPT-2's vocab.json and merges.txt: https://huggingface.co/openai-community/gpt2."""
-    task: Literal["text", "chat"] = "text"
+    task: Literal["text", "chat", "preference"] = "text"
     """What the data is for. text: every token of the stream is learned. chat: examples made by preprocess_data.py --task chat;
-    the answers are learned, several examples share a sample, and attention and positions restart at each."""
+    the answers are learned, several examples share a sample, and attention and positions restart at each. preference: pairs of
+    answers made by --task preference, learned by DPO (section dpo)."""
     long_examples: Literal["drop", "truncate"] = "drop"
     """task chat: what happens to an example of more than n_positions + 1 tokens. Their number is in the first lines of the
-    run."""
+    run. Pairs are always dropped: both answers together must fit."""
     seed: int = Field(default=1234, ge=0, le=MAX_SEED)
     """Seed for the shuffle order of documents and samples."""
     cache_dir: PathText | None = None
@@ -433,6 +434,14 @@ class LoRAConfig(Section):
     layers of the blocks by default. The names are those of the weights without ".weight"."""
 
 
+class DPOConfig(Section):
+    """Direct preference optimization (Rafailov et al., arXiv 2305.18290); with data.task "preference". The reference model is
+    checkpoint.initialize_from."""
+
+    beta: float = Field(default=0.1, gt=0)
+    """Strength of the pull towards the reference model."""
+
+
 class EvaluationConfig(Section):
     """Loss on the validation data during training, and on the test data after the last step."""
 
@@ -548,6 +557,8 @@ class Config(Section):
     """Length, batch size and precision."""
     lora: LoRAConfig = LoRAConfig()
     """Low-rank adapters."""
+    dpo: DPOConfig = DPOConfig()
+    """Direct preference optimization."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Loss on held-out data."""
     checkpoint: CheckpointConfig = CheckpointConfig()

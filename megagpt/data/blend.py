@@ -80,6 +80,7 @@ class TaskCorpus:
 CORPORA: dict[str, Callable[[str, DataConfig], OpenCorpus]] = {
     "text": TextCorpus,
     "chat": partial(TaskCorpus, sequences_per_example=1),
+    "preference": partial(TaskCorpus, sequences_per_example=2),
 }
 """data.task -> how a prefix is opened."""
 

@@ -82,7 +82,19 @@ class PackedExamples:
                 f"{corpus.tokens.prefix}: none of {len(lengths)} examples fits into the {self._capacity} tokens of "
                 f"model.n_positions {sequence_length} + 1"
             )
+        self.references: npt.NDArray[np.float32] | None = None
+        """For preferences: the reference model's log p(chosen) - log p(rejected) of all examples of the corpus."""
         self._order = lru_cache(maxsize=2)(self._epoch_order)
+
+    @property
+    def n_examples(self) -> int:
+        """Examples in the entire corpus, of which this dataset may use a range."""
+        return len(self._corpus.lengths)
+
+    @property
+    def used_examples(self) -> npt.NDArray[np.int64]:
+        """The examples that are not dropped, as numbers in the corpus."""
+        return self._first + np.sort(self._packing.examples)
 
     @property
     def summary(self) -> str:
@@ -97,12 +109,12 @@ class PackedExamples:
     def sample(self, index: int) -> Sample:
         """Return sample `index` >= 0; indices beyond an epoch continue in the next one."""
         self.corpus.require_unchanged()
-        epoch, position = divmod(index, self.samples_per_epoch)
         tokens = np.full(self._capacity, PADDING, np.int64)
         starts = np.zeros(self._capacity, np.bool_)
         counted = np.zeros(self._capacity, np.bool_)
         filled = 0
-        for sequence in self._sequences(int(self._order(epoch)[position])):
+        examples = self.examples_of(index)
+        for sequence in self._sequences(examples):
             length = min(int(self.corpus.sizes[sequence]), self._capacity)
             piece = slice(filled, filled + length)
             tokens[piece] = self.corpus.read(sequence, 0, length)
@@ -112,13 +124,21 @@ class PackedExamples:
         if filled < self._capacity:
             starts[filled] = True
         counted &= ~starts  # nothing predicts the first token of an example
-        return Sample(tokens, starts, np.where(counted[1:], tokens[1:], IGNORED))
+        labels = np.where(counted[1:], tokens[1:], IGNORED)
+        return Sample(tokens, starts, labels, None if self.references is None else self.references[examples])
 
-    def _sequences(self, sample: int) -> list[int]:
-        """Return the sequences of a sample."""
+    def examples_of(self, index: int) -> npt.NDArray[np.int64]:
+        """Return the examples of sample `index`, as numbers in the corpus."""
+        epoch, position = divmod(index, self.samples_per_epoch)
+        return self._examples(int(self._order(epoch)[position]))
+
+    def _examples(self, sample: int) -> npt.NDArray[np.int64]:
+        return self._first + self._packing.of_sample(sample)
+
+    def _sequences(self, examples: npt.NDArray[np.int64]) -> list[int]:
+        """Return the sequences of examples, one after the other."""
         each = self._corpus.sequences_per_example
-        examples = (self._first + self._packing.of_sample(sample)) * each
-        return [int(example) + number for example in examples for number in range(each)]
+        return [int(example) * each + number for example in examples for number in range(each)]
 
     def _counted(self, sequence: int, length: int) -> npt.NDArray[np.bool_]:
         """Return which of the first `length` tokens of a sequence count in the loss."""

@@ -26,6 +26,8 @@ class Sample(NamedTuple):
     """True at the first token of each document, [seq + 1]."""
     labels: npt.NDArray[np.int64] | None = None
     """What each position of the inputs predicts, [seq]; the next token if absent."""
+    references: npt.NDArray[np.float32] | None = None
+    """For preferences: the reference model's log p(chosen) - log p(rejected) of each pair, [pairs]."""
 
 
 class TooShortError(DataError):

@@ -20,6 +20,7 @@ from megagpt.model.forward_context import ForwardContext, MicroBatch
 from megagpt.model.init_scheme import init_stds
 from megagpt.model.kv_cache import KVCache
 from megagpt.model.norm import build_norm
+from megagpt.model.objectives import build_objective
 from megagpt.model.positions import build_positions
 from megagpt.model.rotary import RotaryTable, rotary_frequencies, rotary_table
 from megagpt.parallel.embedding import VocabParallelEmbedding, VocabParallelLoss
@@ -53,6 +54,7 @@ class GPTChunk(nn.Module):
         self.layers = nn.ModuleDict({str(index): build_block(index, config, parallel) for index in layers})
         add_adapters(self.layers, config.lora)
         if self.is_last:
+            self.objective = build_objective(config)
             self.norm = build_norm("final_norm", model, parallel)
             self.loss = VocabParallelLoss(
                 self._output_weight(),
@@ -67,10 +69,10 @@ class GPTChunk(nn.Module):
         """Run this chunk.
 
         x: hidden states of the previous chunk, [batch, seq, hidden]; None on the first chunk.
-        Returns hidden states, or on the last chunk the sum of the token losses (fp32 scalar).
+        Returns hidden states, or on the last chunk the sum of the losses (fp32 scalar).
         """
         hidden = self.hidden(micro_batch.tokens if x is None else x, micro_batch)
-        return self.loss(hidden, micro_batch.labels) if self.is_last else hidden
+        return self.objective(self.loss, hidden, micro_batch) if self.is_last else hidden
 
     @property
     def blocks(self) -> list[PreNormBlock | Block]:
