@@ -79,7 +79,7 @@ def broken_rules(config: Config) -> list[Problem]:
     """Return all rules that `config` breaks, for any number of ranks."""
     layout = (_shape, _tensor_parallel, _context, _pipeline, _zero)
     batches = (_batch, _ramp, _noise_scale, _length)
-    other = (_checkpoint, _data, _preference, _lr_schedule, _optimizer, _deepspeed)
+    other = (_checkpoint, _data, _fill_in_the_middle, _preference, _lr_schedule, _optimizer, _deepspeed)
     return [problem for rule in (*layout, *batches, *other) for problem in rule(config)]
 
 
@@ -392,6 +392,18 @@ def _data(config: Config) -> Iterator[Problem]:
         source = getattr(data, key)
         if isinstance(source, dict) and (not source or min(source.values()) <= 0):
             yield Problem((f"data.{key}",), f"data.{key}: needs at least one prefix, each with a weight above 0")
+
+
+def _fill_in_the_middle(config: Config) -> Iterator[Problem]:
+    data, key = config.data, "data.fill_in_the_middle.rate"
+    if data.fill_in_the_middle.rate == 0:
+        return
+    if data.tokenizer is None:
+        yield Problem((key, "data.tokenizer"), f"{key}: needs data.tokenizer, which has the special tokens; set it")
+    if data.task != "text":
+        yield Problem((key, "data.task"), f'{key}: has no meaning for data.task "{data.task}"; leave it out')
+    if len(set(data.fill_in_the_middle.tokens)) < 3:
+        yield Problem(("data.fill_in_the_middle.tokens",), "data.fill_in_the_middle.tokens: expected three different tokens")
 
 
 def _preference(config: Config) -> Iterator[Problem]:

@@ -265,6 +265,18 @@ class ZeroConfig(Section):
     """"cpu" stores the parameter shards in host memory (stage 3)."""
 
 
+class FillInTheMiddleConfig(Section):
+    """Fill-in-the-middle (Bavarian et al., arXiv 2207.14255) for the training data of task text: the middle of a document is
+    moved to its end, so that the model learns to write what is missing. Needs data.tokenizer."""
+
+    rate: float = Field(default=0.0, ge=0, le=1)
+    """Share of the documents that are transformed. The share of documents in their normal order is 1 - rate."""
+    spm_share: float = Field(default=0.5, ge=0, le=1)
+    """Share of the transformed documents in the order suffix, prefix, middle; the others have prefix, suffix, middle."""
+    tokens: tuple[str | int, str | int, str | int] = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
+    """The special tokens of prefix, middle and suffix: texts of tokens of data.tokenizer, or ids."""
+
+
 class DataConfig(Section):
     """Datasets: either separate ones for train, valid and test, or `paths` divided by `split`."""
 
@@ -299,6 +311,8 @@ class DataConfig(Section):
     reset_attention: bool = False
     """Attend only to earlier tokens of the same document, not of the entire sample (Megatron: reset-attention-mask).
     Needs a mask of micro_batch_size x n_positions^2 numbers and is slower than plain causal attention."""
+    fill_in_the_middle: FillInTheMiddleConfig = FillInTheMiddleConfig()
+    """Fill-in-the-middle."""
     mask_document_ends: bool = False
     """Mask the loss on the first token of each document, which cannot be predicted from the previous document (Megatron:
     eod-mask-loss)."""
