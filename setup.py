@@ -47,9 +47,10 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=[*find_packages(include=["megagpt", "megagpt.*"]), "megagpt.configs"],
-    package_dir={"megagpt.configs": "configs"},  # so that `--config 125M` works in an installed package
-    package_data={"megagpt.configs": ["*.json"]},
+    packages=[*find_packages(include=["megagpt", "megagpt.*"]), "megagpt.configs", "megagpt.prompts"],
+    # So that `--config 125M` and `--task translate` work in an installed package.
+    package_dir={"megagpt.configs": "configs", "megagpt.prompts": "examples/prompts"},
+    package_data={"megagpt.configs": ["*.json"], "megagpt.prompts": ["*.txt"], "megagpt.serving": ["*.html"]},
     install_requires=[
         "torch>=2.10",  # the first with Tensor.grad_dtype
         "deepspeed>=0.19,<0.20",  # megagpt uses private parts: engine/deepspeed_internals.py

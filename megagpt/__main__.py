@@ -14,7 +14,7 @@ from pathlib import Path
 from megagpt import __version__, commands
 from megagpt.commands.shell import USER_ERROR
 
-HELPERS = frozenset({"job", "progress", "shell"})
+HELPERS = frozenset({"job", "model_options", "progress", "shell"})
 """Modules of megagpt.commands that are no commands."""
 
 

@@ -1,5 +1,6 @@
 """Read a checkpoint: any box of any tensor, written under any layout. Reads tensors and JSON only; no code is run."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,9 @@ class CheckpointReader:
             )
         return out
 
-    @torch.no_grad()
     def fill(self, parameter: nn.Parameter) -> None:
         """Load a rank's tensor of a parameter, converted to the parameter's dtype; vocabulary padding becomes zero."""
-        shard = shard_of(parameter)
-        parameter.zero_()
-        for piece in boxes_of_range(shard, tuple(parameter.shape), 0, parameter.numel()):  # the full range is one box
-            values = self.read(MASTER, shard.name, piece.box)
-            parameter[tuple(slice(0, length) for length in piece.box.size)] = values.to(parameter)
+        fill_parameter(parameter, lambda box: self.read(MASTER, shard_of(parameter).name, box))
 
     def _slice(self, file: int, key: str, saved: Box, wanted: Box) -> Tensor:
         """Read the region `wanted` of the saved box under `key`."""
@@ -84,3 +80,12 @@ class CheckpointReader:
             return values[wanted.within(saved)]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: cannot be read: {error}") from None
+
+
+@torch.no_grad()
+def fill_parameter(parameter: nn.Parameter, read: Callable[[Box], Tensor]) -> None:
+    """Set a rank's tensor of a parameter; vocabulary padding becomes zero. `read` returns a box of the full parameter."""
+    shard = shard_of(parameter)
+    parameter.zero_()
+    for piece in boxes_of_range(shard, tuple(parameter.shape), 0, parameter.numel()):  # the full range is one box
+        parameter[tuple(slice(0, length) for length in piece.box.size)] = read(piece.box).to(parameter)

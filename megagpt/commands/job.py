@@ -102,7 +102,7 @@ def open_trainer(path: str, overrides: Sequence[str], launcher: Launcher) -> Ite
         cuda = os.environ["DS_ACCELERATOR"] == "cuda"
         device = torch.device("cuda", launcher.local_rank) if cuda else torch.device("cpu")
         store = init_process_group(launcher, device)
-    with _reported_once(store, launcher), ExitStack() as stack:
+    with reported_once(store, launcher), ExitStack() as stack:
         with ending_at_once(launcher.rank):
             init_deepspeed(launcher, "nccl" if cuda else "gloo", TIMEOUT)
             require_same_code(Path(megagpt.__file__).parent, library_versions())
@@ -144,7 +144,7 @@ def noted_if_slow(launcher: Launcher, text: str) -> Iterator[None]:
 
 
 @contextmanager
-def _reported_once(store: Any, launcher: Launcher) -> Iterator[None]:
+def reported_once(store: Any, launcher: Launcher) -> Iterator[None]:
     """Turn an error that another rank has reported already into a ReportedError. `store`: None on one process."""
     from megagpt.distributed.rendezvous import is_first_report
 

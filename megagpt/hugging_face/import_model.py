@@ -79,6 +79,17 @@ class Import:
         self._config = _run_config(self.model, str(source.folder), self._precision)
 
     @property
+    def config(self) -> Config:
+        """The model's config; the keys of training have no meaning."""
+        return self._config
+
+    def read(self, progress: Progress) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name and the values, in fp32, of each parameter; one is in memory at a time."""
+        memory = PeakMemory()
+        for part in self._parts:
+            yield part.name, self._reader(part, memory, progress)()
+
+    @property
     def total_bytes(self) -> int:
         """Size of the weights in the checkpoint."""
         return sum(4 * math.prod(part.shape) for part in self._parts)

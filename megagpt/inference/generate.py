@@ -1,75 +1,93 @@
-"""Generate tokens with a model, in one process."""
+"""Continue texts with the generation engine: from prompts as tokens to pieces of text."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from megagpt.errors import ConfigError, TrainingError
-from megagpt.model.gpt import GPTChunk
-from megagpt.model.kv_cache import KVCache
-
-
-@torch.inference_mode()
-def generate(
-    model: GPTChunk,
-    prompt: Sequence[int],
-    max_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    seed: int,
-    end: int | None,
-    n_tokens: int | None = None,
-) -> Iterator[int]:
-    """Yield new tokens after `prompt` until `end` or `max_tokens`.
-
-    Each token is predicted from the last model.n_positions tokens. Keys and values of earlier tokens are kept until the
-    text is longer than that; from then on every token needs a forward of all positions, because each of them has moved.
-    `temperature` 0 selects the most likely token; `top_k` samples from the k most likely tokens; `seed` gives the same
-    draws on every device; `n_tokens`: only ids below it are generated, the size of the tokenizer.
-    Raises ConfigError for a prompt that is empty or has ids that the model does not know, and TrainingError if the model's
-    scores are not finite.
-    """
-    positions, vocab_size = model.config.model.n_positions, model.config.model.tokens_in_vocab
-    if not prompt:
-        raise ConfigError("--prompt: 0 tokens; expected at least 1")
-    if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-        wrong = next(token for token in prompt if not 0 <= token < vocab_size)
-        raise ConfigError(
-            f"--prompt: token id {wrong} is not in the model's vocabulary of {vocab_size}; give the tokenizer of its training"
-        )
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    text = list(prompt)
-    caches: dict[int, KVCache] = {}
-    for _ in range(max_tokens):
-        if len(text) > positions:
-            caches, inputs = {}, text[-positions:]
-        elif caches:
-            inputs = text[-1:]
-        else:
-            caches, inputs = {int(index): KVCache() for index in model.layers}, text
-        scores = model.next_token_logits(torch.tensor([inputs], device=device), caches)[0, :n_tokens]
-        token = _sample(scores, temperature, top_k, generator)
-        if token == end:
-            return
-        yield token
-        text.append(token)
+from megagpt.data.tokenizer import Tokenizer
+from megagpt.inference.engine import GenerationEngine, TokenSequence
+from megagpt.inference.sampling import Draw, Sampling
+from megagpt.inference.text import TextStream
 
 
-def _sample(scores: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
-    """Draw one token id from the logits [vocab_size], on the CPU in fp64."""
-    scores = scores.cpu().double()
-    if not scores.isfinite().all():
-        raise TrainingError(
-            "the model's scores are not finite: a weight is NaN or infinite (inspect_checkpoint counts them), or a number is "
-            "too large for --dtype fp16; try --dtype fp32"
-        )
-    if temperature == 0:
-        return int(scores.argmax())
-    ids = torch.arange(len(scores))
-    if top_k is not None and top_k < len(scores):
-        scores, ids = scores.topk(top_k)
-    # The largest score becomes 0, so no temperature leads to an overflow.
-    probabilities = ((scores - scores.max()) / temperature).softmax(-1)
-    return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
+@dataclass(eq=False)
+class Completion:
+    """A text that is being continued."""
+
+    sequence: TokenSequence
+    stream: TextStream
+    draws: list[Draw] = field(default_factory=list)
+    """The new tokens."""
+
+    @property
+    def text(self) -> str:
+        """The new text, up to the stop string."""
+        return self.stream.text
+
+    @property
+    def finish_reason(self) -> str | None:
+        """ "stop" after an end token or a stop string, "length", "cancelled", "error"; None while it is not finished."""
+        return "stop" if self.stream.stopped else self.sequence.finish_reason
+
+
+class Piece(NamedTuple):
+    """What one step added to a text."""
+
+    completion: Completion
+    text: str
+    """New text, possibly none: a character or a stop string may not be complete yet."""
+    draws: tuple[Draw, ...]
+    finish_reason: str | None
+    """Why the text ended with this piece; None if it goes on."""
+
+
+class TextGenerator:
+    """Continues texts. Requests can be added and cancelled between steps."""
+
+    def __init__(self, engine: GenerationEngine, tokenizer: Tokenizer) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self._active: dict[TokenSequence, Completion] = {}
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a text is not finished."""
+        return bool(self._active)
+
+    def add(self, prompt: Sequence[int], sampling: Sampling, stop: Sequence[str] = ()) -> Completion:
+        """Add a text to be continued, which ends before the first of the strings `stop`. Raises ConfigError."""
+        sequence = self.engine.add(prompt, sampling)
+        self._active[sequence] = Completion(sequence, TextStream(self.tokenizer, prompt, stop))
+        return self._active[sequence]
+
+    def cancel(self, completion: Completion) -> None:
+        """End a text that is not wanted any more."""
+        if self._active.pop(completion.sequence, None) is not None:
+            self.engine.cancel(completion.sequence)
+
+    def step(self) -> list[Piece]:
+        """Run one step of the engine. Returns a piece for each text that grew or ended. Collective."""
+        new: dict[TokenSequence, tuple[str, tuple[Draw, ...]]] = {}
+        for sequence, draw in self.engine.step():
+            completion = self._active[sequence]
+            completion.draws.append(draw)
+            new[sequence] = (completion.stream.add(draw.token), (draw,))
+        pieces = []
+        for sequence, completion in list(self._active.items()):
+            text, draws = new.get(sequence, ("", ()))
+            if completion.stream.stopped:
+                self.engine.cancel(sequence)
+            if completion.finish_reason is not None:
+                text += completion.stream.finish()
+                del self._active[sequence]
+            if draws or completion.finish_reason is not None:
+                pieces.append(Piece(completion, text, draws, completion.finish_reason))
+        return pieces
+
+    def run(self) -> Iterator[Piece]:
+        """Yield pieces until all texts are finished. Raises TrainingError if the model's scores are not finite."""
+        while self.is_busy:
+            for piece in self.step():
+                if piece.completion.sequence.error is not None:
+                    raise piece.completion.sequence.error
+                yield piece

@@ -11,7 +11,7 @@ from megagpt.config.schema import ModelConfig
 from megagpt.model import fused
 from megagpt.model.explicit_attention import ExplicitAttention
 from megagpt.model.forward_context import ForwardContext
-from megagpt.model.kv_cache import KVCache
+from megagpt.model.kv_cache import LayerCache
 from megagpt.model.qkv import Heads, build_qkv
 from megagpt.parallel.linear import RowParallelLinear
 from megagpt.parallel.parallel_context import ParallelContext
@@ -128,11 +128,6 @@ class CausalSelfAttention(nn.Module):
             query, key, value, mask, is_causal=is_causal, scale=self.scale, enable_gqa=grouped
         )
 
-    def _cached(self, query: Tensor, key: Tensor, value: Tensor, ctx: ForwardContext, cache: KVCache) -> Tensor:
-        is_prompt = cache.length == 0
-        if not is_prompt and query.shape[2] > 1:
-            raise ValueError("the cache accepts the full prompt first, then one token at a time")
-        keys, values = cache.append(key, value)
-        if not is_prompt and self.window is not None:
-            keys, values = keys[:, :, -self.window :], values[:, :, -self.window :]
-        return self._core(query, keys, values, ctx)
+    def _cached(self, query: Tensor, key: Tensor, value: Tensor, ctx: ForwardContext, cache: LayerCache) -> Tensor:
+        assert ctx.cached_rows is not None
+        return self._core(query, *cache.append(key, value, ctx.cached_rows, self.window), ctx)

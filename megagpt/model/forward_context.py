@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from megagpt.model.kv_cache import KVCache
+from megagpt.model.kv_cache import CachedRows, LayerCache
 from megagpt.model.rotary import RotaryTable
 
 
@@ -36,12 +36,12 @@ class ForwardContext:
     token_keys: Tensor | None = None
     """Key of each token of the full sequence for dropout masks, [batch, seq], int64; absent without dropout."""
     positions: Tensor | None = None
-    """Position of each token of the full sequence, [batch, seq]; counted from `first_position` if absent."""
+    """Position of each token of the full sequence, [batch, seq]; counted from 0 if absent."""
     attention_masks: Mapping[int | None, Tensor] = field(default_factory=dict)
-    """Window -> mask that is added to the attention scores, [batch or 1, 1, seq, seq]; without one, plain causal attention."""
+    """Window -> mask that is added to the attention scores, [batch or 1, 1, seq, keys]; without one, plain causal attention."""
     rotary: RotaryTable | None = None
     """Cosines and sines of the positions of the full sequence, with rotary embeddings."""
-    first_position: int = 0
-    """Position of the first token: the number of cached tokens in generation."""
-    caches: Mapping[int, KVCache] = field(default_factory=dict)
+    cached_rows: CachedRows | None = None
+    """Where the tokens of this forward and earlier ones are in `caches`, in generation."""
+    caches: Mapping[int, LayerCache] = field(default_factory=dict)
     """Keys and values of earlier tokens by layer, in generation."""

@@ -18,7 +18,7 @@ from megagpt.model.dropout import ResidualDropout
 from megagpt.model.dropout_masks import token_keys
 from megagpt.model.forward_context import ForwardContext, MicroBatch
 from megagpt.model.init_scheme import init_stds
-from megagpt.model.kv_cache import KVCache
+from megagpt.model.kv_cache import CachedRows, LayerCache, cached_mask
 from megagpt.model.norm import build_norm
 from megagpt.model.objectives import build_objective
 from megagpt.model.positions import build_positions
@@ -95,23 +95,34 @@ class GPTChunk(nn.Module):
         growth = self.config.model.width_growth
         return self.norm(x) if growth == 1 else self.norm(x) / growth  # muP: smaller logits for larger widths
 
-    def logits(self, tokens: Tensor, caches: Mapping[int, KVCache] | None = None) -> Tensor:
-        """Return next-token logits; for a model in one chunk. [batch, seq] -> [batch, seq, vocab_size]"""
-        return self.loss.logits(self._hidden_after(tokens, caches or {}))
-
-    def next_token_logits(self, tokens: Tensor, caches: Mapping[int, KVCache]) -> Tensor:
-        """Return the logits after the last token only. [batch, seq] -> [batch, vocab_size]"""
-        return self.loss.logits(self._hidden_after(tokens, caches)[:, -1])
-
-    def _hidden_after(self, tokens: Tensor, caches: Mapping[int, KVCache]) -> Tensor:
-        """Return the output of the final norm, in evaluation. [batch, seq] -> [batch, seq, hidden]"""
-        first, new = max((cache.length for cache in caches.values()), default=0), tokens.shape[1]
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Return next-token logits, for a model in one chunk. [batch, seq] -> [batch, seq, vocab_size]"""
+        length = tokens.shape[1]
         ctx = ForwardContext(
-            first_position=first,
-            caches=caches,
-            rotary=self._rotary_table(torch.arange(first, first + new, device=tokens.device)),
-            attention_masks=self._masks(None, new, tokens.device),
+            rotary=self._rotary_table(torch.arange(length, device=tokens.device)),
+            attention_masks=self._masks(None, length, tokens.device),
         )
+        return self.loss.full_logits(self._final_hidden(tokens, ctx))
+
+    def next_token_logits(self, tokens: Tensor, rows: CachedRows, caches: Mapping[int, LayerCache]) -> Tensor:
+        """Return the logits after the last token of each row, and store its keys and values. For a model in one chunk.
+
+        tokens: the new tokens of each row, [rows, new], aligned at the end, -> [rows, vocab_size].
+        """
+        dtype = DTYPES[self.config.training.precision]
+        windows = dict.fromkeys(block.attention.window for block in self.blocks)
+        masks = {window: mask for window in windows if (mask := cached_mask(rows, window, dtype)) is not None}
+        ctx = ForwardContext(
+            positions=rows.positions,
+            rotary=self._rotary_table(rows.positions),
+            attention_masks=masks,
+            cached_rows=rows,
+            caches=caches,
+        )
+        return self.loss.full_logits(self._final_hidden(tokens, ctx)[:, -1])
+
+    def _final_hidden(self, tokens: Tensor, ctx: ForwardContext) -> Tensor:
+        """Return the input of the output layer, in evaluation. [batch, seq] -> [batch, seq, hidden]"""
         return self._output(_run(self.blocks, self._embed(tokens, ctx), ctx))
 
     def _embed(self, tokens: Tensor, ctx: ForwardContext) -> Tensor:

@@ -20,7 +20,7 @@ class LearnedPositions(nn.Module):
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         length = x.shape[1]
-        start = ctx.first_position + length * self.range_index
+        start = length * self.range_index
         if ctx.positions is not None:
             return x + F.embedding(ctx.positions.narrow(1, start, length), self.weight)
         # A slice, not a lookup: its gradient is a plain sum over the batch, with the same bits on every run.

@@ -144,6 +144,17 @@ class VocabParallelLoss(nn.Module):
         """Return the logits of this rank's tokens. [batch, seq, hidden] -> [batch, seq, this rank's vocabulary]"""
         return cap_logits(F.linear(hidden, self.weight[: unpadded_entries(self.weight)]), self.softcap)
 
+    def full_logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits of all tokens on every tensor rank. [..., hidden] -> [..., vocab_size]. Collective."""
+        local, group, entries = self.logits(hidden), self.parallel.tp_group, self.weight.shape[0]
+        if group is None:
+            return local
+        padded = F.pad(local.flatten(0, -2), (0, entries - local.shape[-1]))  # [tokens, entries]
+        gathered = padded.new_empty(self.parallel.tp_size * len(padded), entries)
+        all_gather_into(gathered, padded, group=group)
+        full = gathered.view(self.parallel.tp_size, len(padded), entries).transpose(0, 1).flatten(1)
+        return full[:, : shard_of(self.weight).shape[0]].unflatten(0, hidden.shape[:-1])
+
     def flops_per_token(self) -> int:
         """Forward FLOPs of the unsharded output layer for one token, padding included."""
         entries, width = self.weight.shape

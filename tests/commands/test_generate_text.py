@@ -8,14 +8,18 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
-from support.commands import run_command
-from support.runs import full_model, tiny_config
+from support.commands import BIN, run_command
+from support.families import random_model
+from support.runs import Tree, full_model, tiny_config
 from support.saved import rewrite_file
 
 from megagpt.checkpoint.tokenizer_files import read_tokenizer
 from megagpt.checkpoint.write import TensorSource, write_checkpoint
 from megagpt.commands.generate_text import main
 from megagpt.config import to_json
+from megagpt.inference.generate import Completion, TextGenerator
+from megagpt.inference.prompts import TASKS
+from megagpt.inference.sampling import Sampling
 from megagpt.parallel.parameter import shard_of
 
 POSITIONS = 16
@@ -132,6 +136,15 @@ def test_the_tokenizer_of_the_checkpoint_can_be_replaced(
         (["--max-tokens", "99999999999999"], "--max-tokens 99999999999999: expected 1 to"),
         (["--top-k", "0"], "--top-k 0: expected 1 or more"),
         (["--top-k", "-3"], "--top-k -3: expected 1 or more"),
+        (["--top-p", "0"], "--top-p 0: expected a probability"),
+        (["--top-p", "nan"], "--top-p nan: expected a probability"),
+        (["--min-p", "2"], "--min-p 2: expected 0 to 1"),
+        (["--repetition-penalty", "0"], "--repetition-penalty 0: expected a number above 0"),
+        (["--batch", "0"], "--batch 0: expected 1 to"),
+        (["--stop", ""], "--stop: expected a text"),
+        (["--stop", "caf\udce9"], "--stop: byte 0xe9 after 'caf' is not UTF-8"),
+        (["--logprobs", "2"], "--logprobs: goes with --prompts"),
+        (["--output", "x"], "--output: goes with --prompts"),
         (["--seed", "-1"], "--seed -1: expected 0 to"),
         (["--seed", str(2**64)], f"--seed {2**64}: expected 0 to"),
         (["--prompt", "caf\udce9"], "--prompt: byte 0xe9 after 'caf' is not UTF-8"),
@@ -144,6 +157,116 @@ def test_wrong_arguments_are_refused_with_what_is_expected(
     arguments: list[str], message: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert message in refused(checkpoint, capsys, *arguments)
+
+
+def test_a_text_that_is_streamed_is_the_same(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--temperature", "3"], ["--temperature", "3", "--top-p", "0.9", "--stop", "e"]):
+        assert generate(checkpoint, *arguments, "--max-tokens", "40") == 0
+        expected = capsys.readouterr().out
+        assert generate(checkpoint, *arguments, "--max-tokens", "40", "--stream") == 0
+        assert capsys.readouterr().out == expected
+
+
+def records_of(checkpoint: Path, file: Path, *arguments: str) -> list[Tree]:
+    output = file.with_suffix(".out")
+    command = ["--checkpoint", str(checkpoint), "--prompts", str(file), "--output", str(output), "--max-tokens", "5"]
+    assert main([*command, *arguments]) == 0
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def test_every_prompt_of_a_file_gives_the_text_of_that_prompt_alone(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Five prompts of different lengths, two at a time; the records are in the order of the file."""
+    prompts = ["abc", "a much longer one than that", "", "x", "caf\u00e9 "]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    records = records_of(checkpoint, tmp_path / "p.jsonl", "--temperature", "0", "--batch", "2")
+    assert [record["prompt"] for record in records] == prompts
+    assert [record["index"] for record in records] == [0, 1, 2, 3, 4]
+    capsys.readouterr()
+    for record in records:
+        assert record["finish_reason"] == "length" and record["tokens"] == 5
+        command = ["--checkpoint", str(checkpoint), "--prompt", record["prompt"], "--temperature", "0", "--max-tokens", "5"]
+        assert main(command) == 0
+        assert capsys.readouterr().out == f"{record['prompt']}{record['text']}\n"
+
+
+def test_a_file_of_lines_and_log_probabilities(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p.txt").write_text("first line\n\nsecond line\n")
+    records = records_of(checkpoint, tmp_path / "p.txt", "--logprobs", "2", "--temperature", "0")
+    assert [record["prompt"] for record in records] == ["first line", "second line"]
+    for token in [token for record in records for token in record["logprobs"]]:
+        assert token["top"][0] == {key: token[key] for key in ("token", "id", "logprob")}  # greedy: the most likely one
+        assert token["top"][1]["logprob"] <= token["logprob"] < 0
+    command = ["--checkpoint", str(checkpoint), "--prompts", str(tmp_path / "p.txt"), "--max-tokens", "2"]
+    capsys.readouterr()
+    assert main(command) == 0
+    assert [json.loads(line)["index"] for line in capsys.readouterr().out.splitlines()] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt"\n', "p.jsonl: line 2: not valid JSON"),
+        ("p.jsonl", b'{"question": "a"}\n', 'line 1: expected an object with a text under "prompt"'),
+        ("p.jsonl", b"[1]\n", 'line 1: expected an object with a text under "prompt"'),
+        ("p.txt", b"\n  \n", "p.txt: has no prompts"),
+        ("p.txt", b"caf\xe9\n", "p.txt: byte 3 is not UTF-8"),
+        ("p.txt", None, "p.txt: No such file or directory; expected a file of prompts"),
+    ],
+)
+def test_a_file_that_has_no_prompts_is_refused(
+    name: str, content: bytes | None, message: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert main(["--checkpoint", str(checkpoint), "--prompts", str(tmp_path / name)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_puts_examples_before_the_prompt_and_ends_at_a_blank_line(
+    task: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    added: list[tuple[str, tuple[str, ...]]] = []
+    plain = TextGenerator.add
+
+    def add(self: TextGenerator, prompt: list[int], sampling: Sampling, stop: tuple[str, ...] = ()) -> Completion:
+        added.append((self.tokenizer.decode(prompt), tuple(stop)))
+        return plain(self, prompt, sampling, stop)
+
+    monkeypatch.setattr(TextGenerator, "add", add)
+    assert generate(checkpoint, "--task", task, "--prompt", "the sea\n\nis calm") == 0
+    ((prompt, stop),) = added
+    *examples, last = prompt.split("\n\n")
+    assert len(examples) >= 3 and "the sea\nis calm" in last and stop == ("\n\n",)
+    assert last.splitlines()[-1].endswith(":") and examples[-1].count(":") >= 2
+
+
+def test_a_hugging_face_folder_is_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the BOS token that its tokenizer adds, and the end token that its generation_config.json declares."""
+    transformers = pytest.importorskip("transformers")
+    theirs = random_model("llama")
+    theirs.generation_config.eos_token_id = [2, 9]
+    theirs.save_pretrained(tmp_path)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{n}": n for n in range(61)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("w1 $A", special_tokens=[("w1", 1)])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="w1", eos_token="w2").save_pretrained(tmp_path)
+    prompt = tokenizer.encode("w5 w6 w7").ids
+    assert prompt == [1, 5, 6, 7]
+    out = theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0)[0, len(prompt) :]
+    assert main(["--checkpoint", str(tmp_path), "--prompt", "w5 w6 w7", "--max-tokens", "12", "--temperature", "0"]) == 0
+    expected = [token for token in out.tolist() if token not in (1, 2, 9)]
+    assert capsys.readouterr().out.split() == ["w5", "w6", "w7", *(f"w{token}" for token in expected)]
+
+
+@pytest.mark.launch
+def test_ranks_of_torchrun_print_the_text_of_one_process_once(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--checkpoint", checkpoint, "--prompt", "abc", "--temperature", "0"]
+    both = run_command(BIN / "torchrun", "--nproc-per-node", "2", "tools/generate_text.py", *arguments, OMP_NUM_THREADS="1")
+    assert main([*map(str, arguments)]) == 0
+    assert (both.returncode, both.stdout) == (0, capsys.readouterr().out), both.stderr
 
 
 @pytest.mark.parametrize("temperature", ["1e-42", "1e-323", "0", "1e300"])

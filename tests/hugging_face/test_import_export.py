@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.families import CASES, random_model
 from support.runs import Tree, tiny_config
+from support.texts import continued, greedy
 
 from megagpt.checkpoint.load import CheckpointReader
 from megagpt.config import Config
@@ -20,8 +21,8 @@ from megagpt.hugging_face.export_model import Export
 from megagpt.hugging_face.folder import ModelFolder
 from megagpt.hugging_face.import_model import Import
 from megagpt.hugging_face.peak_memory import PeakMemory
-from megagpt.inference.generate import generate
 from megagpt.inference.load import load_model
+from megagpt.inference.sampling import Sampling
 from megagpt.model.gpt import GPTChunk
 from megagpt.progress import NoProgress
 
@@ -119,7 +120,7 @@ def test_transformers_loads_the_exported_folder_and_generates_what_megagpt_gener
     } == {}
     prompt = [3, 1, 4, 1, 5]
     theirs = model.generate(torch.tensor([prompt]), max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert list(generate(trip.ours, prompt, 9, 0.0, None, 0, None)) == theirs[0, len(prompt) :].tolist()
+    assert greedy(trip.ours, prompt, 9) == theirs[0, len(prompt) :].tolist()
 
 
 def test_dtypes_survive(copy: Path, tmp_path: Path) -> None:
@@ -332,7 +333,7 @@ class TestStories260K:
     def test_the_published_greedy_text_is_reproduced(self, model: GPTChunk) -> None:
         pieces = json.loads((SHARED / "tok512.json").read_text())["pieces"]
         expected = (SHARED / "expected_greedy.txt").read_text().strip()
-        tokens = generate(model, [1], 260, 0.0, None, 0, 1)
+        tokens = continued(model, [[1]], Sampling(260, temperature=0), end={1})[0]
         text = "".join(pieces[token] for token in tokens).replace("<0x0A>", "\n").strip()
         assert len(expected) > 500 and text.startswith(expected)
 

@@ -17,6 +17,7 @@ from megagpt.config import to_json
 from megagpt.errors import CheckpointError, ConfigError, MegagptError
 from megagpt.inference.load import load_model, load_run_tokenizer
 from megagpt.model.meta_model import meta_model
+from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.parameter import shard_of
 
 Trained = tuple[Path, dict[str, torch.Tensor]]
@@ -64,6 +65,11 @@ def test_logits_in_half_precision_are_near_those_of_fp32(dtype: str, trained: Tr
     actual = load_model(trained[0], dtype=dtype)[0].logits(tokens)
     assert actual.dtype == DTYPES[dtype] and not torch.equal(actual.float(), expected)
     torch.testing.assert_close(actual.float(), expected, rtol=0, atol=0.05 * expected.abs().max().item())
+
+
+def test_ranks_that_the_model_cannot_be_divided_by_are_refused(trained: Trained) -> None:
+    with pytest.raises(ConfigError, match="3 ranks: parallel.tensor: 3 does not divide model.n_head 4"):
+        load_model(trained[0], parallel=ParallelContext(tp_size=3))
 
 
 def in_config(**model: object) -> Callable[[Tree], None]:

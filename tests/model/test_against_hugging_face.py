@@ -6,12 +6,12 @@ fp32; the same sums in another order: 1e-5 relative to the largest value.
 import pytest
 import torch
 import transformers
+from support.cached import cached_logits
 from support.gpt2_pair import gpt2_pair, to_megagpt
 from support.runs import parameters_by_name, tiny_config
 
 from megagpt.model.forward_context import MicroBatch
 from megagpt.model.gpt import GPTChunk
-from megagpt.model.kv_cache import KVCache
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +56,5 @@ def test_the_cache_gives_the_logits_of_the_full_text(models) -> None:
     tokens = torch.randint(0, 61, (1, 12))
     with torch.no_grad():
         full = chunk.logits(tokens)
-        caches = {int(index): KVCache() for index in chunk.layers}
-        pieces = [chunk.logits(tokens[:, :5], caches)]
-        pieces += [chunk.logits(tokens[:, i : i + 1], caches) for i in range(5, 12)]
-    close(torch.cat(pieces, 1), full)
-    assert [cache.length for cache in caches.values()] == [12] * 4
+        pieces = cached_logits(chunk, tokens, [5, *[1] * 7])
+    close(pieces, full[:, 4:])

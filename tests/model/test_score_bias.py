@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from support.cached import cached_logits
 from support.runs import Tree, full_model, parameters_by_name, tiny_config
 
 from megagpt.model.explicit_attention import QUERY_BLOCK
 from megagpt.model.forward_context import ForwardContext, MicroBatch
 from megagpt.model.gpt import GPTChunk
-from megagpt.model.kv_cache import KVCache
 from megagpt.model.score_bias import alibi_slopes, relative_buckets
 
 MODELS: dict[str, Tree] = {
@@ -91,10 +91,8 @@ def test_the_cache_gives_the_logits_of_the_full_text(name: str) -> None:
     tokens = torch.randint(0, 61, (1, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         full = model.logits(tokens)
-        caches = {int(index): KVCache() for index in model.layers}
-        pieces = [model.logits(tokens[:, :5], caches)]
-        pieces += [model.logits(tokens[:, i : i + 1], caches) for i in range(5, 12)]
-    torch.testing.assert_close(torch.cat(pieces, 1), full, rtol=0, atol=2e-5 * full.abs().max().item())
+        pieces = cached_logits(model, tokens, [5, *[1] * 7])
+    torch.testing.assert_close(pieces, full[:, 4:], rtol=0, atol=2e-5 * full.abs().max().item())
 
 
 @pytest.mark.parametrize("name", ["ALiBi", "relative, sinks"])
@@ -103,9 +101,7 @@ def test_a_sequence_of_several_blocks_of_queries_is_computed_as_one(name: str) -
     model = model_of(name, n_positions=QUERY_BLOCK + 40)
     tokens = torch.randint(0, 61, (1, QUERY_BLOCK + 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        caches = {int(index): KVCache() for index in model.layers}
-        model.logits(tokens[:, :-1], caches)
-        last = model.logits(tokens[:, -1:], caches)[:, 0]  # a single query, in a block of its own
+        last = cached_logits(model, tokens, [QUERY_BLOCK + 39, 1])[:, 1]  # a single query, in a block of its own
         torch.testing.assert_close(model.logits(tokens)[:, -1], last, rtol=0, atol=2e-5 * last.abs().max().item())
 
 

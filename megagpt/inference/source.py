@@ -1,0 +1,115 @@
+"""A trained model with what its texts need: a checkpoint of any layout, or a folder of a Hugging Face model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megagpt.checkpoint.format import Manifest, read_manifest, resolve_checkpoint
+from megagpt.checkpoint.tokenizer_files import carried_path
+from megagpt.config import Config
+from megagpt.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from megagpt.errors import DataError
+from megagpt.hugging_face.folder import CONFIG, GENERATION, MAX_CONFIG_BYTES, read_object
+from megagpt.inference.load import load_hugging_face, load_model, load_run_tokenizer
+from megagpt.model.gpt import GPTChunk
+from megagpt.parallel.parallel_context import ParallelContext
+from megagpt.progress import Progress
+from megagpt.training.train_state import IMPORTED_FROM
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model in memory, ready to continue texts."""
+
+    model: GPTChunk
+    config: Config
+    tokenizer: Tokenizer
+    end: frozenset[int]
+    """Ids that end a text: the end of a document, and those that a Hugging Face model declares."""
+    before: tuple[int, ...]
+    """Ids that a Hugging Face tokenizer adds before a text, such as a BOS token; megagpt's own training adds none."""
+    tokenizer_folder: Path | None
+    """Folder with the tokenizer's files, which may have a chat template."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a prompt; an empty one starts a new document."""
+        ids = [*self.before, *self.tokenizer.encode(text)]
+        return ids or [self.tokenizer.eod_id]
+
+
+class CheckpointSource:
+    """A checkpoint of megagpt."""
+
+    def __init__(self, folder: Path, tokenizer: str | None) -> None:
+        """`tokenizer`: path of another tokenizer than the checkpoint's. Raises CheckpointError, ConfigError or DataError."""
+        self.folder = folder
+        self._manifest: Manifest = read_manifest(folder)
+        self._tokenizer = load_run_tokenizer(folder, self._manifest, tokenizer)
+        self._tokenizer_path = tokenizer or carried_path(folder, self._manifest)
+
+    def total_bytes(self, checksums: bool) -> int:
+        """Return how many bytes `load` reports as progress."""
+        return self._manifest.total_bytes if checksums else 0
+
+    def load(
+        self, device: torch.device, dtype: str, checksums: bool, progress: Progress, parallel: ParallelContext
+    ) -> TrainedModel:
+        """Load this rank's part of the model; see `load_model`."""
+        model, config = load_model(self.folder, device, dtype, checksums, progress, parallel)
+        folder = _folder(self._tokenizer_path)
+        before = _added_before(self._tokenizer) if IMPORTED_FROM in self._manifest.state else ()
+        return TrainedModel(model, config, self._tokenizer, _end_ids(self._tokenizer, folder), before, folder)
+
+
+class HuggingFaceSource:
+    """A folder of a Hugging Face model."""
+
+    def __init__(self, folder: Path, tokenizer: str | None) -> None:
+        """`tokenizer`: path of another tokenizer than the folder's. Raises DataError if there is none."""
+        self.folder = folder
+        self._path = tokenizer or str(folder)
+        try:
+            self._tokenizer = load_tokenizer(self._path)
+        except DataError as error:
+            raise DataError(f"{error}; give --tokenizer" if tokenizer is None else str(error)) from None
+
+    def total_bytes(self, checksums: bool) -> int:
+        """Return how many bytes `load` reports as progress; 0 for not known."""
+        return 0
+
+    def load(
+        self, device: torch.device, dtype: str, checksums: bool, progress: Progress, parallel: ParallelContext
+    ) -> TrainedModel:
+        """Load this rank's part of the model; see `load_hugging_face`. There are no checksums."""
+        model, config = load_hugging_face(self.folder, device, dtype, progress, parallel)
+        end = _end_ids(self._tokenizer, self.folder)
+        return TrainedModel(model, config, self._tokenizer, end, _added_before(self._tokenizer), _folder(self._path))
+
+
+def open_source(path: str, tokenizer: str | None = None) -> CheckpointSource | HuggingFaceSource:
+    """Return the model at `path`: a checkpoint, a run (its newest checkpoint), or a folder of a Hugging Face model.
+
+    Raises CheckpointError if there is none, and DataError or ConfigError if its tokenizer cannot be loaded.
+    """
+    if (Path(path) / CONFIG).is_file():
+        return HuggingFaceSource(Path(path), tokenizer)
+    return CheckpointSource(resolve_checkpoint(path), tokenizer)
+
+
+def _end_ids(tokenizer: Tokenizer, folder: Path | None) -> frozenset[int]:
+    """Return the ids that end a text: the tokenizer's, and those of generation_config.json or config.json in `folder`."""
+    files = [] if folder is None else [path for name in (GENERATION, CONFIG) if (path := folder / name).is_file()]
+    declared = read_object(files[0], MAX_CONFIG_BYTES).get("eos_token_id") if files else None
+    ids = declared if isinstance(declared, list) else [declared]
+    return frozenset([tokenizer.eod_id, *(token for token in ids if isinstance(token, int))])
+
+
+def _added_before(tokenizer: Tokenizer) -> tuple[int, ...]:
+    return tuple(tokenizer.framing()[0]) if isinstance(tokenizer, HuggingFaceTokenizer) else ()
+
+
+def _folder(path: str | None) -> Path | None:
+    if path is None or path == "byte":
+        return None
+    return Path(path) if Path(path).is_dir() else Path(path).parent
