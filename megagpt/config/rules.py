@@ -79,7 +79,7 @@ def broken_rules(config: Config) -> list[Problem]:
     """Return all rules that `config` breaks, for any number of ranks."""
     layout = (_shape, _tensor_parallel, _context, _pipeline, _zero)
     batches = (_batch, _ramp, _noise_scale, _length)
-    other = (_checkpoint, _data, _fill_in_the_middle, _preference, _lr_schedule, _optimizer, _deepspeed)
+    other = (_checkpoint, _data, _fill_in_the_middle, _classification, _preference, _lr_schedule, _optimizer, _deepspeed)
     return [problem for rule in (*layout, *batches, *other) for problem in rule(config)]
 
 
@@ -404,6 +404,19 @@ def _fill_in_the_middle(config: Config) -> Iterator[Problem]:
         yield Problem((key, "data.task"), f'{key}: has no meaning for data.task "{data.task}"; leave it out')
     if len(set(data.fill_in_the_middle.tokens)) < 3:
         yield Problem(("data.fill_in_the_middle.tokens",), "data.fill_in_the_middle.tokens: expected three different tokens")
+
+
+def _classification(config: Config) -> Iterator[Problem]:
+    task = 'data.task "classification"'
+    if (config.data.task == "classification") != bool(config.data.classes):
+        yield Problem(("data.classes", "data.task"), f"data.classes: goes with {task}; set both or neither")
+    if config.data.task != "classification":
+        return
+    for axis in ("pipeline", "context"):
+        if getattr(config.parallel, axis) > 1:
+            yield Problem((f"parallel.{axis}",), f"parallel.{axis}: does not work with {task}; expected 1")
+    if config.zero.stage == 3:
+        yield Problem(("zero.stage",), f"zero.stage: 3 does not work with {task}; expected 0, 1 or 2")
 
 
 def _preference(config: Config) -> Iterator[Problem]:

@@ -164,7 +164,7 @@ class ModelConfig(Section):
     resid_pdrop: float = Field(default=0.0, ge=0, lt=1)
     """Dropout probability before each residual addition."""
     clf_pdrop: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout probability before a classification head. A pretrained model has no such head, so it has no effect there."""
+    """Dropout probability before the classification head of finetune_classifier.py. Without that head it has no effect."""
     tie_embeddings: bool = True
     """Use the token embedding's weight for the output layer as well."""
     init_std: float = Field(default=0.02, gt=0)
@@ -294,10 +294,12 @@ class DataConfig(Section):
     tokenizer: PathText | None = None
     """A SentencePiece .model file, a Hugging Face tokenizer.json, a folder with vocab.json and merges.txt, or "byte".
     GPT-2's vocab.json and merges.txt: https://huggingface.co/openai-community/gpt2."""
-    task: Literal["text", "chat", "preference"] = "text"
+    task: Literal["text", "chat", "preference", "classification"] = "text"
     """What the data is for. text: every token of the stream is learned. chat: examples made by preprocess_data.py --task chat;
     the answers are learned, several examples share a sample, and attention and positions restart at each. preference: pairs of
-    answers made by --task preference, learned by DPO (section dpo)."""
+    answers made by --task preference, learned by DPO (section dpo). classification: set by finetune_classifier.py."""
+    classes: list[str] = []
+    """task classification: names of the classes."""
     long_examples: Literal["drop", "truncate"] = "drop"
     """task chat: what happens to an example of more than n_positions + 1 tokens. Their number is in the first lines of the
     run. Pairs are always dropped: both answers together must fit."""

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from megagpt.config.schema import DataConfig, Source
-from megagpt.data.examples import ExampleCorpus, PackedExamples
+from megagpt.data.examples import ExampleCorpus, LabelledExamples, PackedExamples
 from megagpt.data.fill_in_the_middle import build_fill_in_the_middle
 from megagpt.data.gpt_dataset import PackedCorpus, Sample, TooShortError, Transform
 from megagpt.data.indexed import MAX_CHECKED_BYTES, IndexedCorpus, check_corpus
@@ -69,19 +69,28 @@ class TextCorpus:
 class TaskCorpus:
     """A corpus of examples."""
 
-    def __init__(self, prefix: str, data: DataConfig, sequences_per_example: int) -> None:
+    def __init__(
+        self,
+        prefix: str,
+        data: DataConfig,
+        sequences_per_example: int = 1,
+        packed: type[PackedExamples] = PackedExamples,
+    ) -> None:
+        """`packed`: how samples are made of the examples."""
         self._corpus = ExampleCorpus(prefix, sequences_per_example)
         self._data = data
+        self._packed = packed
         self.n_documents = len(self._corpus.lengths)
 
     def dataset(self, documents: range, sequence_length: int, transform: Transform | None = None) -> Dataset:
-        return PackedExamples(self._corpus, documents, sequence_length, self._data)
+        return self._packed(self._corpus, documents, sequence_length, self._data)
 
 
 CORPORA: dict[str, Callable[[str, DataConfig], OpenCorpus]] = {
     "text": TextCorpus,
-    "chat": partial(TaskCorpus, sequences_per_example=1),
+    "chat": TaskCorpus,
     "preference": partial(TaskCorpus, sequences_per_example=2),
+    "classification": partial(TaskCorpus, packed=LabelledExamples),
 }
 """data.task -> how a prefix is opened."""
 

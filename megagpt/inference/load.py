@@ -109,6 +109,8 @@ def _config(folder: Path, manifest: Manifest, dtype: str, tp_size: int) -> Confi
     saved = build_config(upgrade_keys(manifest.config), f"{folder}: config")
     if saved.model.vocab_size is None:
         raise CheckpointError(f"{folder}: config: model.vocab_size: null; expected the size of the saved embedding")
+    if saved.data.classes:
+        raise CheckpointError(f"{folder}: is a classifier, which has no output layer for tokens; expected a language model")
     if saved.model.n_layer > len(manifest.tensors):  # building the layers would take time before the shapes are compared
         n_tensors = len(manifest.tensors)
         raise CheckpointError(f"{folder}: config: model.n_layer: {saved.model.n_layer}, but it has only {n_tensors} tensors")

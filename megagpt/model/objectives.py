@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megagpt.config.schema import Config
+from megagpt.labels import IGNORED
 from megagpt.model.forward_context import MicroBatch
+from megagpt.parallel.collectives import gather_sequence
 from megagpt.parallel.embedding import VocabParallelLoss
 
 
@@ -96,10 +98,35 @@ class PreferenceLoss:
         self._rewards[training] = sums if before is None else Rewards(*(a + b for a, b in zip(before, sums, strict=True)))
 
 
+class ClassLoss(TokenLoss):
+    """Cross entropy of classes, with the confusion matrix of evaluations."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._n_classes = len(config.data.classes)
+        self._confusion: Tensor | None = None
+
+    def __call__(self, output: VocabParallelLoss, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
+        if not output.training:
+            labels = micro_batch.labels  # [batch, seq]
+            everywhere = gather_sequence(hidden, output.parallel.tp_group) if output.parallel.sequence_parallel else hidden
+            predicted = output.full_logits(everywhere[labels != IGNORED]).argmax(-1)
+            pairs = labels[labels != IGNORED] * self._n_classes + predicted
+            counts = torch.bincount(pairs, minlength=self._n_classes**2).view(self._n_classes, self._n_classes)
+            self._confusion = counts if self._confusion is None else self._confusion + counts
+        return super().__call__(output, hidden, micro_batch)
+
+    def take_confusion(self) -> Tensor | None:
+        """Return the counts of the evaluation since the last call, [class, predicted class]; None without a forward."""
+        counts, self._confusion = self._confusion, None
+        return counts
+
+
 OBJECTIVES: dict[str, type[TokenLoss] | type[PreferenceLoss]] = {
     "text": TokenLoss,
     "chat": TokenLoss,
     "preference": PreferenceLoss,
+    "classification": ClassLoss,
 }
 """data.task -> what the last chunk computes."""
 

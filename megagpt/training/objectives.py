@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megagpt.config.schema import Config
 from megagpt.data.blend import Datasets
 from megagpt.engine.engine import Engine
-from megagpt.model.objectives import PreferenceLoss
+from megagpt.model.objectives import ClassLoss, PreferenceLoss
 from megagpt.training.checkpointing import find_initial_weights
 from megagpt.training.metrics import perplexity
 from megagpt.training.reference import compute_margins, examples_of, reference_fingerprint, stored_margins
@@ -72,6 +72,31 @@ class PreferenceTuning:
         return {f"{name}_loss": loss, **_reward_metrics(engine, f"{name}_", training=False)}
 
 
+class Classification:
+    """Classes of texts."""
+
+    def prepare(self, engine: Engine, datasets: Datasets) -> None:
+        """Do nothing."""
+
+    def training_metrics(self, engine: Engine) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+    def evaluation_metrics(self, engine: Engine, name: str, loss: float) -> dict[str, Any]:
+        """Return the loss, the accuracy, and the confusion matrix: for each class the number of each predicted class."""
+        n_classes = len(engine.config.data.classes)
+        confusion = torch.zeros(n_classes, n_classes, dtype=torch.float64, device=engine.device)
+        for chunk in engine.chunks.values():
+            counts = chunk.objective.take_confusion() if isinstance(chunk.objective, ClassLoss) else None
+            if counts is not None and engine.topology.tp_rank == 0:
+                confusion += counts
+        if engine.topology.world_group is not None:
+            dist.all_reduce(confusion, group=engine.topology.world_group)
+        accuracy = float(confusion.trace() / confusion.sum().clamp(min=1))
+        counts_by_class = [[int(count) for count in row] for row in confusion.tolist()]
+        return {f"{name}_loss": loss, f"{name}_accuracy": accuracy, f"{name}_confusion": counts_by_class}
+
+
 def _reward_metrics(engine: Engine, prefix: str, training: bool) -> dict[str, float]:
     sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
     objectives = [chunk.objective for chunk in engine.chunks.values() if chunk.is_last]
@@ -89,6 +114,7 @@ OBJECTIVES: dict[str, type[RunObjective]] = {
     "text": LanguageModelling,
     "chat": LanguageModelling,
     "preference": PreferenceTuning,
+    "classification": Classification,
 }
 """data.task -> what a run does for it."""
 

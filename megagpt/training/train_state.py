@@ -24,6 +24,7 @@ from megagpt.distributed.object_collectives import all_gather_object, run_on_ran
 from megagpt.engine.deepspeed_internals import ParameterPartition, ZeroState
 from megagpt.engine.engine import Engine
 from megagpt.errors import CheckpointError, listed
+from megagpt.model.gpt import CLASSIFIER
 from megagpt.parallel.adapter import is_adapter
 from megagpt.parallel.parameter import Shard, shard_of
 
@@ -224,6 +225,7 @@ def _check(engine: Engine, reader: CheckpointReader) -> tuple[dict[str, Any], Ru
         )
     saved_config = _check_model(engine, reader)
     _check_adapters(engine, reader)
+    reader.check_shapes({shard_of(p).name: shard_of(p).shape for p in engine.parameters})
     with _other_version_if_invalid(reader.folder):
         state = RunState.model_validate(reader.manifest.state)
         state_changes(saved_config, engine.config)
@@ -238,8 +240,7 @@ def _check_model(engine: Engine, reader: CheckpointReader) -> dict[str, Any]:
     differences = model_differences(model, engine.config.model)
     if differences:
         raise CheckpointError(f"{reader.folder}: the checkpoint is of another model: {'; '.join(differences)}")
-    shapes = {shard_of(p).name: shard_of(p).shape for p in engine.parameters}
-    reader.check_shapes({name: shape for name, shape in shapes.items() if not is_adapter(name)})
+    reader.check_shapes({shard_of(p).name: shard_of(p).shape for p in engine.parameters if _is_saved(p, reader)})
     return saved_config
 
 
@@ -290,9 +291,9 @@ def _fill_weights(engine: Engine, zero: ZeroState, reader: CheckpointReader) -> 
 
 
 def _is_saved(parameter: nn.Parameter, reader: CheckpointReader) -> bool:
-    """Return whether a checkpoint has a parameter; it must have all but the adapters of a new run."""
+    """Return whether a checkpoint has a parameter; it must have all but the adapters and the classifier of a new run."""
     name = shard_of(parameter).name
-    return not is_adapter(name) or reader.has(MASTER, name)
+    return not (is_adapter(name) or name == CLASSIFIER) or reader.has(MASTER, name)
 
 
 def _read(reader: CheckpointReader, state: str, shard: Shard, partition: ParameterPartition) -> torch.Tensor:

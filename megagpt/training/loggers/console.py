@@ -62,6 +62,8 @@ def _evaluation_parts(record: MetricsRecord, split: str) -> list[str]:
     parts = [f"{split} loss {record[f'{split}_loss']:.4f}"]
     if f"{split}_perplexity" in record:
         parts.append(f"perplexity {record[f'{split}_perplexity']:.2f}")
+    if f"{split}_accuracy" in record:
+        parts.append(f"accuracy {record[f'{split}_accuracy']:.1%}")
     return parts + _reward_parts(record, f"{split}_")
 
 
