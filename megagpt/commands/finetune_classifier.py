@@ -32,9 +32,7 @@ NO_CLASSIFIER = "a pretrained model, not a classifier"
 def create_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's arguments."""
     parser = shell.command_parser("finetune_classifier.py", __doc__, EXAMPLE)
-    parser.add_argument(
-        "--checkpoint", required=True, help="folder of a pretrained checkpoint, or of a run (its newest is used)"
-    )
+    parser.add_argument("--checkpoint", required=True, help="folder of a pretrained checkpoint, or of a run (its newest)")
     parser.add_argument("--train", required=True, metavar="FILE", help="labelled texts to learn from, .jsonl or .parquet")
     parser.add_argument("--valid", required=True, metavar="FILE", help="labelled texts for accuracy and confusion matrix")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="folder for everything that the run writes")

@@ -12,6 +12,7 @@ from megagpt.config.schema import Config
 from megagpt.engine.optimizer import Group, group_of, set_group
 from megagpt.errors import ConfigError
 from megagpt.model.adapters import linear_layers
+from megagpt.model.gpt import CLASSIFIER
 from megagpt.model.meta_model import meta_model, parameter_names
 from megagpt.parallel.adapter import is_adapter, layer_name
 from megagpt.parallel.parameter import shard_of
@@ -19,7 +20,7 @@ from megagpt.parallel.parameter import shard_of
 
 def freeze(chunks: Iterable[nn.Module], config: Config) -> None:
     """Turn off the gradients of the weights that `training.freeze` selects, in this rank's chunks; with LoRA, of all but the
-    adapters.
+    adapters and a classification head.
 
     Raises ConfigError if a pattern matches no weight or layer of the model, or if no weight is left to train.
     """
@@ -32,7 +33,8 @@ def freeze(chunks: Iterable[nn.Module], config: Config) -> None:
         require_matches("lora.targets", config.lora.targets, layers, "linear layer")
     names = parameter_names(model)
     require_matches("training.freeze", patterns, names)
-    trained = {name for name in names if not _matches(name, patterns) and (is_adapter(name) or not has_adapters)}
+    new = {name for name in names if is_adapter(name) or name == CLASSIFIER or not has_adapters}
+    trained = {name for name in new if not _matches(name, patterns)}
     if not trained:
         raise ConfigError("training.freeze: every weight is frozen; leave at least one to train")
     for chunk in chunks:
