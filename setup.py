@@ -56,6 +56,7 @@ setup(
         "deepspeed>=0.19,<0.20",  # megagpt uses private parts: engine/deepspeed_internals.py
         "numpy>=1.26",
         "pydantic>=2.7",  # the first with use_attribute_docstrings
+        "jinja2>=3.1.6",  # older versions have known escapes from the sandbox
         "json5>=0.9.20",
         "pyyaml>=6",
         "sentencepiece>=0.2",

@@ -1,4 +1,4 @@
-"""tools/preprocess_data.py: convert text to token files in Megatron's format."""
+"""tools/preprocess_data.py: convert text, or examples for fine-tuning, to token files in Megatron's format."""
 
 import argparse
 import os
@@ -10,18 +10,23 @@ from pathlib import Path
 
 from megagpt.commands import shell
 from megagpt.commands.progress import progress
+from megagpt.data.chat_template import ChatTemplate
+from megagpt.data.chat_tokens import ParsingTokenizer, parsing_special_tokens
+from megagpt.data.examples import mask_prefix
 from megagpt.data.indexed import files_of
 from megagpt.data.offline.documents import TEXT_KEY, select_input_files, stop, unescape_separator
 from megagpt.data.offline.preprocess import Counts, PreprocessJob, preprocess
+from megagpt.data.offline.preprocess_examples import CONVERSATIONS, ExampleCounts, output_prefix, preprocess_examples
 from megagpt.data.tokenizer import HuggingFaceTokenizer, Tokenizer, gpt2_tokenizer, load_tokenizer
 from megagpt.errors import ConfigError, DataError, listed
 
 EXAMPLE = r"""examples:
   python tools/preprocess_data.py --input corpus.jsonl --tokenizer data/gpt2 --output-prefix data/corpus --append-eod
   python tools/preprocess_data.py --input novel.txt --text-separator '\n\n' --tokenizer byte --output-prefix data/novel
+  python tools/preprocess_data.py --task chat --input chats.jsonl --tokenizer data/chat_tokenizer --output-prefix data/chats
 The first writes data/corpus_text_document.bin and .idx. The prefix data/corpus_text_document goes into a config, as
 data.train or data.paths. Training splits data by documents, so divide long text files with --text-separator. Speed is
-printed in MB/s, of 10^6 bytes of text."""
+printed in MB/s, of 10^6 bytes of text. The last writes data/chats_chat.bin, .idx and a mask, for data.task "chat"."""
 FEW_DOCUMENTS = 20
 """Fewer documents than this may leave a share of data.split without any."""
 TYPES = ("GPT2BPETokenizer", "HFTokenizer", "SentencePieceTokenizer", "ByteTokenizer")
@@ -38,7 +43,25 @@ def create_parser() -> argparse.ArgumentParser:
         help="files, globs or folders: .jsonl, .parquet or plain UTF-8 text, also .gz and .zst; in a folder, hidden and "
         "binary files and descriptions of the dataset, such as README, are skipped",
     )
-    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX_KEY_document.bin and .idx")
+    parser.add_argument(
+        "--output-prefix",
+        required=True,
+        metavar="PREFIX",
+        help="writes PREFIX_KEY_document.bin and .idx, or PREFIX_TASK.bin and .idx and its mask",
+    )
+    parser.add_argument(
+        "--task",
+        choices=("text", *CONVERSATIONS),
+        default="text",
+        help='text: documents for pretraining; chat: JSON lines with "messages", or "prompt" and "response"; '
+        'preference: JSON lines with "prompt", "chosen" and "rejected" (default: %(default)s)',
+    )
+    parser.add_argument(
+        "--chat-template",
+        metavar="NAME",
+        help="chat and preference: chatml, a file with a Jinja template, or the name of one of the tokenizer's templates "
+        "(default: the tokenizer's)",
+    )
     parser.add_argument(
         "--json-keys",
         "--jsonl-keys",
@@ -61,6 +84,12 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument("--merge-file", metavar="FILE", help="GPT2BPETokenizer: merges.txt (default: beside the vocab file)")
     parser.add_argument(
         "--tokenizer-model", metavar="FILE", help="SentencePieceTokenizer: the .model; HFTokenizer: tokenizer.json"
+    )
+    parser.add_argument(
+        "--parse-special-tokens",
+        action="store_true",
+        help="text: take the text of a special token, such as <|endoftext|>, for the token (default: it is text, except "
+        "for the added tokens of a tokenizer.json)",
     )
     parser.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
     parser.add_argument(
@@ -89,7 +118,7 @@ def create_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    return shell.run(_preprocess, create_parser(), argv)
+    return shell.run(_run, create_parser(), argv)
 
 
 def available_cores() -> int:
@@ -97,10 +126,57 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def _run(args: argparse.Namespace) -> None:
+    if args.task == "text":
+        _preprocess(args)
+    else:
+        _preprocess_examples(args)
+
+
+def _preprocess_examples(args: argparse.Namespace) -> None:
+    start = time.monotonic()
+    _check_examples(args)
+    template = ChatTemplate.load(args.tokenizer, args.chat_template)
+    files = select_input_files(args.input).files
+    prefix = output_prefix(args.output_prefix, args.task)
+    with progress("encode", sum(path.stat().st_size for path in files)) as bar:
+        counts = preprocess_examples(
+            files, template, args.task, args.output_prefix, bar, stop if args.on_error == "stop" else _warn
+        )
+    print(_examples_summary(prefix, counts, time.monotonic() - start))
+    print(f'written: {prefix}.bin and .idx, and their mask; in a config: data.train = {prefix}, data.task = "{args.task}"')
+    if missing := template.text_tokens():
+        print(
+            f"note: the tokenizer has no token {listed(missing)}, so the chat template writes them as text; a template with "
+            "tokens of the tokenizer is shorter and safer"
+        )
+
+
+def _check_examples(args: argparse.Namespace) -> None:
+    defaults = create_parser()
+    for key in ("json_keys", "text_separator", "append_eod", "parse_special_tokens", "resume", "reference", "tokenizer_type"):
+        if getattr(args, key) != defaults.get_default(key):
+            raise ConfigError(f"--{key.replace('_', '-')}: is for --task text; leave it out with --task {args.task}")
+    if args.tokenizer is None:
+        raise ConfigError("--tokenizer: is needed; name a tokenizer with a chat template, or set --chat-template")
+    prefix = output_prefix(args.output_prefix, args.task)
+    _require_absent([*files_of(prefix), *files_of(mask_prefix(prefix))], args.overwrite)
+
+
+def _examples_summary(prefix: str, counts: ExampleCounts, seconds: float) -> str:
+    skipped = f", {counts.skipped} skipped" if counts.skipped else ""
+    return (
+        f"{prefix}: {_number(counts.examples, 'example')}{skipped}, {counts.tokens} tokens, of which {counts.learned} are "
+        f"learned; the longest has {counts.longest} tokens; {counts.examples / max(seconds, 1e-9):,.0f} examples/s"
+    )
+
+
 def _preprocess(args: argparse.Namespace) -> None:
     start = time.monotonic()
     _check(args)
     load = _tokenizer_loader(args)
+    if args.parse_special_tokens:
+        load = partial(_load_parsing, load)
     tokenizer = load()
     before, after = _added_tokens(args, tokenizer)
     selection = select_input_files(args.input)
@@ -117,7 +193,7 @@ def _preprocess(args: argparse.Namespace) -> None:
         separator=unescape_separator(args.text_separator) if args.text_separator is not None else None,
         workers=args.workers,
         check_share=args.check_share,
-        reference=args.reference,
+        reference=args.reference or isinstance(tokenizer, ParsingTokenizer),
         resume=args.resume,
     )
     with progress("tokenize", sum(path.stat().st_size for path in selection.files)) as bar:
@@ -138,8 +214,14 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--check-share {args.check_share:g}: expected a share of the documents, 0 to 1")
     if len(set(args.json_keys)) < len(args.json_keys):
         raise ConfigError(f"--json-keys {' '.join(args.json_keys)}: names a key twice")
-    existing = [path for prefix in _output_prefixes(args) for path in files_of(prefix) if path.exists()]
-    if existing and not args.overwrite and not args.resume:
+    if args.chat_template is not None:
+        raise ConfigError("--chat-template: is for --task chat and preference; leave it out with --task text")
+    _require_absent([path for prefix in _output_prefixes(args) for path in files_of(prefix)], args.overwrite or args.resume)
+
+
+def _require_absent(paths: Sequence[Path], allowed: bool) -> None:
+    existing = [path for path in paths if path.exists()]
+    if existing and not allowed:
         raise ConfigError(
             f"{existing[0]}: already exists; choose another --output-prefix, or replace the files with --overwrite"
         )
@@ -216,6 +298,10 @@ def _tokenizer_loader(args: argparse.Namespace) -> Callable[[], Tokenizer]:
     if not model:
         raise ConfigError(f"--tokenizer-type {args.tokenizer_type}: needs --tokenizer-model")
     return partial(load_tokenizer, model)
+
+
+def _load_parsing(load: Callable[[], Tokenizer]) -> Tokenizer:
+    return parsing_special_tokens(load())
 
 
 def _warn(error: DataError) -> None:

@@ -282,6 +282,12 @@ class DataConfig(Section):
     tokenizer: PathText | None = None
     """A SentencePiece .model file, a Hugging Face tokenizer.json, a folder with vocab.json and merges.txt, or "byte".
     GPT-2's vocab.json and merges.txt: https://huggingface.co/openai-community/gpt2."""
+    task: Literal["text", "chat"] = "text"
+    """What the data is for. text: every token of the stream is learned. chat: examples made by preprocess_data.py --task chat;
+    the answers are learned, several examples share a sample, and attention and positions restart at each."""
+    long_examples: Literal["drop", "truncate"] = "drop"
+    """task chat: what happens to an example of more than n_positions + 1 tokens. Their number is in the first lines of the
+    run."""
     seed: int = Field(default=1234, ge=0, le=MAX_SEED)
     """Seed for the shuffle order of documents and samples."""
     cache_dir: PathText | None = None
@@ -295,6 +301,16 @@ class DataConfig(Section):
     mask_document_ends: bool = False
     """Mask the loss on the first token of each document, which cannot be predicted from the previous document (Megatron:
     eod-mask-loss)."""
+
+    @property
+    def separates_positions(self) -> bool:
+        """Whether position numbers restart at each document."""
+        return self.reset_positions or self.task != "text"
+
+    @property
+    def separates_attention(self) -> bool:
+        """Whether attention stays inside each document."""
+        return self.reset_attention or self.task != "text"
 
 
 class OptimizerConfig(Section):

@@ -1,12 +1,14 @@
 """The datasets that a config names, and several corpora mixed into one stream."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from megagpt.config.schema import DataConfig, Source
+from megagpt.data.examples import ExampleCorpus, PackedExamples
 from megagpt.data.gpt_dataset import PackedCorpus, Sample, TooShortError
 from megagpt.data.indexed import MAX_CHECKED_BYTES, IndexedCorpus, check_corpus
 from megagpt.data.interleave import Interleave
@@ -37,6 +39,49 @@ class Datasets(NamedTuple):
     train: Dataset
     valid: Dataset | None
     test: Dataset | None
+
+
+class OpenCorpus(Protocol):
+    """A corpus of any task, opened."""
+
+    @property
+    def n_documents(self) -> int:
+        """Documents that a split divides."""
+
+    def dataset(self, documents: range, sequence_length: int) -> Dataset:
+        """Return a range of the documents as samples. Raises TooShortError if they make no sample."""
+
+
+class TextCorpus:
+    """A corpus whose tokens are one stream."""
+
+    def __init__(self, prefix: str, data: DataConfig) -> None:
+        self._corpus = IndexedCorpus(prefix)
+        self._data = data
+        self.n_documents = len(self._corpus.sizes)
+
+    def dataset(self, documents: range, sequence_length: int) -> Dataset:
+        cache_dir = Path(self._data.cache_dir) if self._data.cache_dir else None
+        return PackedCorpus(self._corpus, documents, sequence_length, self._data.seed, cache_dir)
+
+
+class TaskCorpus:
+    """A corpus of examples."""
+
+    def __init__(self, prefix: str, data: DataConfig, sequences_per_example: int) -> None:
+        self._corpus = ExampleCorpus(prefix, sequences_per_example)
+        self._data = data
+        self.n_documents = len(self._corpus.lengths)
+
+    def dataset(self, documents: range, sequence_length: int) -> Dataset:
+        return PackedExamples(self._corpus, documents, sequence_length, self._data)
+
+
+CORPORA: dict[str, Callable[[str, DataConfig], OpenCorpus]] = {
+    "text": TextCorpus,
+    "chat": partial(TaskCorpus, sequences_per_example=1),
+}
+"""data.task -> how a prefix is opened."""
 
 
 class Blend:
@@ -74,8 +119,8 @@ def build_datasets(data: DataConfig, sequence_length: int) -> Datasets:
     Raises DataError if files are missing, damaged or too short, and if there is no training data.
     """
     if data.paths is not None and data.split is not None:
-        corpora = _open(data.paths)  # once: an index of many documents takes a while to check
-        datasets = [_split_dataset(data, data.paths, corpora, data.split, part, sequence_length) for part in range(3)]
+        corpora = _open(data, data.paths)  # once: an index of many documents takes a while to check
+        datasets = [_split_dataset(data.paths, corpora, data.split, part, sequence_length) for part in range(3)]
     else:
         datasets = [_full_dataset(data, source, sequence_length) for source in (data.train, data.valid, data.test)]
     train, valid, test = datasets
@@ -105,13 +150,13 @@ def check_vocabulary(data: DataConfig, vocab_size: int) -> None:
 
 
 def _split_dataset(
-    data: DataConfig, source: Source, corpora: Sequence[IndexedCorpus], split: str, part: int, sequence_length: int
+    source: Source, corpora: Sequence[OpenCorpus], split: str, part: int, sequence_length: int
 ) -> Dataset | None:
     if float(split.split(",")[part]) == 0:
         return None
-    ranges = [split_ranges(len(corpus.sizes), split)[part] for corpus in corpora]
+    ranges = [split_ranges(corpus.n_documents, split)[part] for corpus in corpora]
     try:
-        packed = [_packed(data, c, r, sequence_length) for c, r in zip(corpora, ranges, strict=True)]
+        packed = [corpus.dataset(documents, sequence_length) for corpus, documents in zip(corpora, ranges, strict=True)]
     except TooShortError as error:
         raise DataError(
             f"data.split {split}: {PARTS[part]}: {error}; a split is by documents: use more or shorter documents (text files: "
@@ -123,16 +168,11 @@ def _split_dataset(
 def _full_dataset(data: DataConfig, source: Source | None, sequence_length: int) -> Dataset | None:
     if not source:
         return None
-    return _blend([_packed(data, corpus, range(len(corpus.sizes)), sequence_length) for corpus in _open(source)], source)
+    return _blend([corpus.dataset(range(corpus.n_documents), sequence_length) for corpus in _open(data, source)], source)
 
 
-def _open(source: Source) -> list[IndexedCorpus]:
-    return [IndexedCorpus(prefix) for prefix in _prefixes(source)]
-
-
-def _packed(data: DataConfig, corpus: IndexedCorpus, sequences: range, sequence_length: int) -> PackedCorpus:
-    cache_dir = Path(data.cache_dir) if data.cache_dir else None
-    return PackedCorpus(corpus, sequences, sequence_length, data.seed, cache_dir)
+def _open(data: DataConfig, source: Source) -> list[OpenCorpus]:
+    return [CORPORA[data.task](prefix, data) for prefix in _prefixes(source)]
 
 
 def _blend(corpora: Sequence[Dataset], source: Source) -> Dataset:

@@ -24,6 +24,8 @@ class Sample(NamedTuple):
     """[seq + 1]"""
     starts: npt.NDArray[np.bool_]
     """True at the first token of each document, [seq + 1]."""
+    labels: npt.NDArray[np.int64] | None = None
+    """What each position of the inputs predicts, [seq]; the next token if absent."""
 
 
 class TooShortError(DataError):

@@ -4,6 +4,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from megagpt.config.schema import DataConfig, Source
+from megagpt.data.examples import mask_prefix
 from megagpt.data.index_cache import content_fingerprint
 from megagpt.data.indexed import IndexedCorpus
 
@@ -20,7 +21,7 @@ class CorpusIdentity(BaseModel):
     sequences: int
     tokens: int
     fingerprint: str
-    """Hash of the sequence sizes and of 64 blocks of the tokens."""
+    """Hash of the sequence sizes and of 64 blocks of the tokens; with a mask, also that of the mask."""
 
     @property
     def content(self) -> tuple[int, int, str]:
@@ -36,6 +37,8 @@ class DataIdentity(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    task: str = "text"
+    long_examples: str = "drop"
     seed: int
     split: str | None
     sequence_length: int
@@ -45,8 +48,15 @@ class DataIdentity(BaseModel):
 
 def data_identity(data: DataConfig, sequence_length: int) -> DataIdentity:
     """Return the identity of the data that a config names. Raises DataError if files are missing or damaged."""
-    parts = {part: _corpora(getattr(data, part)) for part in PARTS if getattr(data, part)}
-    return DataIdentity(seed=data.seed, split=data.split, sequence_length=sequence_length, parts=parts)
+    parts = {part: _corpora(getattr(data, part), data.task) for part in PARTS if getattr(data, part)}
+    return DataIdentity(
+        task=data.task,
+        long_examples=data.long_examples,
+        seed=data.seed,
+        split=data.split,
+        sequence_length=sequence_length,
+        parts=parts,
+    )
 
 
 def training_data_changes(saved: DataIdentity, current: DataIdentity) -> list[str]:
@@ -56,23 +66,30 @@ def training_data_changes(saved: DataIdentity, current: DataIdentity) -> list[st
         before, after = saved.parts.get(part, []), current.parts.get(part, [])
         if [(corpus.content, corpus.weight) for corpus in before] != [(corpus.content, corpus.weight) for corpus in after]:
             changes.append(f"data.{part} was {_listed(before)} and is {_listed(after)}")
-    for key, name in (("seed", "data.seed"), ("split", "data.split"), ("sequence_length", "model.n_positions")):
+    for key, name in (
+        ("task", "data.task"),
+        ("long_examples", "data.long_examples"),
+        ("seed", "data.seed"),
+        ("split", "data.split"),
+        ("sequence_length", "model.n_positions"),
+    ):
         if getattr(saved, key) != getattr(current, key):
             changes.append(f"{name} was {getattr(saved, key)} and is {getattr(current, key)}")
     return changes
 
 
-def _corpora(source: Source) -> list[CorpusIdentity]:
+def _corpora(source: Source, task: str) -> list[CorpusIdentity]:
     weights = {source: 1.0} if isinstance(source, str) else source
-    return [_corpus(prefix, weight) for prefix, weight in weights.items()]
+    return [_corpus(prefix, weight, task) for prefix, weight in weights.items()]
 
 
-def _corpus(prefix: str, weight: float) -> CorpusIdentity:
+def _corpus(prefix: str, weight: float, task: str) -> CorpusIdentity:
     corpus = IndexedCorpus(prefix)
     tokens = int(np.sum(corpus.sizes, dtype=np.int64))
-    return CorpusIdentity(
-        prefix=prefix, weight=weight, sequences=len(corpus.sizes), tokens=tokens, fingerprint=content_fingerprint(corpus)
-    )
+    fingerprint = content_fingerprint(corpus)
+    if task != "text":
+        fingerprint += f" {content_fingerprint(IndexedCorpus(mask_prefix(prefix)))}"
+    return CorpusIdentity(prefix=prefix, weight=weight, sequences=len(corpus.sizes), tokens=tokens, fingerprint=fingerprint)
 
 
 def _listed(corpora: list[CorpusIdentity]) -> str:

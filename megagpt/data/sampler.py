@@ -23,6 +23,8 @@ class TokenBatch:
     """[batch, seq + 1]"""
     starts: npt.NDArray[np.bool_]
     """True at the first token of each document, [batch, seq + 1]."""
+    labels: npt.NDArray[np.int64] | None = None
+    """What each position of the inputs predicts, [batch, seq]; the next token if absent."""
 
 
 class GlobalBatches:
@@ -52,5 +54,6 @@ class GlobalBatches:
             tokens = np.stack([sample.tokens for sample in samples])
             starts = np.stack([sample.starts for sample in samples])
             check_ids(tokens, self._vocab_size, f"sample {first_sample + row}")
-            batches.append(TokenBatch(first_sample + row, tokens, starts))
+            given = [sample.labels for sample in samples if sample.labels is not None]
+            batches.append(TokenBatch(first_sample + row, tokens, starts, np.stack(given) if given else None))
         return batches

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import sentencepiece
 import tokenizers
@@ -32,6 +32,14 @@ _PROBE = f"Hello, it's 12 o'clock!\n\t{'a' * 500}! {'1' * 100}{' ' * 100}é 日�
 _HOW_TO_DECLARE = 'name it in a tokenizer_config.json beside the file: {"eos_token": "..."}'
 
 
+class SpannedToken(NamedTuple):
+    """A token and the characters of the text that it stands for."""
+
+    id: int
+    start: int
+    end: int
+
+
 class Tokenizer(Protocol):
     """A tokenizer, as megagpt uses it."""
 
@@ -47,8 +55,15 @@ class Tokenizer(Protocol):
     def special_tokens(self) -> list[str]:
         """Texts that become a single token wherever they occur."""
 
+    @property
+    def control_tokens(self) -> dict[str, int]:
+        """Text -> id of the tokens that divide documents and turns of a chat. Only a chat template may write them."""
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of one text, without added special tokens."""
+
+    def encode_spans(self, text: str) -> list[SpannedToken]:
+        """Return the tokens of `encode`, with the characters that each stands for."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, without added special tokens."""
@@ -77,9 +92,15 @@ class SentencePieceTokenizer:
         if self.eod_id < 0:
             wanted = "has no end-of-sentence piece" if eod_token is None else f"has no piece {eod_token}"
             raise DataError(f"{path}: {wanted}, which is needed to end documents; train it with one, or {_HOW_TO_DECLARE}")
+        control = (token for token in range(self.vocab_size) if self._model.is_control(token) or token == self.eod_id)
+        self.control_tokens: dict[str, int] = {self._model.id_to_piece(token): token for token in control}
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
+
+    def encode_spans(self, text: str) -> list[SpannedToken]:
+        pieces = self._model.encode(text, out_type="proto").pieces
+        return [SpannedToken(piece.id, piece.begin, piece.end) for piece in pieces]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._model.encode(list(texts), num_threads=1)
@@ -104,7 +125,8 @@ class HuggingFaceTokenizer:
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self.source = source
-        self.special_tokens = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+        added = tokenizer.get_added_tokens_decoder()
+        self.special_tokens = [token.content for token in added.values()]
         # Not the number of tokens: ids may have gaps.
         self.vocab_size: int = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if self.vocab_size > LARGEST_VOCABULARY:
@@ -117,6 +139,8 @@ class HuggingFaceTokenizer:
             )
         self.eod_id: int = ids[0]
         self.eod_token = str(tokenizer.id_to_token(self.eod_id))
+        self.control_tokens: dict[str, int] = {token.content: number for number, token in added.items() if token.special}
+        self.control_tokens[self.eod_token] = self.eod_id
         if (growth := _growth(tokenizer.normalizer)) > MAX_GROWTH:
             raise DataError(f"{source}: its normalizer can make a text {growth:g} times as long; expected at most {MAX_GROWTH}")
         with _without_native_messages(), library_errors(source, "cannot encode a text"):
@@ -124,6 +148,9 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
+
+    def encode_spans(self, text: str) -> list[SpannedToken]:
+        return encode_spans(self._tokenizer, text, self.source)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         with library_errors(self.source, "cannot encode a text"):
@@ -157,9 +184,14 @@ class ByteTokenizer:
     vocab_size = 257
     eod_id = 256
     special_tokens: ClassVar[list[str]] = []
+    control_tokens: ClassVar[dict[str, int]] = {"<|endoftext|>": 256}
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
+
+    def encode_spans(self, text: str) -> list[SpannedToken]:
+        characters = enumerate(text)
+        return [SpannedToken(byte, position, position + 1) for position, letter in characters for byte in letter.encode()]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode()) for text in texts]
@@ -251,6 +283,13 @@ def gpt2_tokenizer(vocab: Path, merges: Path, eod_token: str | None = None) -> H
     # <|endoftext|> is not a special token: as in Megatron's own GPT-2 tokenizer, one that occurs in a text is text and
     # cannot end the document.
     return HuggingFaceTokenizer(tokenizer, vocab, eod_token)
+
+
+def encode_spans(tokenizer: tokenizers.Tokenizer, text: str, source: Path) -> list[SpannedToken]:
+    """Return the tokens of a text with their characters. `source`: file of the tokenizer, for messages. Raises DataError."""
+    with library_errors(source, "cannot encode a text"):
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+    return [SpannedToken(token, *span) for token, span in zip(encoding.ids, encoding.offsets, strict=True)]
 
 
 def _growth(normalizer: tokenizers.normalizers.Normalizer | None) -> float:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megagpt.labels import IGNORED
 from megagpt.parallel.collectives import (
     all_gather_into,
     copy_to_ranks,
@@ -18,8 +19,6 @@ from megagpt.parallel.kernels import loss_gradient, loss_statistics
 from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.parameter import shard_of, sharded_parameter
 
-IGNORED = -100
-"""Label of a position that does not count in the loss (torch's convention)."""
 CHUNK_MIB = {"cpu": 32, "cuda": 1024}
 """Default memory of the logits that exist at a time, in MiB: on a CPU what fits the caches, on a GPU few large products."""
 

@@ -5,6 +5,7 @@ import torch
 from megagpt import __version__
 from megagpt.config.schema import Config
 from megagpt.data.blend import Dataset
+from megagpt.data.examples import PackedExamples
 from megagpt.data.tokenizer import load_tokenizer
 from megagpt.distributed.object_collectives import all_gather_object
 from megagpt.distributed.rank_zero import rank_zero_print, rank_zero_warn
@@ -117,6 +118,7 @@ def data_lines(config: Config, dataset: Dataset, n_samples: int) -> list[str]:
         f"{packed.samples_per_epoch * length:,} tokens, read {epochs:.2f} times"
         for packed, epochs in corpora[:MAX_CORPORA]
     ]
+    lines += [f"           {packed.summary}" for packed, _ in corpora[:MAX_CORPORA] if isinstance(packed, PackedExamples)]
     return lines + ([f"           and {len(corpora) - MAX_CORPORA} more corpora"] if len(corpora) > MAX_CORPORA else [])
 
 

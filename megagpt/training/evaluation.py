@@ -16,7 +16,7 @@ from megagpt.data.gpt_dataset import Sample
 from megagpt.data.sampler import GlobalBatches
 from megagpt.distributed.rank_zero import rank_zero_note
 from megagpt.engine.engine import Engine
-from megagpt.parallel.embedding import IGNORED
+from megagpt.labels import IGNORED
 from megagpt.parallel.topology import Topology
 from megagpt.training.metrics import reduce_loss, sum_tokens
 from megagpt.training.micro_batches import HostBatch, to_host_batch

@@ -11,9 +11,9 @@ from torch import Tensor
 from megagpt.config.schema import Config
 from megagpt.data.blend import Dataset
 from megagpt.data.sampler import GlobalBatches, TokenBatch
+from megagpt.labels import IGNORED
 from megagpt.model.forward_context import MicroBatch
 from megagpt.parallel.context_parallel import ContextParallel
-from megagpt.parallel.embedding import IGNORED
 from megagpt.parallel.topology import Topology
 
 
@@ -76,6 +76,7 @@ def to_host_batch(
     """Convert token batches [batch, seq + 1] to inputs and labels [batch, seq], or to this context rank's positions.
 
     Positions and attention restart at each document, and a document's first token is no label, if the config says so.
+    Labels that the data gives replace the next tokens.
     `size`: sequences in the global batch; training.global_batch_size by default.
     """
     data = config.data
@@ -83,19 +84,20 @@ def to_host_batch(
     tokens = torch.from_numpy(np.concatenate([batch.tokens for batch in batches]))  # [micro-batches * batch, seq + 1]
     starts = np.concatenate([batch.starts for batch in batches])
     samples = np.concatenate([batch.first_sample + np.arange(len(batch.tokens)) for batch in batches])
-    labels = tokens[:, 1:]
+    given = [batch.labels for batch in batches if batch.labels is not None]
+    labels = torch.from_numpy(np.concatenate(given)) if given else tokens[:, 1:]
     if data.mask_document_ends:
         labels = labels.masked_fill(torch.from_numpy(starts[:, 1:]), IGNORED)
     labels = context.local_positions(labels)
     positions = documents = None
-    if data.reset_positions:
+    if data.separates_positions:
         positions = _to_host(torch.from_numpy(positions_in_document(starts[:, :-1])), pin_memory)
-    if data.reset_attention:
+    if data.separates_attention:
         documents = _to_host(torch.from_numpy(np.cumsum(starts[:, :-1], 1)), pin_memory)
     return HostBatch(
         first_sample=first_sample,
         size=size or config.training.global_batch_size,
-        n_tokens=int((labels != IGNORED).sum()) if data.mask_document_ends else labels.numel(),
+        n_tokens=int((labels != IGNORED).sum()) if data.mask_document_ends or given else labels.numel(),
         micro_batch_size=len(batches[0].tokens),
         samples=_to_host(torch.from_numpy(samples), pin_memory),
         tokens=_to_host(context.local_positions(tokens[:, :-1]), pin_memory),

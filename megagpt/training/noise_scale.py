@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megagpt.engine.engine import Engine, StepResult
+from megagpt.labels import IGNORED
 from megagpt.model.forward_context import MicroBatch
-from megagpt.parallel.embedding import IGNORED
 from megagpt.parallel.parameter import shard_of
 from megagpt.parallel.topology import Topology
 

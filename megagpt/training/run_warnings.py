@@ -6,6 +6,7 @@ import numpy as np
 
 from megagpt.config.schema import Config
 from megagpt.data.blend import Blend, Dataset, Datasets
+from megagpt.data.examples import PackedExamples
 from megagpt.data.gpt_dataset import PackedCorpus
 from megagpt.data.indexed import IndexedCorpus
 from megagpt.data.tokenizer import Tokenizer
@@ -33,7 +34,7 @@ def tokenizer_warnings(config: Config, datasets: Datasets, tokenizer: Tokenizer)
             f"{size - tokenizer.vocab_size} entries are never used"
         )
     for packed in corpora_of(datasets.train):
-        if not _has_document_end(packed.corpus, tokenizer.eod_id):
+        if isinstance(packed, PackedCorpus) and not _has_document_end(packed.corpus, tokenizer.eod_id):
             warnings.append(
                 f"{packed.corpus.prefix}: no document ends with the tokenizer's end-of-document token {tokenizer.eod_id}; it "
                 "was made with another tokenizer, or without --append-eod"
@@ -59,13 +60,13 @@ def data_warnings(config: Config, dataset: Dataset, n_samples: int) -> list[str]
     return warnings
 
 
-def corpora_of(dataset: Dataset) -> list[PackedCorpus]:
+def corpora_of(dataset: Dataset) -> list[PackedCorpus | PackedExamples]:
     """Return the corpora of a dataset."""
     members = dataset.corpora if isinstance(dataset, Blend) else [dataset]
-    return [member for member in members if isinstance(member, PackedCorpus)]
+    return [member for member in members if isinstance(member, PackedCorpus | PackedExamples)]
 
 
-def epochs_of_each(dataset: Dataset, n_samples: int) -> list[tuple[PackedCorpus, float]]:
+def epochs_of_each(dataset: Dataset, n_samples: int) -> list[tuple[PackedCorpus | PackedExamples, float]]:
     """Return each corpus with the number of times that the first `n_samples` samples read it."""
     counts = dataset.samples_of_each(n_samples) if isinstance(dataset, Blend) else [n_samples]
     corpora = corpora_of(dataset)

@@ -1,6 +1,7 @@
 """tools/preprocess_data.py writes the reference library's ids, in order, for any number of workers."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -146,3 +147,48 @@ def test_a_wrong_input_is_reported_in_one_line_and_nothing_is_written(
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not list(Path().glob("out/*"))
+
+
+def chats(folder: Path) -> list[str]:
+    """Write an example, and return the arguments of a command that converts it."""
+    (folder / "chats.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    return ["--task", "chat", "--input", str(folder / "chats.jsonl"), "--output-prefix", str(folder / "o")]
+
+
+def test_chats_become_a_pair_and_a_mask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*chats(tmp_path), "--tokenizer", "byte", "--chat-template", "chatml"]
+    assert preprocess_data.main(arguments) == 0
+    tokens, mask = documents_of(tmp_path / "o_chat"), documents_of(tmp_path / "o_chat.mask")
+    text = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+    assert bytes(tokens[0]).decode() == text
+    assert [token for token, learned in zip(tokens[0], mask[0], strict=True) if learned] == list(b"b<|im_end|>\n")
+    out = capsys.readouterr().out
+    assert 'data.task = "chat"' in out and "1 example, 63 tokens, of which 12 are learned" in out
+    assert "note: the tokenizer has no token <|im_start|>, <|im_end|>" in out
+    assert preprocess_data.main(arguments) == 2
+    assert "o_chat.bin: already exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--tokenizer", "byte"], "byte: has no chat template"),
+        ([], "--tokenizer: is needed; name a tokenizer with a chat template"),
+        (["--tokenizer", "byte", "--append-eod"], "--append-eod: is for --task text; leave it out with --task chat"),
+        (["--tokenizer", "byte", "--chat-template", "chatlm"], "chatlm: No such file or directory; .*nearest: chatml"),
+    ],
+)
+def test_arguments_that_do_not_fit_the_task_are_refused(
+    arguments: list[str], problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert preprocess_data.main([*chats(tmp_path), *arguments]) == 2
+    assert re.search(problem, capsys.readouterr().err)
+
+
+def test_the_text_of_a_special_token_is_the_token_only_if_asked(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "a<|endoftext|>b"}\n')
+    arguments = ["--input", str(tmp_path / "x.jsonl"), "--tokenizer", "byte", "--output-prefix"]
+    assert preprocess_data.main([*arguments, str(tmp_path / "text")]) == 0
+    assert preprocess_data.main([*arguments, str(tmp_path / "parsed"), "--parse-special-tokens"]) == 0
+    assert documents_of(tmp_path / "text_text_document") == [list(b"a<|endoftext|>b")]
+    assert documents_of(tmp_path / "parsed_text_document") == [[ord("a"), 256, ord("b")]]

@@ -142,6 +142,52 @@ class InputFile:
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise DataError(f"{self.path}: cannot be read: {reason}") from None
 
+    def records(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield the objects of JSON lines, or the rows of Parquet, each with its place for messages.
+
+        A line that is no JSON object goes to `reject`. Raises DataError if the file cannot be opened or is plain text.
+        """
+        try:
+            with self.path.open("rb") as raw:
+                if (_type_by_name(self.path) or "json") == "parquet":
+                    yield from self._parquet_records(raw)
+                else:
+                    yield from self._json_records(raw)
+        except (OSError, EOFError) as error:
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise DataError(f"{self.path}: cannot be read: {reason}") from None
+
+    def _json_records(self, raw: BinaryIO) -> Iterator[tuple[str, dict[str, Any]]]:
+        for number, line in enumerate(self._open(raw), 1):
+            self.position = raw.tell()
+            content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if content.isspace():
+                continue
+            place = f"{self.path}:{number}"
+            try:
+                record = json.loads(content.decode())
+            except (ValueError, RecursionError):
+                record = None
+            if isinstance(record, dict):
+                yield place, record
+            else:
+                self.reject(DataError(f"{place}: {_json_problem(content, [])}"))
+
+    def _parquet_records(self, raw: BinaryIO) -> Iterator[tuple[str, dict[str, Any]]]:
+        import pyarrow
+        from pyarrow import parquet
+
+        try:
+            table = parquet.ParquetFile(raw)
+            row = 0
+            for batch in table.iter_batches(_PARQUET_ROWS):
+                for record in batch.to_pylist():
+                    row += 1
+                    yield f"{self.path}: row {row}", record
+                self.position = self.path.stat().st_size * row // table.metadata.num_rows
+        except pyarrow.ArrowException as error:
+            raise DataError(f"{self.path}: not a Parquet file: {str(error).splitlines()[0]}") from None
+
     def _reader(self) -> Callable[[BinaryIO], Iterator[Texts]]:
         kind = _type_by_name(self.path) or ("json" if self._starts_with_json() else "text")
         return {"json": self._json_lines, "parquet": self._parquet, "text": self._plain}[kind]

@@ -1,0 +1,150 @@
+"""Convert examples for fine-tuning to token files: a pair, and a mask beside it of the tokens that are learned."""
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megagpt.data.chat_template import ASSISTANT, ChatTemplate, EncodedChat, Message
+from megagpt.data.examples import mask_prefix
+from megagpt.data.indexed import IndexedWriter, token_dtype
+from megagpt.data.offline.documents import InputFile, Reject, stop
+from megagpt.errors import DataError
+from megagpt.progress import NoProgress, Progress
+
+Conversations = Sequence[Sequence[Message]]
+"""The chats of one example."""
+
+
+@dataclass
+class ExampleCounts:
+    """What a run read and wrote."""
+
+    examples: int = 0
+    skipped: int = 0
+    """Examples that could not be read and were skipped."""
+    tokens: int = 0
+    learned: int = 0
+    """Tokens in the mask."""
+    longest: int = 0
+    """Tokens of the longest example."""
+
+
+def output_prefix(prefix: str, task: str) -> str:
+    """Return the prefix of the pair that a task writes."""
+    return f"{prefix}_{task}"
+
+
+def preprocess_examples(
+    files: Sequence[Path],
+    template: ChatTemplate,
+    task: str,
+    prefix: str,
+    progress: Progress | None = None,
+    reject: Reject = stop,
+) -> ExampleCounts:
+    """Write the pair and the mask of all examples in the files; return the counts.
+
+    `reject`: receives examples that cannot be used. Files get their names only when all are complete. Raises DataError.
+    """
+    counts = ExampleCounts()
+    target = output_prefix(prefix, task)
+    conversations = CONVERSATIONS[task]
+    progress = progress or NoProgress()
+    with ExitStack() as stack:
+        tokens = stack.enter_context(IndexedWriter(target, token_dtype(template.tokenizer.vocab_size)))
+        mask = stack.enter_context(IndexedWriter(mask_prefix(target), np.uint8))  # gets its name first
+        for place, record in _records(files, progress, reject):
+            try:
+                chats = [_encoded(template, chat) for chat in conversations(record)]
+            except DataError as error:
+                counts.skipped += 1
+                reject(DataError(f"{place}: {error}"))
+                continue
+            tokens.add_document(*(chat.ids for chat in chats))
+            mask.add_document(*(np.array(chat.mask, np.uint8) for chat in chats))
+            length = sum(len(chat.ids) for chat in chats)
+            counts.examples += 1
+            counts.tokens += length
+            counts.learned += sum(sum(chat.mask) for chat in chats)
+            counts.longest = max(counts.longest, length)
+        if not counts.examples:
+            raise DataError(f"{target}: not written, because the input has no example")
+    return counts
+
+
+def chat_conversation(record: Mapping[str, Any]) -> Conversations:
+    """Return the chat of an example: its messages, or its prompt and response. Raises DataError."""
+    if record.get("messages") is not None:
+        return [_messages(record["messages"], "messages")]
+    if "prompt" not in record and "response" not in record:
+        _missing(record, ("messages", "prompt", "response"), 'expected "messages", or "prompt" and "response"')
+    return [[*_prompt(record), *_answer(record, "response")]]
+
+
+def preference_conversations(record: Mapping[str, Any]) -> Conversations:
+    """Return the chats of an example: with the chosen answer and with the rejected one. Raises DataError."""
+    prompt = _prompt(record)
+    chosen, rejected = ([*prompt, *_answer(record, key)] for key in ("chosen", "rejected"))
+    if chosen == rejected:
+        raise DataError('"chosen" and "rejected" are equal, so there is nothing to learn')
+    return [chosen, rejected]
+
+
+CONVERSATIONS: dict[str, Callable[[Mapping[str, Any]], Conversations]] = {
+    "chat": chat_conversation,
+    "preference": preference_conversations,
+}
+"""Task -> the chats of one record."""
+
+
+def _records(files: Sequence[Path], progress: Progress, reject: Reject) -> Iterator[tuple[str, dict[str, Any]]]:
+    for path in files:
+        file, done = InputFile(path, [], None, reject), 0
+        for place, record in file.records():
+            yield place, record
+            progress.update(file.position - done)
+            done = file.position
+        progress.update(path.stat().st_size - done)
+
+
+def _encoded(template: ChatTemplate, chat: Sequence[Message]) -> EncodedChat:
+    encoded = template.encode(chat)
+    if not any(encoded.mask):
+        raise DataError('no message with the role "assistant" has text, so there is nothing to learn')
+    return encoded
+
+
+def _prompt(record: Mapping[str, Any]) -> Sequence[Message]:
+    prompt = record.get("prompt")
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    if prompt is None:
+        _missing(record, ("prompt",), 'expected "prompt", a text or a list of messages')
+    return _messages(prompt, "prompt")
+
+
+def _answer(record: Mapping[str, Any], key: str) -> Sequence[Message]:
+    answer = record.get(key)
+    if isinstance(answer, str):
+        return [{"role": ASSISTANT, "content": answer}]
+    if answer is None:
+        _missing(record, (key,), f'expected "{key}", a text or a list of messages')
+    return _messages(answer, key)
+
+
+def _messages(value: object, key: str) -> Sequence[Message]:
+    if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
+        raise DataError(f'"{key}": expected a list of messages, such as [{{"role": "user", "content": "..."}}]')
+    return value
+
+
+def _missing(record: Mapping[str, Any], wanted: Sequence[str], expected: str) -> None:
+    """Raise DataError with the key of the record that is nearest to those that are missing."""
+    near = [match for key in wanted for match in difflib.get_close_matches(key, list(record), n=1)]
+    found = f"; nearest: {near[0]!r}" if near else f"; found {', '.join(map(repr, record))}" if record else ""
+    raise DataError(f"{expected}{found}")
