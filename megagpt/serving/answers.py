@@ -68,7 +68,8 @@ class CompletionShape(Shape):
         return {
             "tokens": tokens,
             "token_logprobs": [draw.logprob for draw in draws],
-            "top_logprobs": [{self._token(token): value for token, value in draw.top} for draw in draws],
+            # Several tokens may have the same text, such as parts of a character: the most likely one counts.
+            "top_logprobs": [{self._token(token): value for token, value in reversed(draw.top)} for draw in draws],
             "text_offset": [sum(map(len, tokens[:number])) for number in range(len(tokens))],
         }
 

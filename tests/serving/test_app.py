@@ -162,7 +162,7 @@ def test_a_stop_string_ends_the_text_before_it(client: TestClient, trained: Trai
         ("chat/completions", {"messages": []}, 400, "messages: "),
         ("chat/completions", {"messages": [{"role": "user"}]}, 400, "messages.0.content: required, but missing"),
         ("chat/completions", {"messages": [{"role": "usr", "content": "x"}]}, 400, "messages: message 1: unknown role 'usr'"),
-        ("chat/completions", {"messages": [{"role": "user", "content": "x" * 200}]}, 400, "more than the model's context of 128"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x" * 200}]}, 400, "the model's context of 128"),
         ("chat/completions", {"top_logprobs": 2}, 400, "top_logprobs: goes with logprobs true"),
         ("chat/completions", {"prompt": "x"}, 400, "prompt: no such field"),
     ],
