@@ -57,9 +57,12 @@ class HarnessModel(TemplateLM):
         return self._trained.tokenizer_path.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **keys: Any) -> list[int]:
-        """Return the tokens of a text, with those that the tokenizer adds before it unless `add_special_tokens` is False."""
-        before = () if add_special_tokens is False else self._trained.before
-        return [*before, *self._trained.tokenizer.encode(string)]
+        """Return the tokens of a text, with those that the tokenizer adds before it unless the text begins with them.
+
+        `add_special_tokens`: False adds none.
+        """
+        ids, before = self._trained.tokenizer.encode(string), list(self._trained.before)
+        return ids if add_special_tokens is False or ids[: len(before)] == before else [*before, *ids]
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Return a name of the template for the harness's caches."""
@@ -100,8 +103,8 @@ class HarnessModel(TemplateLM):
             room = self._positions - sampling.max_tokens
             if room < 1:
                 raise ConfigError(
-                    f"a task asks for answers of {sampling.max_tokens} tokens, and the model's context has {self._positions}; set "
-                    "generation_kwargs.max_gen_toks of the task"
+                    f"a task asks for answers of {sampling.max_tokens} tokens, and the model's context has {self._positions}; "
+                    "set generation_kwargs.max_gen_toks of the task"
                 )
             stop = [until] if isinstance(until, str) else list(until)
             added.append(generator.add(self.tok_encode(context)[-room:], sampling, [text for text in stop if text]))
@@ -133,7 +136,7 @@ class HarnessModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Return the log-probability of each continuation, and whether it is the most likely one."""
         windows = [self._window(context, continuation) for _, context, continuation in requests]
-        return [tuple(result) for result in score(self._trained.model, windows)]
+        return [(result.logprob, result.is_greedy) for result in score(self._trained.model, windows)]
 
     def _window(self, context: list[int], continuation: list[int]) -> Window:
         """Return the last tokens that fit in the model's context."""

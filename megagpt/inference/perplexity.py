@@ -12,7 +12,7 @@ from megagpt.data.indexed import IndexedCorpus, files_of
 from megagpt.data.offline.documents import InputFile, input_files
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import ConfigError
-from megagpt.inference.scoring import score, windows_of
+from megagpt.inference.scoring import Window, score, windows_of
 from megagpt.inference.source import TrainedModel
 
 GROUP = 64
@@ -92,7 +92,7 @@ def measure(trained: TrainedModel, documents: Iterable[Document], stride: int) -
     positions, vocab_size = trained.config.model.n_positions, trained.config.model.tokens_in_vocab
     before = list(trained.before) or [trained.tokenizer.eod_id]
     while group := list(islice(iterator, GROUP)):
-        windows = []
+        windows: list[Window] = []
         for document in group:
             if max(document.tokens) >= vocab_size:
                 raise ConfigError(
@@ -106,7 +106,7 @@ def measure(trained: TrainedModel, documents: Iterable[Document], stride: int) -
                 tokens=sum(len(document.tokens) for document in group),
                 words=sum(len(document.text.split()) for document in group),
                 bytes=sum(len(document.text.encode()) for document in group),
-                loss=-sum(result.logprob for result in score(trained.model, windows)),
+                loss=-math.fsum(result.logprob for result in score(trained.model, windows)),
             )
         )
     return totals
