@@ -23,7 +23,7 @@ from megagpt.errors import ConfigError, DataError, listed
 EXAMPLE = r"""examples:
   python tools/preprocess_data.py --input corpus.jsonl --tokenizer data/gpt2 --output-prefix data/corpus --append-eod
   python tools/preprocess_data.py --input novel.txt --text-separator '\n\n' --tokenizer byte --output-prefix data/novel
-  python tools/preprocess_data.py --task chat --input chats.jsonl --tokenizer data/chat_tokenizer --output-prefix data/chats
+  python tools/preprocess_data.py --task chat --input chats.jsonl --tokenizer models/base --output-prefix data/chats
 The first writes data/corpus_text_document.bin and .idx. The prefix data/corpus_text_document goes into a config, as
 data.train or data.paths. Training splits data by documents, so divide long text files with --text-separator. Speed is
 printed in MB/s, of 10^6 bytes of text. The last writes data/chats_chat.bin, .idx and a mask, for data.task "chat"."""
