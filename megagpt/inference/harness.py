@@ -107,10 +107,11 @@ class HarnessModel(TemplateLM):
                     "set generation_kwargs.max_gen_toks of the task"
                 )
             stop = [until] if isinstance(until, str) else list(until)
-            added.append(generator.add(self.tok_encode(context)[-room:], sampling, [text for text in stop if text]))
+            stop = [text for text in stop if text]
+            added.append((generator.add(self.tok_encode(context)[-room:], sampling, stop), stop))
         for _ in generator.run():
             pass
-        return [completion.text for completion in added]
+        return [self._answer([draw.token for draw in completion.draws], stop) for completion, stop in added]
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the values of all data-parallel ranks."""
@@ -137,6 +138,11 @@ class HarnessModel(TemplateLM):
         """Return the log-probability of each continuation, and whether it is the most likely one."""
         windows = [self._window(context, continuation) for _, context, continuation in requests]
         return [(result.logprob, result.is_greedy) for result in score(self._trained.model, windows)]
+
+    def _answer(self, tokens: list[int], stop: Sequence[str]) -> str:
+        """Return the text of an answer's tokens alone: some tokenizers leave out a space before the first one."""
+        text = self._trained.tokenizer.decode(tokens)
+        return text[: min([position for one in stop if (position := text.find(one)) >= 0], default=len(text))]
 
     def _window(self, context: list[int], continuation: list[int]) -> Window:
         """Return the last tokens that fit in the model's context."""
