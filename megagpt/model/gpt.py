@@ -101,12 +101,19 @@ class GPTChunk(nn.Module):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Return next-token logits, for a model in one chunk. [batch, seq] -> [batch, seq, vocab_size]"""
+        return self.loss.full_logits(self._hidden_of(tokens))
+
+    def logits_at(self, tokens: Tensor, where: Tensor) -> Tensor:
+        """Return the logits at the positions where `where` [batch, seq] is true. [batch, seq] -> [positions, vocab_size]"""
+        return self.loss.full_logits(self._hidden_of(tokens)[where])
+
+    def _hidden_of(self, tokens: Tensor) -> Tensor:
         length = tokens.shape[1]
         ctx = ForwardContext(
             rotary=self._rotary_table(torch.arange(length, device=tokens.device)),
             attention_masks=self._masks(None, length, tokens.device),
         )
-        return self.loss.full_logits(self._final_hidden(tokens, ctx))
+        return self._final_hidden(tokens, ctx)
 
     def next_token_logits(self, tokens: Tensor, rows: CachedRows, caches: Mapping[int, LayerCache]) -> Tensor:
         """Return the logits after the last token of each row, and store its keys and values. For a model in one chunk.
