@@ -58,7 +58,10 @@ def lora_config(model: str = "gpt2", **sections: Tree) -> Config:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_gradients_are_those_of_the_low_rank_product(model: str) -> None:
-    """With W' = W + s B A and a loss of W': dL/dA = s B^T dL/dW' and dL/dB = s dL/dW' A^T. fp32: 1e-5 of the largest."""
+    """With W' = W + s B A and a loss of W': dL/dA = s B^T dL/dW' and dL/dB = s dL/dW' A^T.
+
+    fp32, and W' is rounded in each of four layers: 5e-5 of the largest.
+    """
     config = lora_config(model)
     adapted = full_model(config)
     freeze([adapted], config)
@@ -82,7 +85,7 @@ def test_the_gradients_are_those_of_the_low_rank_product(model: str) -> None:
         assert gradient is not None
         expected_a = scale * (b.flatten(0, -2).t() @ gradient.flatten(0, -2))
         for actual, expected in ((a.grad, expected_a), (b.grad, scale * gradient @ a.t())):
-            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+            torch.testing.assert_close(actual, expected, rtol=0, atol=5e-5 * expected.abs().max().item())
     assert all(parameter.grad is None for name, parameter in ours.items() if not is_adapter(name))
 
 
