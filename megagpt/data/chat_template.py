@@ -18,6 +18,7 @@ from megagpt.data.tokenizer import (
     SpannedToken,
     Tokenizer,
     load_tokenizer,
+    require_characters,
     tokenizer_files,
 )
 from megagpt.errors import DataError
@@ -188,6 +189,7 @@ def check_messages(messages: object) -> None:
             raise DataError(f"message {number}: {'no role' if role is None else f'unknown role {role!r}'}{hint}")
         if not isinstance(message.get("content"), str):
             raise DataError(f'message {number} ({role}): expected text under "content"')
+        require_characters(message["content"], f"message {number} ({role})")
 
 
 def _within(token: SpannedToken, span: range) -> bool:
