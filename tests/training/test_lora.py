@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.families import LLAMA
 from support.pool import Pool, RankError
 from support.runs import (
     Tree,
@@ -36,20 +37,9 @@ from megagpt.parallel.parameter import shard_of
 
 LORA: Tree = {"rank": 3, "alpha": 12.0}
 SGD: Tree = {"type": "sgd", "learning_rate": 0.1, "clip_grad": 0.0, "weight_decay": 0.0}
-LLAMA: Tree = {
-    "position_embedding": "rotary",
-    "norm": "rmsnorm",
-    "gated_mlp": True,
-    "activation": "silu",
-    "ffn_hidden": 48,
-    "n_kv_head": 1,
-    "qkv_bias": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_embeddings": False,
-}
+MULTI_QUERY: Tree = {**LLAMA, "n_kv_head": 1}
 """With one key and value head, which every tensor rank computes."""
-MODELS: dict[str, Tree] = {"gpt2": {"activation": "gelu_tanh"}, "llama": LLAMA}
+MODELS: dict[str, Tree] = {"gpt2": {"activation": "gelu_tanh"}, "llama": MULTI_QUERY}
 
 
 def lora_config(model: str = "gpt2", **sections: Tree) -> Config:
