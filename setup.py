@@ -35,6 +35,7 @@ COMMANDS = (
     "plot-losses",
     "draw-schedule",
     "find-learning-rate",
+    "finetune-classifier",
     "get-gpt2-tokenizer",
 )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from megagpt.checkpoint.format import resolve_checkpoint
-from megagpt.checkpoint.load import CheckpointReader
+from megagpt.checkpoint.merged import open_merged
 from megagpt.checkpoint.report import require_valid
 from megagpt.commands import shell
 from megagpt.commands.progress import progress
@@ -101,7 +101,7 @@ def _from_hugging_face(args: argparse.Namespace) -> None:
 def _to_hugging_face(args: argparse.Namespace) -> None:
     if args.max_file_bytes < SMALLEST_FILE_BYTES:
         raise ConfigError(f"--max-file-bytes {args.max_file_bytes}: expected {SMALLEST_FILE_BYTES} or more")
-    reader = CheckpointReader(resolve_checkpoint(args.source))
+    reader = open_merged(resolve_checkpoint(args.source))
     output = Path(args.output)
     require_replaceable(output, reader.folder, args.force)
     checksums = not args.skip_checksums

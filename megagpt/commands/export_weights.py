@@ -15,6 +15,7 @@ from megagpt.checkpoint.boxes import Box
 from megagpt.checkpoint.files import TensorSpec, Written, fsync_folder, write_safetensors
 from megagpt.checkpoint.format import MASTER, WRITING, resolve_checkpoint
 from megagpt.checkpoint.load import CheckpointReader
+from megagpt.checkpoint.merged import open_merged
 from megagpt.checkpoint.precision import to_dtype
 from megagpt.checkpoint.report import require_valid
 from megagpt.checkpoint.tokenizer_files import carried_path
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> None:
-    reader = CheckpointReader(resolve_checkpoint(args.checkpoint))
+    reader = open_merged(resolve_checkpoint(args.checkpoint))
     output = Path(args.output)
     _check_output(output, reader.folder, args.force)
     tensors = reader.manifest.tensors

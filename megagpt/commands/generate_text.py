@@ -14,7 +14,6 @@ from megagpt.config import Config
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.distributed.launcher import Launcher
 from megagpt.errors import ConfigError
-from megagpt.inference.engine import GenerationEngine
 from megagpt.inference.generate import Completion, TextGenerator
 from megagpt.inference.prompts import TASKS, TaskPrompt, read_prompts
 from megagpt.inference.sampling import Draw, Sampling
@@ -133,13 +132,17 @@ def _generate(args: argparse.Namespace, launcher: Launcher) -> None:
             print(args.prompt + added[0].text)
 
 
-def open_generator(trained: TrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, batch: int) -> TextGenerator:
-    """Return a generator whose cache holds `batch` of the longest texts."""
-    positions, batch = trained.config.model.n_positions, min(batch, len(prompts))
-    longest = min(max(map(len, prompts)) + sampling.max_tokens, positions)
-    pages = PAGE_TOKENS * pages_for(longest)
-    engine = GenerationEngine(trained.model, trained.end, trained.tokenizer.vocab_size, batch * pages, batch)
-    return TextGenerator(engine, trained.tokenizer)
+def open_generator(
+    trained: TrainedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    batch: int,
+    end: frozenset[int] = frozenset(),
+) -> TextGenerator:
+    """Return a generator whose cache holds `batch` of the longest texts. `end`: more ids that end a text."""
+    batch = min(batch, len(prompts))
+    longest = min(max(map(len, prompts)) + sampling.max_tokens, trained.config.model.n_positions)
+    return trained.generator(batch * pages_for(longest) * PAGE_TOKENS, batch, end)
 
 
 def _stream(generator: TextGenerator, prompt: str) -> None:

@@ -79,7 +79,7 @@ def broken_rules(config: Config) -> list[Problem]:
     """Return all rules that `config` breaks, for any number of ranks."""
     layout = (_shape, _tensor_parallel, _context, _pipeline, _zero)
     batches = (_batch, _ramp, _noise_scale, _length)
-    other = (_checkpoint, _data, _lr_schedule, _optimizer, _deepspeed)
+    other = (_checkpoint, _data, _fill_in_the_middle, _classification, _preference, _lr_schedule, _optimizer, _deepspeed)
     return [problem for rule in (*layout, *batches, *other) for problem in rule(config)]
 
 
@@ -392,6 +392,53 @@ def _data(config: Config) -> Iterator[Problem]:
         source = getattr(data, key)
         if isinstance(source, dict) and (not source or min(source.values()) <= 0):
             yield Problem((f"data.{key}",), f"data.{key}: needs at least one prefix, each with a weight above 0")
+
+
+def _fill_in_the_middle(config: Config) -> Iterator[Problem]:
+    data, key = config.data, "data.fill_in_the_middle.rate"
+    if data.fill_in_the_middle.rate == 0:
+        return
+    if data.tokenizer is None:
+        yield Problem((key, "data.tokenizer"), f"{key}: needs data.tokenizer, which has the special tokens; set it")
+    if data.task != "text":
+        yield Problem((key, "data.task"), f'{key}: has no meaning for data.task "{data.task}"; leave it out')
+    if len(set(data.fill_in_the_middle.tokens)) < 3:
+        yield Problem(("data.fill_in_the_middle.tokens",), "data.fill_in_the_middle.tokens: expected three different tokens")
+
+
+def _classification(config: Config) -> Iterator[Problem]:
+    task = 'data.task "classification"'
+    if (config.data.task == "classification") != bool(config.data.classes):
+        yield Problem(("data.classes", "data.task"), f"data.classes: goes with {task}; set both or neither")
+    if config.data.task != "classification":
+        return
+    for axis in ("pipeline", "context"):
+        if getattr(config.parallel, axis) > 1:
+            yield Problem((f"parallel.{axis}",), f"parallel.{axis}: does not work with {task}; expected 1")
+    if config.zero.stage == 3:
+        yield Problem(("zero.stage",), f"zero.stage: 3 does not work with {task}; expected 0, 1 or 2")
+
+
+def _preference(config: Config) -> Iterator[Problem]:
+    """Yield what preference tuning does not work with."""
+    if config.data.task != "preference":
+        return
+    task = 'data.task "preference"'
+    if config.checkpoint.initialize_from is None:
+        yield Problem(("checkpoint.initialize_from",), f"checkpoint.initialize_from: required by {task}: the reference model")
+    if config.parallel.context > 1:
+        yield Problem(
+            ("parallel.context",), f"parallel.context: {config.parallel.context} does not work with {task}; expected 1"
+        )
+    if config.zero.stage == 3:
+        yield Problem(("zero.stage",), f"zero.stage: 3 does not work with {task}; expected 0, 1 or 2")
+    for key in ("label_smoothing", "z_loss"):
+        if getattr(config.training, key):
+            yield Problem((f"training.{key}",), f"training.{key}: has no meaning for {task}; leave it out")
+    if config.logging.noise_scale_interval is not None:
+        yield Problem(
+            ("logging.noise_scale_interval",), f"logging.noise_scale_interval: does not work with {task}; leave it out"
+        )
 
 
 def _lr_schedule(config: Config) -> Iterator[Problem]:

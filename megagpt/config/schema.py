@@ -165,7 +165,7 @@ class ModelConfig(Section):
     resid_pdrop: float = Field(default=0.0, ge=0, lt=1)
     """Dropout probability before each residual addition."""
     clf_pdrop: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout probability before a classification head. A pretrained model has no such head, so it has no effect there."""
+    """Dropout probability before the classification head of finetune_classifier.py. Without that head it has no effect."""
     tie_embeddings: bool = True
     """Use the token embedding's weight for the output layer as well."""
     init_std: float = Field(default=0.02, gt=0)
@@ -266,6 +266,18 @@ class ZeroConfig(Section):
     """"cpu" stores the parameter shards in host memory (stage 3)."""
 
 
+class FillInTheMiddleConfig(Section):
+    """Fill-in-the-middle (Bavarian et al., arXiv 2207.14255) for the training data of task text: the middle of a document is
+    moved to its end, so that the model learns to write what is missing. Needs data.tokenizer."""
+
+    rate: float = Field(default=0.0, ge=0, le=1)
+    """Share of the documents that are transformed. The share of documents in their normal order is 1 - rate."""
+    spm_share: float = Field(default=0.5, ge=0, le=1)
+    """Share of the transformed documents in the order suffix, prefix, middle; the others have prefix, suffix, middle."""
+    tokens: tuple[str | int, str | int, str | int] = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
+    """The special tokens of prefix, middle and suffix: texts of tokens of data.tokenizer, or ids."""
+
+
 class DataConfig(Section):
     """Datasets: either separate ones for train, valid and test, or `paths` divided by `split`."""
 
@@ -283,12 +295,15 @@ class DataConfig(Section):
     tokenizer: PathText | None = None
     """A SentencePiece .model file, a Hugging Face tokenizer.json, a folder with vocab.json and merges.txt, or "byte".
     GPT-2's vocab.json and merges.txt: https://huggingface.co/openai-community/gpt2."""
-    task: Literal["text", "chat"] = "text"
+    task: Literal["text", "chat", "preference", "classification"] = "text"
     """What the data is for. text: every token of the stream is learned. chat: examples made by preprocess_data.py --task chat;
-    the answers are learned, several examples share a sample, and attention and positions restart at each."""
+    the answers are learned, several examples share a sample, and attention and positions restart at each. preference: pairs of
+    answers made by --task preference, learned by DPO (section dpo). classification: set by finetune_classifier.py."""
+    classes: list[str] = []
+    """task classification: names of the classes."""
     long_examples: Literal["drop", "truncate"] = "drop"
     """task chat: what happens to an example of more than n_positions + 1 tokens. Their number is in the first lines of the
-    run."""
+    run. Pairs are always dropped: both answers together must fit."""
     seed: int = Field(default=1234, ge=0, le=MAX_SEED)
     """Seed for the shuffle order of documents and samples."""
     cache_dir: PathText | None = None
@@ -299,6 +314,8 @@ class DataConfig(Section):
     reset_attention: bool = False
     """Attend only to earlier tokens of the same document, not of the entire sample (Megatron: reset-attention-mask).
     Needs a mask of micro_batch_size x n_positions^2 numbers and is slower than plain causal attention."""
+    fill_in_the_middle: FillInTheMiddleConfig = FillInTheMiddleConfig()
+    """Fill-in-the-middle."""
     mask_document_ends: bool = False
     """Mask the loss on the first token of each document, which cannot be predicted from the previous document (Megatron:
     eod-mask-loss)."""
@@ -425,6 +442,27 @@ class TrainingConfig(Section):
         return BatchRampConfig() if value is None else value
 
 
+class LoRAConfig(Section):
+    """Low-rank adapters of the linear layers (LoRA, Hu et al., arXiv 2106.09685): they are trained, all other weights are
+    frozen. Conversion to Hugging Face and generation merge them into the weights."""
+
+    rank: int | None = Field(default=None, ge=1, le=2**16)
+    """Rank of the adapters; no adapters if absent."""
+    alpha: float = Field(default=16.0, gt=0)
+    """The output of an adapter is multiplied by alpha / rank."""
+    targets: list[str] = ["*"]
+    """Name patterns of the layers that get an adapter, for example "layers.*.attention.*" or "layers.*.mlp.up"; all linear
+    layers of the blocks by default. The names are those of the weights without ".weight"."""
+
+
+class DPOConfig(Section):
+    """Direct preference optimization (Rafailov et al., arXiv 2305.18290); with data.task "preference". The reference model is
+    checkpoint.initialize_from."""
+
+    beta: float = Field(default=0.1, gt=0)
+    """Strength of the pull towards the reference model."""
+
+
 class EvaluationConfig(Section):
     """Loss on the validation data during training, and on the test data after the last step."""
 
@@ -538,6 +576,10 @@ class Config(Section):
     """Learning rate schedule."""
     training: TrainingConfig
     """Length, batch size and precision."""
+    lora: LoRAConfig = LoRAConfig()
+    """Low-rank adapters."""
+    dpo: DPOConfig = DPOConfig()
+    """Direct preference optimization."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Loss on held-out data."""
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -8,8 +8,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from megagpt.config.schema import DataConfig, Source
-from megagpt.data.examples import ExampleCorpus, PackedExamples
-from megagpt.data.gpt_dataset import PackedCorpus, Sample, TooShortError
+from megagpt.data.examples import ExampleCorpus, LabelledExamples, PackedExamples
+from megagpt.data.fill_in_the_middle import build_fill_in_the_middle
+from megagpt.data.gpt_dataset import PackedCorpus, Sample, TooShortError, Transform
 from megagpt.data.indexed import MAX_CHECKED_BYTES, IndexedCorpus, check_corpus
 from megagpt.data.interleave import Interleave
 from megagpt.errors import DataError
@@ -48,8 +49,8 @@ class OpenCorpus(Protocol):
     def n_documents(self) -> int:
         """Documents that a split divides."""
 
-    def dataset(self, documents: range, sequence_length: int) -> Dataset:
-        """Return a range of the documents as samples. Raises TooShortError if they make no sample."""
+    def dataset(self, documents: range, sequence_length: int, transform: Transform | None = None) -> Dataset:
+        """Return a range of the documents as samples, each changed by `transform`. Raises TooShortError without a sample."""
 
 
 class TextCorpus:
@@ -60,26 +61,36 @@ class TextCorpus:
         self._data = data
         self.n_documents = len(self._corpus.sizes)
 
-    def dataset(self, documents: range, sequence_length: int) -> Dataset:
+    def dataset(self, documents: range, sequence_length: int, transform: Transform | None = None) -> Dataset:
         cache_dir = Path(self._data.cache_dir) if self._data.cache_dir else None
-        return PackedCorpus(self._corpus, documents, sequence_length, self._data.seed, cache_dir)
+        return PackedCorpus(self._corpus, documents, sequence_length, self._data.seed, cache_dir, transform)
 
 
 class TaskCorpus:
     """A corpus of examples."""
 
-    def __init__(self, prefix: str, data: DataConfig, sequences_per_example: int) -> None:
+    def __init__(
+        self,
+        prefix: str,
+        data: DataConfig,
+        sequences_per_example: int = 1,
+        packed: type[PackedExamples] = PackedExamples,
+    ) -> None:
+        """`packed`: how samples are made of the examples."""
         self._corpus = ExampleCorpus(prefix, sequences_per_example)
         self._data = data
+        self._packed = packed
         self.n_documents = len(self._corpus.lengths)
 
-    def dataset(self, documents: range, sequence_length: int) -> Dataset:
-        return PackedExamples(self._corpus, documents, sequence_length, self._data)
+    def dataset(self, documents: range, sequence_length: int, transform: Transform | None = None) -> Dataset:
+        return self._packed(self._corpus, documents, sequence_length, self._data)
 
 
 CORPORA: dict[str, Callable[[str, DataConfig], OpenCorpus]] = {
     "text": TextCorpus,
-    "chat": partial(TaskCorpus, sequences_per_example=1),
+    "chat": TaskCorpus,
+    "preference": partial(TaskCorpus, sequences_per_example=2),
+    "classification": partial(TaskCorpus, packed=LabelledExamples),
 }
 """data.task -> how a prefix is opened."""
 
@@ -118,11 +129,18 @@ def build_datasets(data: DataConfig, sequence_length: int) -> Datasets:
 
     Raises DataError if files are missing, damaged or too short, and if there is no training data.
     """
+    transforms = (build_fill_in_the_middle(data), None, None)  # evaluations read the text as it is
     if data.paths is not None and data.split is not None:
         corpora = _open(data, data.paths)  # once: an index of many documents takes a while to check
-        datasets = [_split_dataset(data.paths, corpora, data.split, part, sequence_length) for part in range(3)]
+        datasets = [
+            _split_dataset(data.paths, corpora, data.split, part, sequence_length, transforms[part]) for part in range(3)
+        ]
     else:
-        datasets = [_full_dataset(data, source, sequence_length) for source in (data.train, data.valid, data.test)]
+        sources = (data.train, data.valid, data.test)
+        datasets = [
+            _full_dataset(data, source, sequence_length, transform)
+            for source, transform in zip(sources, transforms, strict=True)
+        ]
     train, valid, test = datasets
     if train is None:
         raise DataError("data.train: no training data; set it to the prefix of a .bin/.idx pair, or set data.paths and split")
@@ -150,13 +168,20 @@ def check_vocabulary(data: DataConfig, vocab_size: int) -> None:
 
 
 def _split_dataset(
-    source: Source, corpora: Sequence[OpenCorpus], split: str, part: int, sequence_length: int
+    source: Source,
+    corpora: Sequence[OpenCorpus],
+    split: str,
+    part: int,
+    sequence_length: int,
+    transform: Transform | None,
 ) -> Dataset | None:
     if float(split.split(",")[part]) == 0:
         return None
     ranges = [split_ranges(corpus.n_documents, split)[part] for corpus in corpora]
     try:
-        packed = [corpus.dataset(documents, sequence_length) for corpus, documents in zip(corpora, ranges, strict=True)]
+        packed = [
+            corpus.dataset(documents, sequence_length, transform) for corpus, documents in zip(corpora, ranges, strict=True)
+        ]
     except TooShortError as error:
         raise DataError(
             f"data.split {split}: {PARTS[part]}: {error}; a split is by documents: use more or shorter documents (text files: "
@@ -165,10 +190,11 @@ def _split_dataset(
     return _blend(packed, source)
 
 
-def _full_dataset(data: DataConfig, source: Source | None, sequence_length: int) -> Dataset | None:
+def _full_dataset(data: DataConfig, source: Source | None, sequence_length: int, transform: Transform | None) -> Dataset | None:
     if not source:
         return None
-    return _blend([corpus.dataset(range(corpus.n_documents), sequence_length) for corpus in _open(data, source)], source)
+    corpora = _open(data, source)
+    return _blend([corpus.dataset(range(corpus.n_documents), sequence_length, transform) for corpus in corpora], source)
 
 
 def _open(data: DataConfig, source: Source) -> list[OpenCorpus]:

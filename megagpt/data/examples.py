@@ -5,6 +5,7 @@ document is one example: one sequence, or two for a preference (the chosen answe
 """
 
 from functools import lru_cache
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -57,19 +58,23 @@ class PackedExamples:
     The packing is the same in all epochs; the order of the samples is shuffled with (seed, epoch).
     """
 
+    reserved: ClassVar[int] = 0
+    """Positions at the end of a sample that no example may use."""
+
     def __init__(self, corpus: ExampleCorpus, examples: range, sequence_length: int, data: DataConfig) -> None:
         """Raises TooShortError if no example fits into a sample."""
         self.corpus = corpus.tokens
         self._corpus = corpus
         self._first = examples.start
         self._seed = data.seed
-        self._capacity = sequence_length + 1
+        self._length = sequence_length + 1
+        self._capacity = self._length - self.reserved
         lengths = corpus.lengths[examples.start : examples.stop]
         too_long = lengths > self._capacity
         truncated = np.zeros(len(lengths), np.bool_)
         if data.long_examples == "truncate" and corpus.sequences_per_example == 1:
             for number in np.flatnonzero(too_long):
-                truncated[number] = bool(self._counted(examples.start + int(number), self._capacity).any())
+                truncated[number] = bool(corpus.mask.read(examples.start + int(number), 0, self._capacity).any())
         self.n_dropped, self.n_truncated = int((too_long & ~truncated).sum()), int(truncated.sum())
         """Examples that are too long for a sample."""
         used = np.where(truncated, self._capacity, lengths)
@@ -82,7 +87,19 @@ class PackedExamples:
                 f"{corpus.tokens.prefix}: none of {len(lengths)} examples fits into the {self._capacity} tokens of "
                 f"model.n_positions {sequence_length} + 1"
             )
+        self.references: npt.NDArray[np.float32] | None = None
+        """For preferences: the reference model's log p(chosen) - log p(rejected) of all examples of the corpus."""
         self._order = lru_cache(maxsize=2)(self._epoch_order)
+
+    @property
+    def n_examples(self) -> int:
+        """Examples in the entire corpus, of which this dataset may use a range."""
+        return len(self._corpus.lengths)
+
+    @property
+    def used_examples(self) -> npt.NDArray[np.int64]:
+        """The examples that are not dropped, as numbers in the corpus."""
+        return self._first + np.sort(self._packing.examples)
 
     @property
     def summary(self) -> str:
@@ -97,32 +114,53 @@ class PackedExamples:
     def sample(self, index: int) -> Sample:
         """Return sample `index` >= 0; indices beyond an epoch continue in the next one."""
         self.corpus.require_unchanged()
-        epoch, position = divmod(index, self.samples_per_epoch)
-        tokens = np.full(self._capacity, PADDING, np.int64)
-        starts = np.zeros(self._capacity, np.bool_)
-        counted = np.zeros(self._capacity, np.bool_)
+        tokens = np.full(self._length, PADDING, np.int64)
+        starts = np.zeros(self._length, np.bool_)
+        mask = np.zeros(self._length, np.int64)
         filled = 0
-        for sequence in self._sequences(int(self._order(epoch)[position])):
+        examples = self.examples_of(index)
+        for sequence in self._sequences(examples):
             length = min(int(self.corpus.sizes[sequence]), self._capacity)
             piece = slice(filled, filled + length)
             tokens[piece] = self.corpus.read(sequence, 0, length)
-            counted[piece] = self._counted(sequence, length)
+            mask[piece] = self._corpus.mask.read(sequence, 0, length)
             starts[filled] = True
             filled += length
-        if filled < self._capacity:
+        if filled < self._length:
             starts[filled] = True
-        counted &= ~starts  # nothing predicts the first token of an example
-        return Sample(tokens, starts, np.where(counted[1:], tokens[1:], IGNORED))
+        labels = self._labels(tokens, starts, mask)
+        return Sample(tokens, starts, labels, None if self.references is None else self.references[examples])
 
-    def _sequences(self, sample: int) -> list[int]:
-        """Return the sequences of a sample."""
+    def examples_of(self, index: int) -> npt.NDArray[np.int64]:
+        """Return the examples of sample `index`, as numbers in the corpus."""
+        epoch, position = divmod(index, self.samples_per_epoch)
+        return self._examples(int(self._order(epoch)[position]))
+
+    def _labels(
+        self, tokens: npt.NDArray[np.int64], starts: npt.NDArray[np.bool_], mask: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Return what each position predicts: the next token, if it is learned. All arguments: [seq + 1]."""
+        counted = (mask != 0) & ~starts  # nothing predicts the first token of an example
+        return np.where(counted[1:], tokens[1:], IGNORED)
+
+    def _examples(self, sample: int) -> npt.NDArray[np.int64]:
+        return self._first + self._packing.of_sample(sample)
+
+    def _sequences(self, examples: npt.NDArray[np.int64]) -> list[int]:
+        """Return the sequences of examples, one after the other."""
         each = self._corpus.sequences_per_example
-        examples = (self._first + self._packing.of_sample(sample)) * each
-        return [int(example) + number for example in examples for number in range(each)]
-
-    def _counted(self, sequence: int, length: int) -> npt.NDArray[np.bool_]:
-        """Return which of the first `length` tokens of a sequence count in the loss."""
-        return self._corpus.mask.read(sequence, 0, length) != 0
+        return [int(example) * each + number for example in examples for number in range(each)]
 
     def _epoch_order(self, epoch: int) -> npt.NDArray[np.unsignedinteger]:
         return permutation(self.samples_per_epoch, self._seed, epoch, 1)
+
+
+class LabelledExamples(PackedExamples):
+    """Texts with a class: the mask has the number of the class, from 1, at the last token, which predicts it."""
+
+    reserved = 1  # the last token must be an input
+
+    def _labels(
+        self, tokens: npt.NDArray[np.int64], starts: npt.NDArray[np.bool_], mask: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        return np.where(mask[:-1] > 0, mask[:-1] - 1, IGNORED)

@@ -3,6 +3,7 @@
 Any sample of any epoch is found directly, without reading the samples before it.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,12 @@ class Sample(NamedTuple):
     """True at the first token of each document, [seq + 1]."""
     labels: npt.NDArray[np.int64] | None = None
     """What each position of the inputs predicts, [seq]; the next token if absent."""
+    references: npt.NDArray[np.float32] | None = None
+    """For preferences: the reference model's log p(chosen) - log p(rejected) of each pair, [pairs]."""
+
+
+Transform = Callable[[Sample, int], Sample]
+"""Changes a sample of a corpus; gets its index as well."""
 
 
 class TooShortError(DataError):
@@ -36,13 +43,23 @@ class PackedCorpus:
     """A range of a corpus's sequences as an endless list of samples; every epoch has its own order."""
 
     def __init__(
-        self, corpus: IndexedCorpus, sequences: range, sequence_length: int, seed: int, cache_dir: Path | None = None
+        self,
+        corpus: IndexedCorpus,
+        sequences: range,
+        sequence_length: int,
+        seed: int,
+        cache_dir: Path | None = None,
+        transform: Transform | None = None,
     ) -> None:
-        """`cache_dir`: folder for large shuffle orders. Raises TooShortError without tokens for one sample."""
+        """`cache_dir`: folder for large shuffle orders; `transform`: changes each sample.
+
+        Raises TooShortError without tokens for one sample.
+        """
         self.corpus = corpus
         self.sequences = sequences
         self.sequence_length = sequence_length
         self.seed = seed
+        self._transform = transform
         self._sizes = corpus.sizes[sequences.start : sequences.stop]
         tokens = int(self._sizes.sum(dtype=np.int64))
         self.samples_per_epoch = count_samples(tokens, sequence_length)
@@ -77,7 +94,8 @@ class PackedCorpus:
                 starts[filled] = True
             filled += len(piece)
             document += 1
-        return Sample(tokens, starts)
+        sample = Sample(tokens, starts)
+        return sample if self._transform is None else self._transform(sample, index)
 
     def _epoch_order(self, epoch: int) -> EpochOrder:
         def build() -> EpochOrder:

@@ -25,6 +25,8 @@ class TokenBatch:
     """True at the first token of each document, [batch, seq + 1]."""
     labels: npt.NDArray[np.int64] | None = None
     """What each position of the inputs predicts, [batch, seq]; the next token if absent."""
+    references: tuple[npt.NDArray[np.float32], ...] = ()
+    """For preferences: those of each sample, each [pairs]."""
 
 
 class GlobalBatches:
@@ -55,5 +57,7 @@ class GlobalBatches:
             starts = np.stack([sample.starts for sample in samples])
             check_ids(tokens, self._vocab_size, f"sample {first_sample + row}")
             given = [sample.labels for sample in samples if sample.labels is not None]
-            batches.append(TokenBatch(first_sample + row, tokens, starts, np.stack(given) if given else None))
+            labels = np.stack(given) if given else None
+            references = tuple(sample.references for sample in samples if sample.references is not None)
+            batches.append(TokenBatch(first_sample + row, tokens, starts, labels, references))
         return batches

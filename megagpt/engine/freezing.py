@@ -11,23 +11,46 @@ from torch import Tensor, nn
 from megagpt.config.schema import Config
 from megagpt.engine.optimizer import Group, group_of, set_group
 from megagpt.errors import ConfigError
+from megagpt.model.adapters import linear_layers
+from megagpt.model.gpt import CLASSIFIER
 from megagpt.model.meta_model import meta_model, parameter_names
+from megagpt.parallel.adapter import is_adapter, layer_name
 from megagpt.parallel.parameter import shard_of
 
 
 def freeze(chunks: Iterable[nn.Module], config: Config) -> None:
-    """Turn off the gradients of the weights that `training.freeze` selects, in this rank's chunks.
-
-    Raises ConfigError if a pattern matches no weight of the model, or if no weight is left to train.
-    """
-    patterns = config.training.freeze
-    if not patterns:
+    """Turn off the gradients of the weights that are not trained, in this rank's chunks; see `trained_names`."""
+    if not has_frozen_weights(config):
         return
-    _check(patterns, parameter_names(meta_model(config)))
+    trained = trained_names(config)
     for chunk in chunks:
         for parameter in chunk.parameters():
-            parameter.requires_grad_(not _matches(shard_of(parameter).name, patterns))
+            parameter.requires_grad_(shard_of(parameter).name in trained)
         chunk.register_forward_hook(_start_backward)
+
+
+def has_frozen_weights(config: Config) -> bool:
+    """Whether some weights are not trained."""
+    return bool(config.training.freeze) or config.lora.rank is not None
+
+
+def trained_names(config: Config) -> set[str]:
+    """Return the names of the trained weights: those that no pattern of `training.freeze` selects; with LoRA, of these the
+    adapters and a classification head.
+
+    Raises ConfigError if a pattern matches no weight or layer of the model, or if no weight is left to train.
+    """
+    model = meta_model(config)
+    names = parameter_names(model)
+    require_matches("training.freeze", config.training.freeze, names)
+    trained = {name for name in names if not _matches(name, config.training.freeze)}
+    if config.lora.rank is not None:
+        layers = [layer_name(layer) for layer in linear_layers(model)]
+        require_matches("lora.targets", config.lora.targets, layers, "linear layer")
+        trained = {name for name in trained if is_adapter(name) or name == CLASSIFIER}
+    if not trained:
+        raise ConfigError("training.freeze: every weight is frozen; leave at least one to train")
+    return trained
 
 
 def add_placeholder_parameters(model: nn.Module, groups: Iterable[Group]) -> None:
@@ -44,18 +67,12 @@ def add_placeholder_parameters(model: nn.Module, groups: Iterable[Group]) -> Non
             model.register_parameter(f"placeholder_{number}", placeholder)
 
 
-def require_matches(key: str, patterns: Iterable[str], names: list[str]) -> None:
-    """Raise ConfigError if a pattern of the config's `key` matches none of the model's parameter names."""
+def require_matches(key: str, patterns: Iterable[str], names: list[str], what: str = "weight") -> None:
+    """Raise ConfigError if a pattern of the config's `key` matches none of the model's names. `what`: what is named."""
     for pattern in patterns:
         if not any(_matches(name, [pattern]) for name in names):
             (nearest,) = difflib.get_close_matches(pattern, _suggestions(names), n=1, cutoff=0.0)
-            raise ConfigError(f"{key}: {pattern!r} matches no weight of this model; the nearest is {nearest!r}")
-
-
-def _check(patterns: list[str], names: list[str]) -> None:
-    require_matches("training.freeze", patterns, names)
-    if all(_matches(name, patterns) for name in names):
-        raise ConfigError("training.freeze: every weight is frozen; leave at least one to train")
+            raise ConfigError(f"{key}: {pattern!r} matches no {what} of this model; the nearest is {nearest!r}")
 
 
 def _suggestions(names: list[str]) -> list[str]:

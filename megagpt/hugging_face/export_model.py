@@ -226,6 +226,8 @@ def saved_config(reader: CheckpointReader) -> Config:
         raise CheckpointError(str(error)) from None
     if config.model.vocab_size is None:
         raise CheckpointError(f"{reader.folder}: config: model.vocab_size: null; expected the size of the saved embedding")
+    if config.data.classes:
+        raise CheckpointError(f"{reader.folder}: is a classifier, which has no counterpart in the conversion")
     if config.model.n_layer > len(reader.manifest.tensors):
         n_tensors = len(reader.manifest.tensors)
         raise CheckpointError(f"{reader.folder}: config: model.n_layer: {config.model.n_layer}, but it has {n_tensors} tensors")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megagpt.errors import ConfigError, MegagptError, TrainingError
 from megagpt.inference.sampling import Draw, Sampler, Sampling
-from megagpt.model.gpt import GPTChunk
+from megagpt.model.gpt import DTYPES, GPTChunk
 from megagpt.model.kv_cache import PAGE_TOKENS, LayerCache, PagePool, pages_for, place_rows
 
 PREFILL_TOKENS = 2048
@@ -71,7 +71,7 @@ class GenerationEngine:
         self._vocab_size = model.config.model.tokens_in_vocab
         self._n_tokens = min(n_tokens or self._vocab_size, self._vocab_size)
         self._end = frozenset(end)
-        self._max_rows = max_rows
+        self.max_rows = max_rows
         self._pool = PagePool(pages_for(cache_tokens))
         self._caches = {int(index): LayerCache(self._pool.n_pages) for index in model.layers}
         self._device = next(model.parameters()).device
@@ -137,7 +137,7 @@ class GenerationEngine:
             )
 
     def _start_waiting(self) -> None:
-        while self._waiting and len(self._running) < self._max_rows:
+        while self._waiting and len(self._running) < self.max_rows:
             needed = self._pages_needed(self._waiting[0])
             if needed > self._pool.n_free:
                 return
@@ -241,3 +241,10 @@ class GenerationEngine:
 
 def _is_plain_greedy(sampling: Sampling) -> bool:
     return sampling.temperature == 0 and sampling.repetition_penalty == 1 and sampling.logprobs is None
+
+
+def cache_bytes(model: GPTChunk, n_tokens: int) -> int:
+    """Return the memory on this rank for the keys and values of `n_tokens` in all layers."""
+    shape = model.config.model
+    heads = max(1, shape.kv_heads // model.parallel.tp_size)
+    return 2 * shape.n_layer * heads * shape.head_size * n_tokens * DTYPES[model.config.training.precision].itemsize

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from megagpt.checkpoint.boxes import Box
 from megagpt.checkpoint.format import Manifest
-from megagpt.checkpoint.load import CheckpointReader, fill_parameter
+from megagpt.checkpoint.load import fill_parameter
+from megagpt.checkpoint.merged import open_merged
 from megagpt.checkpoint.report import require_valid
 from megagpt.checkpoint.tokenizer_files import carried_path, tokenizer_problems
 from megagpt.checkpoint.verify import raise_all
@@ -45,7 +46,7 @@ def load_model(
     `parallel`: this rank's part of a tensor-parallel model; the full model if absent.
     Raises CheckpointError for any damage, and ConfigError if the memory does not suffice, before anything is allocated.
     """
-    reader = CheckpointReader(folder)
+    reader = open_merged(folder)
     require_valid(folder, reader.manifest, checksums, progress or NoProgress())
     parallel = parallel or ParallelContext()
     config = _config(folder, reader.manifest, dtype, parallel.tp_size)
@@ -108,6 +109,8 @@ def _config(folder: Path, manifest: Manifest, dtype: str, tp_size: int) -> Confi
     saved = build_config(upgrade_keys(manifest.config), f"{folder}: config")
     if saved.model.vocab_size is None:
         raise CheckpointError(f"{folder}: config: model.vocab_size: null; expected the size of the saved embedding")
+    if saved.data.classes:
+        raise CheckpointError(f"{folder}: is a classifier, which has no output layer for tokens; expected a language model")
     if saved.model.n_layer > len(manifest.tensors):  # building the layers would take time before the shapes are compared
         n_tensors = len(manifest.tensors)
         raise CheckpointError(f"{folder}: config: model.n_layer: {saved.model.n_layer}, but it has only {n_tensors} tensors")

@@ -11,6 +11,9 @@ from megagpt.config import Config
 from megagpt.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from megagpt.errors import DataError
 from megagpt.hugging_face.folder import CONFIG, GENERATION, MAX_CONFIG_BYTES, read_object
+from megagpt.inference.device import require_memory
+from megagpt.inference.engine import GenerationEngine, cache_bytes
+from megagpt.inference.generate import TextGenerator
 from megagpt.inference.load import load_hugging_face, load_model, load_run_tokenizer
 from megagpt.model.gpt import GPTChunk
 from megagpt.parallel.parallel_context import ParallelContext
@@ -29,13 +32,25 @@ class TrainedModel:
     """Ids that end a text: the end of a document, and those that a Hugging Face model declares."""
     before: tuple[int, ...]
     """Ids that a Hugging Face tokenizer adds before a text, such as a BOS token; megagpt's own training adds none."""
-    tokenizer_folder: Path | None
-    """Folder with the tokenizer's files, which may have a chat template."""
+    tokenizer_path: str
+    """Where the tokenizer's files are, which may have a chat template; or "byte"."""
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a prompt; an empty one starts a new document."""
         ids = [*self.before, *self.tokenizer.encode(text)]
         return ids or [self.tokenizer.eod_id]
+
+    def generator(self, cache_tokens: int, max_rows: int, end: frozenset[int] = frozenset()) -> TextGenerator:
+        """Return a generator of texts.
+
+        `cache_tokens`: tokens whose keys and values fit in its memory; `max_rows`: texts that are continued at a time; `end`:
+        more ids that end a text. Raises ConfigError if the memory does not suffice.
+        """
+        size = cache_bytes(self.model, cache_tokens)
+        device = next(self.model.parameters()).device
+        require_memory(f"keys and values of {cache_tokens:,} tokens", size, device, "use fewer or shorter texts at a time")
+        engine = GenerationEngine(self.model, self.end | end, self.tokenizer.vocab_size, cache_tokens, max_rows)
+        return TextGenerator(engine, self.tokenizer)
 
 
 class CheckpointSource:
@@ -46,7 +61,8 @@ class CheckpointSource:
         self.folder = folder
         self._manifest: Manifest = read_manifest(folder)
         self._tokenizer = load_run_tokenizer(folder, self._manifest, tokenizer)
-        self._tokenizer_path = tokenizer or carried_path(folder, self._manifest)
+        named = self._manifest.config.get("data", {}).get("tokenizer")
+        self._tokenizer_path = str(tokenizer or carried_path(folder, self._manifest) or named)
 
     def total_bytes(self, checksums: bool) -> int:
         """Return how many bytes `load` reports as progress."""
@@ -57,9 +73,9 @@ class CheckpointSource:
     ) -> TrainedModel:
         """Load this rank's part of the model; see `load_model`."""
         model, config = load_model(self.folder, device, dtype, checksums, progress, parallel)
-        folder = _folder(self._tokenizer_path)
+        end = _end_ids(self._tokenizer, _folder(self._tokenizer_path))
         before = _added_before(self._tokenizer) if IMPORTED_FROM in self._manifest.state else ()
-        return TrainedModel(model, config, self._tokenizer, _end_ids(self._tokenizer, folder), before, folder)
+        return TrainedModel(model, config, self._tokenizer, end, before, self._tokenizer_path)
 
 
 class HuggingFaceSource:
@@ -84,7 +100,7 @@ class HuggingFaceSource:
         """Load this rank's part of the model; see `load_hugging_face`. There are no checksums."""
         model, config = load_hugging_face(self.folder, device, dtype, progress, parallel)
         end = _end_ids(self._tokenizer, self.folder)
-        return TrainedModel(model, config, self._tokenizer, end, _added_before(self._tokenizer), _folder(self._path))
+        return TrainedModel(model, config, self._tokenizer, end, _added_before(self._tokenizer), self._path)
 
 
 def open_source(path: str, tokenizer: str | None = None) -> CheckpointSource | HuggingFaceSource:
@@ -109,7 +125,7 @@ def _added_before(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(tokenizer.framing()[0]) if isinstance(tokenizer, HuggingFaceTokenizer) else ()
 
 
-def _folder(path: str | None) -> Path | None:
-    if path is None or path == "byte":
+def _folder(path: str) -> Path | None:
+    if path == "byte":
         return None
     return Path(path) if Path(path).is_dir() else Path(path).parent

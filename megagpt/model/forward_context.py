@@ -23,8 +23,11 @@ class MicroBatch:
     positions: Tensor | None = None
     """[batch, seq], int64; 0 to seq - 1 if absent."""
     documents: Tensor | None = None
-    """[batch, seq], int64, index of each token's document within its sample: attention stays inside a document.
+    """[batch, seq], int64, index of each token's document within its sample, from 1: attention stays inside a document.
     If absent, a token attends to all earlier tokens."""
+    references: Tensor | None = None
+    """[batch, pairs], fp32, for preferences: log p(chosen) - log p(rejected) of the reference model for each pair of the
+    sample; NaN beyond its last pair."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
 from megagpt.config.schema import Config
+from megagpt.model.adapters import add_adapters
 from megagpt.model.attention import attention_mask
 from megagpt.model.block import Block, PreNormBlock, build_block
 from megagpt.model.dropout import ResidualDropout
@@ -21,6 +22,7 @@ from megagpt.model.forward_context import ForwardContext, MicroBatch
 from megagpt.model.init_scheme import init_stds
 from megagpt.model.kv_cache import CachedRows, LayerCache, cached_mask
 from megagpt.model.norm import build_norm
+from megagpt.model.objectives import build_objective
 from megagpt.model.positions import build_positions
 from megagpt.model.rotary import RotaryTable, rotary_frequencies, rotary_table
 from megagpt.parallel.embedding import VocabParallelEmbedding, VocabParallelLoss
@@ -30,6 +32,8 @@ from megagpt.parallel.seeding import initialize, stable_seed
 
 TOKEN_EMBEDDING = "embedding.token.weight"
 """Name of the parameter that a tied output layer shares."""
+CLASSIFIER = "classifier.weight"
+"""Name of the classification head."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Dtype of parameters and activations for each `training.precision`."""
 
@@ -52,8 +56,12 @@ class GPTChunk(nn.Module):
             self.positions = build_positions("embedding.position", model, parallel)
             self.dropout = ResidualDropout(model.embd_pdrop, parallel, "embedding")
         self.layers = nn.ModuleDict({str(index): build_block(index, config, parallel) for index in layers})
+        add_adapters(self.layers, config.lora)
         if self.is_last:
+            self.objective = build_objective(config)
             self.norm = build_norm("final_norm", model, parallel)
+            head_pdrop = model.clf_pdrop if config.data.classes else 0.0
+            self.head_dropout = ResidualDropout(head_pdrop, parallel, "head")
             self.loss = VocabParallelLoss(
                 self._output_weight(),
                 parallel,
@@ -67,10 +75,10 @@ class GPTChunk(nn.Module):
         """Run this chunk.
 
         x: hidden states of the previous chunk, [batch, seq, hidden]; None on the first chunk.
-        Returns hidden states, or on the last chunk the sum of the token losses (fp32 scalar).
+        Returns hidden states, or on the last chunk the sum of the losses (fp32 scalar).
         """
         hidden = self.hidden(micro_batch.tokens if x is None else x, micro_batch)
-        return self.loss(hidden, micro_batch.labels) if self.is_last else hidden
+        return self.objective(self.loss, hidden, micro_batch) if self.is_last else hidden
 
     @property
     def blocks(self) -> list[PreNormBlock | Block]:
@@ -86,7 +94,7 @@ class GPTChunk(nn.Module):
             x = _run_recomputed(self.blocks, x, ctx, self.config.training.recompute_layers)
         else:
             x = _run(self.blocks, x, ctx)
-        return self._output(x) if self.is_last else x
+        return self.head_dropout(self._output(x), ctx) if self.is_last else x
 
     def _output(self, x: Tensor) -> Tensor:
         """Return the input of the output layer."""
@@ -95,12 +103,19 @@ class GPTChunk(nn.Module):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Return next-token logits, for a model in one chunk. [batch, seq] -> [batch, seq, vocab_size]"""
+        return self.loss.full_logits(self._hidden_of(tokens))
+
+    def logits_at(self, tokens: Tensor, where: Tensor) -> Tensor:
+        """Return the logits at the positions where `where` [batch, seq] is true. [batch, seq] -> [positions, vocab_size]"""
+        return self.loss.full_logits(self._hidden_of(tokens)[where])
+
+    def _hidden_of(self, tokens: Tensor) -> Tensor:
         length = tokens.shape[1]
         ctx = ForwardContext(
             rotary=self._rotary_table(torch.arange(length, device=tokens.device)),
             attention_masks=self._masks(None, length, tokens.device),
         )
-        return self.loss.full_logits(self._final_hidden(tokens, ctx))
+        return self._final_hidden(tokens, ctx)
 
     def next_token_logits(self, tokens: Tensor, rows: CachedRows, caches: Mapping[int, LayerCache]) -> Tensor:
         """Return the logits after the last token of each row, and store its keys and values. For a model in one chunk.
@@ -145,7 +160,8 @@ class GPTChunk(nn.Module):
     def _token_keys(self, micro_batch: MicroBatch, length: int) -> Tensor | None:
         """Return the keys of the dropout masks of all positions, [batch, seq]; None if this forward has no dropout."""
         model = self.config.model
-        if not self.training or micro_batch.samples is None or not (model.embd_pdrop or model.attn_pdrop or model.resid_pdrop):
+        probabilities = (model.embd_pdrop, model.attn_pdrop, model.resid_pdrop, model.clf_pdrop)
+        if not self.training or micro_batch.samples is None or not any(probabilities):
             return None
         return token_keys(stable_seed(self.config.training.seed, "dropout"), micro_batch.samples, length)
 
@@ -173,6 +189,8 @@ class GPTChunk(nn.Module):
         return rotary_table(frequencies, amplitude, positions, DTYPES[self.config.training.precision])
 
     def _output_weight(self) -> nn.Parameter:
+        if self.config.data.classes:
+            return self._embedding(CLASSIFIER, len(self.config.data.classes)).weight
         if not self.config.model.tie_embeddings:
             return self._embedding("head.weight").weight
         if self.is_first:
@@ -181,11 +199,12 @@ class GPTChunk(nn.Module):
         mark_second_copy(weight)
         return weight
 
-    def _embedding(self, name: str) -> VocabParallelEmbedding:
+    def _embedding(self, name: str, entries: int | None = None) -> VocabParallelEmbedding:
+        """`entries`: tokens in the vocabulary, or classes."""
         model = self.config.model
-        return VocabParallelEmbedding(
-            name, model.tokens_in_vocab, model.padded_vocab_size, model.n_embd, self.parallel, init_stds(model).embedding
-        )
+        entries = entries or model.tokens_in_vocab
+        padded = -(-entries // model.vocab_multiple) * model.vocab_multiple
+        return VocabParallelEmbedding(name, entries, padded, model.n_embd, self.parallel, init_stds(model).embedding)
 
 
 def _run(blocks: Sequence[PreNormBlock | Block], x: Tensor, ctx: ForwardContext) -> Tensor:

@@ -106,12 +106,31 @@ class VocabParallelLoss(nn.Module):
         """Weight of log(sum of exp(logits))^2 in the training loss (PaLM, arXiv 2204.02311, section 5)."""
         self.softcap = softcap
 
-    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        """`weights`: factors of the token losses, [batch, seq]; 1 if absent."""
         enter = gather_sequence if self.parallel.sequence_parallel else copy_to_ranks
         hidden = enter(hidden, self.parallel.tp_group)
         train = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
         terms = LossTerms(self.label_smoothing if self.training else 0.0, self.z_loss if self.training else 0.0, self.softcap)
-        return _ChunkedLoss.apply(hidden, self.weight, labels, self.parallel, terms, train, self._chunk_tokens(hidden))
+        n_tokens = self._chunk_tokens(hidden)
+        return _ChunkedLoss.apply(hidden, self.weight, labels, weights, self.parallel, terms, train, n_tokens)
+
+    @torch.no_grad()
+    def token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross entropy of each token without a gradient, 0 at ignored ones. Arguments as in `forward`.
+
+        Shape of `labels`, fp32.
+        """
+        if self.parallel.sequence_parallel:
+            hidden = gather_sequence(hidden, self.parallel.tp_group)
+        targets, ignored = labels.flatten() - shard_of(self.weight).start, labels.flatten() == IGNORED
+        terms, n_tokens = LossTerms(0.0, 0.0, self.softcap), self._chunk_tokens(hidden)
+        chunks = zip(*(part.split(n_tokens) for part in (hidden.flatten(0, -2), targets, ignored)), strict=True)
+        losses = [
+            _token_losses(tokens @ self.weight.t(), self.weight, target, skipped, self.parallel, terms, train=False)[0]
+            for tokens, target, skipped in chunks
+        ]
+        return torch.cat(losses).view(labels.shape)
 
     def _chunk_tokens(self, hidden: Tensor) -> int:
         """Return how many tokens make a chunk: as many in each one, except that the last may have fewer."""
@@ -168,6 +187,7 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: nn.Parameter,
         labels: Tensor,
+        weights: Tensor | None,
         parallel: ParallelContext,
         terms: LossTerms,
         train: bool,
@@ -186,6 +206,10 @@ class _ChunkedLoss(torch.autograd.Function):
             logits = torch.mm(tokens[chunk], weight.t(), out=buffer[: len(tokens[chunk])])  # [chunk, entries]
             token_losses = _compiled_token_losses if parallel.kernels.compiled else _token_losses
             losses, gradient = token_losses(logits, weight, targets[chunk], ignored[chunk], parallel, terms, train)
+            if weights is not None:
+                factors = weights.flatten()[chunk]
+                losses = losses * factors
+                gradient = None if gradient is None else gradient * factors.unsqueeze(-1)
             total += losses.sum()
             if gradient is None:
                 continue
@@ -205,7 +229,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None, None, None, None]:
         scale, (grad_hidden,) = grads[0].detach(), ctx.saved_tensors
         weight, grad_weight = ctx.weight, ctx.grad_weight
         ctx.grad_weight = None
@@ -217,7 +241,7 @@ class _ChunkedLoss(torch.autograd.Function):
             ctx.deferred.add(job)
         if grad_hidden is not None:
             grad_hidden = (grad_hidden * scale.to(grad_hidden.dtype)).view(ctx.shape)
-        return grad_hidden, None, None, None, None, None, None
+        return grad_hidden, None, None, None, None, None, None, None
 
 
 def _fp32_zeros_like(weight: nn.Parameter) -> Tensor:

@@ -1,7 +1,7 @@
 """Tensor-parallel linear layers, which own their backward (Shoeybi et al., arXiv 1909.08053, section 3)."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -139,17 +139,34 @@ def anchor(parameter: Tensor, *inputs: Tensor) -> Tensor:
     return inputs[0] if any(x.requires_grad for x in inputs) else parameter
 
 
+class Adapter(Protocol):
+    """A module that adds to the output of a linear layer."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return what is added to the output, for the layer's input x."""
+
+    def flops_per_token(self) -> int:
+        """Forward FLOPs of the unsharded module for one token."""
+
+
 class _ParallelLinear(nn.Module):
     """What both kinds of linear layer report."""
 
     bias: nn.Parameter | None
     add_bias: bool
+    adapter: Adapter | None
+    """What is added to the output: a low-rank adapter, or nothing."""
 
     def __init__(self, n_in: int, n_out: int, parallel: ParallelContext) -> None:
         super().__init__()
         self.n_in = n_in
         self.n_out = n_out
         self.parallel = parallel
+        self.adapter = None
+
+    def _adapted(self, out: Tensor, x: Tensor) -> Tensor:
+        """Return the output with that of the adapter, if there is one."""
+        return out if self.adapter is None else out + self.adapter(x)
 
     @property
     def pending_bias(self) -> nn.Parameter | None:
@@ -158,7 +175,7 @@ class _ParallelLinear(nn.Module):
 
     def flops_per_token(self) -> int:
         """Forward FLOPs of the unsharded layer for one token (a multiply-add counts as 2)."""
-        return 2 * self.n_in * self.n_out
+        return 2 * self.n_in * self.n_out + (0 if self.adapter is None else self.adapter.flops_per_token())
 
     def extra_repr(self) -> str:
         """Show the unsharded sizes in `print(model)`."""
@@ -206,8 +223,10 @@ class ColumnParallelLinear(_ParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         parallel, bias = self.parallel, self.bias if self.add_bias else None
         if parallel.sequence_parallel and parallel.tp_group is not None:
-            return _GatheredLinear.apply(x, anchor(self.weight, x), self.weight, bias, parallel, parallel.tp_group)
-        return linear(x, self.weight, bias, parallel, replicated_over=parallel.tp_group)
+            out = _GatheredLinear.apply(x, anchor(self.weight, x), self.weight, bias, parallel, parallel.tp_group)
+        else:
+            out = linear(x, self.weight, bias, parallel, replicated_over=parallel.tp_group)
+        return self._adapted(out, x)
 
 
 class RowParallelLinear(_ParallelLinear):
@@ -238,4 +257,4 @@ class RowParallelLinear(_ParallelLinear):
         reduce = reduce_scatter_to_sequence if self.parallel.sequence_parallel else reduce_from_ranks
         partial = linear(x, self.weight, None, self.parallel)
         out = reduce(partial, self.parallel.tp_group)
-        return out if self.bias is None or not self.add_bias else out + self.bias
+        return self._adapted(out if self.bias is None or not self.add_bias else out + self.bias, x)

@@ -1,9 +1,7 @@
 """Loss on held-out data: the mean over a fixed set of samples, the same under every layout and batch size."""
 
-import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -16,10 +14,10 @@ from megagpt.data.gpt_dataset import Sample
 from megagpt.data.sampler import GlobalBatches
 from megagpt.distributed.rank_zero import rank_zero_note
 from megagpt.engine.engine import Engine
-from megagpt.labels import IGNORED
 from megagpt.parallel.topology import Topology
 from megagpt.training.metrics import reduce_loss, sum_tokens
 from megagpt.training.micro_batches import HostBatch, to_host_batch
+from megagpt.training.objectives import run_objective
 
 PROGRESS_SECONDS = 10.0
 """Time between two progress lines of a long evaluation."""
@@ -51,7 +49,8 @@ def evaluate(
     name: str = "eval",
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any] | None:
-    """Return NAME_loss (nats per token over the first `samples` samples, all if None) and NAME_perplexity. Collective.
+    """Return the metrics of the first `samples` samples (all if None): NAME_loss, a mean in nats, and those that the objective
+    adds, such as NAME_perplexity. Collective.
 
     The samples are divided into batches of training.global_batch_size. Rows that fill up the last batch are masked.
     Returns None, on all ranks after the same batch, if `stop_requested` is true on some rank before the end.
@@ -88,15 +87,7 @@ def evaluate(
         progress.report(first + size)
     global_tokens = sum_tokens(n_tokens, topology, engine.device)
     loss = reduce_loss(total, global_tokens, topology, engine.device).loss
-    return {f"{name}_loss": loss, f"{name}_perplexity": perplexity(loss)}
-
-
-def perplexity(loss: float) -> float:
-    """Return exp(loss), or infinity if that is too large for a float."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
+    return run_objective(config).evaluation_metrics(engine, name, loss)
 
 
 def _mask_padding(batch: HostBatch, topology: Topology, n_samples: int) -> HostBatch:
@@ -105,8 +96,7 @@ def _mask_padding(batch: HostBatch, topology: Topology, n_samples: int) -> HostB
         return batch
     first_row = batch.first_sample + topology.dp_rank * len(batch.labels)
     is_padding = torch.arange(first_row, first_row + len(batch.labels)) >= n_samples
-    labels = batch.labels.masked_fill(is_padding.unsqueeze(1), IGNORED)
-    return replace(batch, labels=labels, n_tokens=int((labels != IGNORED).sum()))
+    return batch.without_rows(is_padding)
 
 
 def _round_up(number: int, factor: int) -> int:

@@ -48,6 +48,14 @@ def reduce_loss(
     return LossSummary(total / max(1, tokens), int(tokens), stop_requests > 0)
 
 
+def perplexity(loss: float) -> float:
+    """Return exp(loss), or infinity if that is too large for a float."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 class LossMean:
     """Mean training loss since the last record, weighted by unmasked tokens. Steps without an update are only counted."""
 

@@ -1,7 +1,8 @@
 """Token batches of the data loader, converted to the model's micro-batches on the host and copied to the device."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +33,7 @@ class HostBatch:
     size: int
     """Sequences in the global batch."""
     n_tokens: int
-    """Unmasked tokens of this rank."""
+    """Unmasked tokens of this rank; for preferences, pairs. The loss is their mean."""
     micro_batch_size: int
     samples: Tensor
     """Number of each sample in the run, [micro-batches * batch]."""
@@ -41,6 +42,7 @@ class HostBatch:
     labels: Tensor
     positions: Tensor | None
     documents: Tensor | None
+    references: Tensor | None = None
 
     def to(self, device: torch.device) -> list[MicroBatch]:
         """Copy to `device`, with one copy per tensor, and return the micro-batches."""
@@ -48,11 +50,10 @@ class HostBatch:
         samples = self.samples.to(device, non_blocking=True).split(size)
         tokens = self.tokens.to(device, non_blocking=True).split(size)
         labels = self.labels.to(device, non_blocking=True).split(size)
-        positions = documents = None
-        if self.positions is not None:
-            positions = self.positions.to(device, non_blocking=True).split(size)
-        if self.documents is not None:
-            documents = self.documents.to(device, non_blocking=True).split(size)
+        positions, documents, references = (
+            None if tensor is None else tensor.to(device, non_blocking=True).split(size)
+            for tensor in (self.positions, self.documents, self.references)
+        )
         return [
             MicroBatch(
                 tokens=tokens[index],
@@ -60,9 +61,16 @@ class HostBatch:
                 samples=samples[index],
                 positions=positions[index] if positions is not None else None,
                 documents=documents[index] if documents is not None else None,
+                references=references[index] if references is not None else None,
             )
             for index in range(len(samples))
         ]
+
+    def without_rows(self, rows: Tensor) -> "HostBatch":
+        """Return the batch with some rows left out of the loss. `rows`: True for those, [micro-batches * batch]."""
+        labels = self.labels.masked_fill(rows.unsqueeze(1), IGNORED)
+        references = None if self.references is None else self.references.masked_fill(rows.unsqueeze(1), math.nan)
+        return replace(self, labels=labels, references=references, n_tokens=_count(labels, references))
 
 
 def to_host_batch(
@@ -89,6 +97,7 @@ def to_host_batch(
     if data.mask_document_ends:
         labels = labels.masked_fill(torch.from_numpy(starts[:, 1:]), IGNORED)
     labels = context.local_positions(labels)
+    references = _padded([row for batch in batches for row in batch.references])
     positions = documents = None
     if data.separates_positions:
         positions = _to_host(torch.from_numpy(positions_in_document(starts[:, :-1])), pin_memory)
@@ -97,14 +106,28 @@ def to_host_batch(
     return HostBatch(
         first_sample=first_sample,
         size=size or config.training.global_batch_size,
-        n_tokens=int((labels != IGNORED).sum()) if data.mask_document_ends or given else labels.numel(),
+        n_tokens=_count(labels, references) if data.mask_document_ends or given else labels.numel(),
         micro_batch_size=len(batches[0].tokens),
         samples=_to_host(torch.from_numpy(samples), pin_memory),
         tokens=_to_host(context.local_positions(tokens[:, :-1]), pin_memory),
         labels=_to_host(labels, pin_memory),
         positions=positions,
         documents=documents,
+        references=None if references is None else _to_host(references, pin_memory),
     )
+
+
+def _count(labels: Tensor, references: Tensor | None) -> int:
+    """Return how many tokens, or pairs, the loss is the mean of."""
+    return int((labels != IGNORED).sum() if references is None else (~references.isnan()).sum())
+
+
+def _padded(rows: Sequence[npt.NDArray[np.float32]]) -> Tensor | None:
+    """Return the references of all samples as one tensor, filled up with NaN; None if there are none. [rows, pairs]"""
+    if not rows:
+        return None
+    tensors = [torch.from_numpy(row) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=math.nan)
 
 
 def positions_in_document(starts: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:

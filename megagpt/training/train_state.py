@@ -9,19 +9,23 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from torch import nn
 
 from megagpt.checkpoint.boxes import boxes_of_range
 from megagpt.checkpoint.format import MASTER
 from megagpt.checkpoint.load import CheckpointReader
+from megagpt.checkpoint.merged import open_merged
 from megagpt.checkpoint.save import Entry
 from megagpt.config import upgrade_keys
 from megagpt.config.compare import changed_keys, model_differences
-from megagpt.config.schema import Config, ModelConfig
+from megagpt.config.schema import Config, LoRAConfig, ModelConfig
 from megagpt.data.identity import DataIdentity
 from megagpt.distributed.object_collectives import all_gather_object, run_on_ranks
 from megagpt.engine.deepspeed_internals import ParameterPartition, ZeroState
 from megagpt.engine.engine import Engine
 from megagpt.errors import CheckpointError, listed
+from megagpt.model.gpt import CLASSIFIER
+from megagpt.parallel.adapter import is_adapter
 from megagpt.parallel.parameter import Shard, shard_of
 
 LAYOUT = (
@@ -164,9 +168,10 @@ def restore(engine: Engine, folder: Path) -> Restored:
 def restore_weights(engine: Engine, folder: Path) -> LoadedWeights:
     """Load only the weights of a verified checkpoint, written under any layout, into a new engine. Collective.
 
+    Adapters of the checkpoint are merged into its weights; those of the engine keep their initial values.
     Raises CheckpointError if the checkpoint is of another model, with every difference.
     """
-    reader = run_on_ranks(lambda: CheckpointReader(folder))
+    reader = run_on_ranks(lambda: open_merged(folder))
     assert reader is not None
     saved_config = run_on_ranks(lambda: _check_model(engine, reader))
     assert saved_config is not None
@@ -219,6 +224,8 @@ def _check(engine: Engine, reader: CheckpointReader) -> tuple[dict[str, Any], Ru
             "resume from it; set checkpoint.initialize_from to it, and another checkpoint.dir"
         )
     saved_config = _check_model(engine, reader)
+    _check_adapters(engine, reader)
+    reader.check_shapes({shard_of(p).name: shard_of(p).shape for p in engine.parameters})
     with _other_version_if_invalid(reader.folder):
         state = RunState.model_validate(reader.manifest.state)
         state_changes(saved_config, engine.config)
@@ -233,8 +240,19 @@ def _check_model(engine: Engine, reader: CheckpointReader) -> dict[str, Any]:
     differences = model_differences(model, engine.config.model)
     if differences:
         raise CheckpointError(f"{reader.folder}: the checkpoint is of another model: {'; '.join(differences)}")
-    reader.check_shapes({shard_of(p).name: shard_of(p).shape for p in engine.parameters})
+    reader.check_shapes({shard_of(p).name: shard_of(p).shape for p in engine.parameters if _is_saved(p, reader)})
     return saved_config
+
+
+def _check_adapters(engine: Engine, reader: CheckpointReader) -> None:
+    """Raise CheckpointError unless the run has the adapters of the checkpoint."""
+    saved = LoRAConfig.model_validate(reader.manifest.config.get("lora", {}))
+    current = engine.config.lora
+    if saved != current and (saved.rank, current.rank) != (None, None):
+        raise CheckpointError(
+            f"{reader.folder}: was saved with lora {saved.model_dump()}, and the run has {current.model_dump()}; use the same "
+            "to resume, or start from its merged weights with checkpoint.initialize_from and another checkpoint.dir"
+        )
 
 
 @contextmanager
@@ -264,10 +282,18 @@ def _fill(engine: Engine, zero: ZeroState, reader: CheckpointReader) -> None:
 def _fill_weights(engine: Engine, zero: ZeroState, reader: CheckpointReader) -> None:
     """Fill this rank's weights: the fp32 values of the optimizer and the values of the forwards."""
     for partition in zero.partitions():
-        zero.set_weights(partition, _read(reader, MASTER, shard_of(partition.parameter), partition))
+        if _is_saved(partition.parameter, reader):
+            zero.set_weights(partition, _read(reader, MASTER, shard_of(partition.parameter), partition))
     if engine.config.zero.stage != 3:  # below stage 3 every rank holds its full shard for the forwards
         for parameter in engine.parameters:
-            reader.fill(parameter)
+            if _is_saved(parameter, reader):
+                reader.fill(parameter)
+
+
+def _is_saved(parameter: nn.Parameter, reader: CheckpointReader) -> bool:
+    """Return whether a checkpoint has a parameter; it must have all but the adapters and the classifier of a new run."""
+    name = shard_of(parameter).name
+    return not (is_adapter(name) or name == CLASSIFIER) or reader.has(MASTER, name)
 
 
 def _read(reader: CheckpointReader, state: str, shard: Shard, partition: ParameterPartition) -> torch.Tensor:

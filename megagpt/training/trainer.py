@@ -42,6 +42,7 @@ from megagpt.training.lr_schedule import learning_rate, weight_decay
 from megagpt.training.metrics import LossMean, reduce_loss, sum_tokens
 from megagpt.training.micro_batches import HostBatch, global_batches, to_host_batch
 from megagpt.training.noise_scale import NoiseScale
+from megagpt.training.objectives import run_objective
 from megagpt.training.run_length import learning_rate_change, require_not_shorter, total_steps
 from megagpt.training.test_result import TestResult
 from megagpt.training.throughput import ThroughputWindow, peak_memory_gib, peak_tflops
@@ -105,6 +106,8 @@ class Trainer:
             self.consumed_samples = 0
             self.skipped_ranges: list[SampleRange] = []
             self.health = Health(config.resilience)
+            self._objective = run_objective(config)
+            self._objective.prepare(self.engine, datasets)
             saved_config = self._load(checkpoint) if checkpoint is not None else None
             if initial_weights is not None:
                 self.phase.enter("loading of the initial weights")
@@ -185,7 +188,7 @@ class Trainer:
             self._noise_scale.update(result, summary.n_tokens, batch.size)
         self.step += 1
         self.consumed_samples = batch.first_sample + batch.size
-        self._window.add_step(summary.n_tokens, batch.size, seconds_waited)
+        self._window.add_step(batch.size * self.config.model.n_positions, batch.size, seconds_waited)
         self._losses.add(summary.loss, summary.n_tokens, result.skipped)
         return StepOutcome(result, learning_rate, summary.n_tokens, summary.loss, verdict, summary.stop_requested)
 
@@ -315,6 +318,7 @@ class Trainer:
         }
         if config.training.batch_ramp.start is not None:
             record["batch_size"] = window.batch_size
+        record |= self._objective.training_metrics(self.engine)
         record |= self._noise_scale.take_report()
         if config.training.precision == "fp16":
             record["loss_scale"] = outcome.result.loss_scale

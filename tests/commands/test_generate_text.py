@@ -10,38 +10,22 @@ import tokenizers
 import torch
 from support.commands import BIN, run_command
 from support.families import random_model
-from support.runs import Tree, full_model, tiny_config
+from support.runs import Tree
 from support.saved import rewrite_file
+from support.trained import write_random
 
-from megagpt.checkpoint.tokenizer_files import read_tokenizer
-from megagpt.checkpoint.write import TensorSource, write_checkpoint
 from megagpt.commands.generate_text import main
-from megagpt.config import to_json
 from megagpt.inference.generate import Completion, TextGenerator
 from megagpt.inference.prompts import TASKS
 from megagpt.inference.sampling import Sampling
-from megagpt.parallel.parameter import shard_of
 
 POSITIONS = 16
-
-
-def write(directory: Path, tokenizer: str | None, vocab_size: int) -> Path:
-    """Write a checkpoint with random weights, whose config names a tokenizer that does not exist."""
-    config = tiny_config(model={"vocab_size": vocab_size, "n_positions": POSITIONS}, data={"tokenizer": "gone/t.model"})
-    sources = []
-    for parameter in full_model(config).parameters():
-        shard = shard_of(parameter)
-        values = parameter.detach()[: shard.shape[0]]  # without vocabulary padding
-        sources.append(TensorSource(shard.name, shard.shape, {"master": values}))
-    state = {"consumed_samples": 0, "optimizer": "adamw", "optimizer_step": 0, "loss_scaler": {}}
-    carried = None if tokenizer is None else read_tokenizer(tokenizer)
-    return write_checkpoint(directory, 0, sources, json.loads(to_json(config)), state, tokenizer=carried)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint whose tokens are bytes."""
-    return write(tmp_path_factory.mktemp("bytes"), "byte", 257)
+    return write_random(tmp_path_factory.mktemp("bytes"), "byte", 257)
 
 
 def generate(checkpoint: Path, *arguments: str) -> int:
@@ -91,7 +75,7 @@ def test_ids_that_the_tokenizer_lacks_are_never_generated_and_a_note_says_so(
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    checkpoint = write(tmp_path / "run", str(tmp_path), 400)
+    checkpoint = write_random(tmp_path / "run", str(tmp_path), 400)
     assert generate(checkpoint, "--temperature", "9") == 0
     printed = capsys.readouterr()
     assert set(printed.out.split()) <= set(vocab)
@@ -103,7 +87,7 @@ def test_ids_that_the_tokenizer_lacks_are_never_generated_and_a_note_says_so(
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused_when_the_prompt_needs_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint = write(tmp_path, "byte", 98)
+    checkpoint = write_random(tmp_path, "byte", 98)
     assert "token id 98 is not in the model's vocabulary of 98; give the tokenizer" in refused(checkpoint, capsys)
 
 
@@ -121,7 +105,7 @@ def test_the_tokenizer_of_the_checkpoint_can_be_replaced(
     assert generate(moved, "--tokenizer", "byte") == 0
     assert capsys.readouterr().out == text
     assert "gone.model: no such tokenizer" in refused(moved, capsys, "--tokenizer", "gone.model")
-    nameless = write(tmp_path / "without", None, 257)
+    nameless = write_random(tmp_path / "without", None, 257)
     assert "(named in the checkpoint " in (line := refused(nameless, capsys)) and "give --tokenizer" in line
     assert generate(nameless, "--tokenizer", "byte") == 0
 

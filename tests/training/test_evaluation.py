@@ -13,7 +13,8 @@ from megagpt.config import Config
 from megagpt.data.blend import Blend, Dataset, build_datasets
 from megagpt.data.indexed import IndexedCorpus
 from megagpt.data.shuffle import count_samples
-from megagpt.training.evaluation import evaluate, evaluated_samples, perplexity
+from megagpt.training.evaluation import evaluate, evaluated_samples
+from megagpt.training.metrics import perplexity
 
 LAYOUTS: dict[str, tuple[int, Tree, int]] = {
     "1 process": (1, {}, 1),

@@ -25,6 +25,8 @@ PROGRESS: Tree = {
     "consecutive_skips": 1,
     "data": {
         "seed": 1234,
+        "task": "text",
+        "long_examples": "drop",
         "split": None,
         "sequence_length": 16,
         "parts": {"train": [{"prefix": "data/a", "weight": 1.0, "sequences": 60, "tokens": 1800, "fingerprint": "0f"}]},

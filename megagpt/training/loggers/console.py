@@ -38,6 +38,7 @@ class ConsoleLogger:
         seconds_left = (self._total - record["step"]) * record["step_seconds"]
         parts = [
             f"loss {record['loss']:.4f}",
+            *_reward_parts(record),
             f"lr {record['learning_rate']:.2e}",
             f"grad norm {record['grad_norm']:.3f}",
             _speed(record),
@@ -58,4 +59,19 @@ def _speed(record: MetricsRecord) -> str:
 
 
 def _evaluation_parts(record: MetricsRecord, split: str) -> list[str]:
-    return [f"{split} loss {record[f'{split}_loss']:.4f}", f"perplexity {record[f'{split}_perplexity']:.2f}"]
+    parts = [f"{split} loss {record[f'{split}_loss']:.4f}"]
+    if f"{split}_perplexity" in record:
+        parts.append(f"perplexity {record[f'{split}_perplexity']:.2f}")
+    if f"{split}_accuracy" in record:
+        parts.append(f"accuracy {record[f'{split}_accuracy']:.1%}")
+    return parts + _reward_parts(record, f"{split}_")
+
+
+def _reward_parts(record: MetricsRecord, prefix: str = "") -> list[str]:
+    """Return the metrics of preference tuning, if the record has them."""
+    if f"{prefix}reward_margin" not in record:
+        return []
+    return [
+        f"reward margin {record[f'{prefix}reward_margin']:.3f}",
+        f"reward accuracy {record[f'{prefix}reward_accuracy']:.1%}",
+    ]
