@@ -32,6 +32,9 @@ COMMANDS = (
     "convert-config",
     "train-tokenizer",
     "generate-text",
+    "chat",
+    "serve",
+    "evaluate",
     "plot-losses",
     "draw-schedule",
     "find-learning-rate",
@@ -71,6 +74,8 @@ setup(
     ],
     extras_require={
         "tensorboard": ["tensorboard>=2.16"],
+        "serve": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"],
+        "eval": ["lm_eval>=0.4.9"],
         "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.10", "transformers>=4.50"],
     },
     entry_points={"console_scripts": ["megagpt = megagpt.__main__:main", *map(console_script, COMMANDS)]},

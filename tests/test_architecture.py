@@ -23,6 +23,7 @@ FOLDERS = (
     "training",
     "hugging_face",
     "inference",
+    "serving",
     "commands",
 )
 """In import order: a folder imports only from itself and from those before it."""

@@ -29,6 +29,8 @@ WRITING = ".writing-"
 """Separates the final name of a folder or file from a random token while it is being written."""
 REPLACED = ".replaced"
 """Ends the name of an older checkpoint of the same step while the new one takes its name."""
+IMPORTED_FROM = "imported_from"
+"""Key of a manifest's `state` that only a converted checkpoint has."""
 MAX_MANIFEST_BYTES = 2**30
 """A manifest has about 100 bytes per box: a million boxes are 100 MB."""
 MAX_DIMS, MAX_LENGTH = 16, 2**48

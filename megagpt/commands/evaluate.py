@@ -19,9 +19,9 @@ from megagpt.inference.perplexity import Totals, documents_of, measure
 from megagpt.inference.source import TrainedModel
 
 EXAMPLE = """examples:
-  python tools/evaluate.py --checkpoint runs/quickstart/checkpoints --data novel.txt
+  python tools/evaluate.py --checkpoint runs/quickstart/checkpoints --data data/web.jsonl.zst --stride 16
   torchrun --nproc-per-node 4 tools/evaluate.py --checkpoint runs/6B/checkpoints --tensor 2 --data data/valid_text_document
-  python tools/evaluate.py --checkpoint models/quickstart --data data/web.jsonl.zst --stride 16 --output perplexity.json
+  python tools/evaluate.py --checkpoint runs/6B/checkpoints --data data/web.jsonl.zst --output perplexity.json
 With --tasks, for example --tasks hellaswag,lambada_openai, it runs tasks of EleutherAI's lm-evaluation-harness (the package
 lm_eval: pip install megagpt[eval]). --include-path names a folder with tasks of your own; others are read from the Hugging
 Face hub. Losses are in nats. docs/evaluation.md describes the numbers."""

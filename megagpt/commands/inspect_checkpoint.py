@@ -9,14 +9,14 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from megagpt.checkpoint.format import MANIFEST, Manifest, read_manifest, resolve_checkpoint
+from megagpt.checkpoint.format import IMPORTED_FROM, MANIFEST, Manifest, read_manifest, resolve_checkpoint
 from megagpt.checkpoint.report import CheckpointReport, TensorReport, bytes_to_read, inspect_checkpoint
 from megagpt.checkpoint.verify import raise_all
 from megagpt.commands import shell
 from megagpt.commands.progress import progress
 from megagpt.config import build_config, upgrade_keys
 from megagpt.errors import CheckpointError, ConfigError, listed
-from megagpt.training.train_state import IMPORTED_FROM, ImportedState, RunState
+from megagpt.training.train_state import ImportedState, RunState
 
 EXAMPLE = """example:
   python tools/inspect_checkpoint.py runs/quickstart/checkpoints

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,7 +50,9 @@ def _plot(args: argparse.Namespace) -> None:
         color = f"C{number}"
         label = f"{names[number]}: " if len(names) > 1 else ""
         axes.plot(*_curve(records, "loss"), color=color, alpha=0.55, linewidth=1.2, label=f"{label}training")
-        axes.plot(*_curve(records, "eval_loss"), color=color, marker="o", markersize=4, label=f"{label}validation")
+        for name, marker in zip(_validation_losses(records), cycle("os^vD"), strict=False):
+            which = name.removeprefix("eval").removesuffix("_loss").replace("_", " ", 1)
+            axes.plot(*_curve(records, name), color=color, marker=marker, markersize=4, label=f"{label}validation{which}")
     if args.hline is not None:
         axes.axhline(args.hline, color="0.45", linestyle="--", linewidth=1, label=f"{args.hline_label} ({args.hline:.2f})")
     axes.set(xlabel="optimizer step", ylabel="loss, nats per token")
@@ -61,6 +64,12 @@ def _plot(args: argparse.Namespace) -> None:
     except (OSError, ValueError) as error:
         raise ConfigError(f"--output {args.output}: cannot be written: {error}") from None
     print(f"{args.output}: the losses of {len(args.metrics)} run{'s' if len(args.metrics) > 1 else ''}")
+
+
+def _validation_losses(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the names of the losses on validation data: one, or one for each set."""
+    found = {name for record in records for name in record if name.startswith("eval_") and name.endswith("_loss")}
+    return sorted(found) or ["eval_loss"]
 
 
 def _run_names(paths: Sequence[str]) -> list[str]:

@@ -79,8 +79,9 @@ def broken_rules(config: Config) -> list[Problem]:
     """Return all rules that `config` breaks, for any number of ranks."""
     layout = (_shape, _tensor_parallel, _context, _pipeline, _zero)
     batches = (_batch, _ramp, _noise_scale, _length)
-    other = (_checkpoint, _data, _fill_in_the_middle, _classification, _preference, _lr_schedule, _optimizer, _deepspeed)
-    return [problem for rule in (*layout, *batches, *other) for problem in rule(config)]
+    tasks = (_data, _samples, _fill_in_the_middle, _classification, _preference)
+    other = (_checkpoint, _lr_schedule, _optimizer, _deepspeed)
+    return [problem for rule in (*layout, *batches, *tasks, *other) for problem in rule(config)]
 
 
 def _shape(config: Config) -> Iterator[Problem]:
@@ -388,10 +389,29 @@ def _data(config: Config) -> Iterator[Problem]:
             f"data.split: {data.split!r} is not three shares of train, valid and test; "
             'expected three numbers, for example "969,30,1"',
         )
-    for key in ("train", "valid", "test", "paths"):
-        source = getattr(data, key)
+    for key, source in data.sources.items():
         if isinstance(source, dict) and (not source or min(source.values()) <= 0):
             yield Problem((f"data.{key}",), f"data.{key}: needs at least one prefix, each with a weight above 0")
+
+
+def _samples(config: Config) -> Iterator[Problem]:
+    evaluation, key = config.evaluation, "evaluation.sample_prompts"
+    if not evaluation.sample_prompts:
+        return
+    if config.data.tokenizer is None:
+        yield Problem((key, "data.tokenizer"), f"{key}: needs data.tokenizer, to read prompts and to write texts; set it")
+    if config.zero.stage == 3:
+        yield Problem(
+            (key, "zero.stage"), f"{key}: the output layer's weights are not in one place under zero.stage 3; use 0, 1 or 2"
+        )
+    if config.data.task == "classification":
+        yield Problem((key, "data.task"), f'{key}: a model of data.task "classification" writes no text; leave it out')
+    if evaluation.sample_tokens >= config.model.n_positions:
+        yield Problem(
+            ("evaluation.sample_tokens", "model.n_positions"),
+            f"evaluation.sample_tokens: {evaluation.sample_tokens} leaves no room for a prompt in model.n_positions "
+            f"{config.model.n_positions}; expected at most {config.model.n_positions - 1}",
+        )
 
 
 def _fill_in_the_middle(config: Config) -> Iterator[Problem]:

@@ -7,7 +7,7 @@ several keys, `load.py` reads files and overrides. This module does no I/O and d
 import os
 import types
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator
 
@@ -31,6 +31,8 @@ PathText = Annotated[str, StringConstraints(min_length=1), AfterValidator(_expan
 """A path of a file or folder; a leading `~` is the home directory, $NAME an environment variable."""
 Source = PathText | dict[PathText, float]
 """One prefix of a .bin/.idx pair, or several with their weights: {"data/web": 0.7, "data/books": 0.3}."""
+SetName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,39}$")]
+"""Name of a set of validation data, which is part of the names of its metrics."""
 MAX_STEPS = 10**12
 MAX_SEED = 2**63 - 1
 
@@ -284,8 +286,9 @@ class DataConfig(Section):
     train: Source | None = None
     """Training data: the prefix of a .bin/.idx pair, or several prefixes with weights, such as {"data/web": 0.7, "data/books":
     0.3}."""
-    valid: Source | None = None
-    """Validation data, for evaluation during training; same form as `train`."""
+    valid: Source | dict[SetName, Source] | None = None
+    """Validation data, for evaluation during training; same form as `train`, or several sets by name, each with its own loss:
+    {"web": "data/web_valid", "code": {"data/python_valid": 1, "data/rust_valid": 1}}."""
     test: Source | None = None
     """Test data, for evaluation after the last step; same form as `train`."""
     paths: Source | None = None
@@ -329,6 +332,22 @@ class DataConfig(Section):
     def separates_attention(self) -> bool:
         """Whether attention stays inside each document."""
         return self.reset_attention or self.task != "text"
+
+    @property
+    def valid_sets(self) -> dict[str, Source]:
+        """The sets of validation data by the name of their metrics: "eval" for the only one, else "eval_NAME"."""
+        if self.valid is None:
+            return {}
+        if isinstance(self.valid, dict) and not all(isinstance(value, float) for value in self.valid.values()):
+            return {f"eval_{name}": cast(Source, source) for name, source in self.valid.items()}
+        return {"eval": cast(Source, self.valid)}
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """All data that is named, by its key without "data.", such as "train" or "valid.web"."""
+        valid = {f"valid{name.removeprefix('eval').replace('_', '.', 1)}": source for name, source in self.valid_sets.items()}
+        found = {"train": self.train, **valid, "test": self.test, "paths": self.paths}
+        return {key: source for key, source in found.items() if source is not None}
 
 
 class OptimizerConfig(Section):
@@ -475,6 +494,11 @@ class EvaluationConfig(Section):
     """Samples of the test data for the evaluation after the last step; all of the test data if absent."""
     micro_batch_size: int | None = Field(default=None, ge=1, le=2**20)
     """Sequences per micro-batch in evaluation; training.micro_batch_size if absent."""
+    sample_prompts: tuple[str, ...] = ()
+    """Prompts that the model continues at each evaluation, by its most likely tokens. The texts are printed and in the metrics
+    file. Each new token takes a forward of all prompts. Needs data.tokenizer, and zero.stage 0 to 2."""
+    sample_tokens: int = Field(default=32, ge=1, le=100_000)
+    """New tokens for each of sample_prompts. The end of a prompt is used if both do not fit in model.n_positions."""
 
 
 class CheckpointConfig(Section):

@@ -35,11 +35,17 @@ class Dataset(Protocol):
 
 
 class Datasets(NamedTuple):
-    """The datasets of a run; valid and test may be absent."""
+    """The datasets of a run."""
 
     train: Dataset
-    valid: Dataset | None
+    valid: dict[str, Dataset]
+    """Validation data by the name of its metrics: "eval", or "eval_NAME" for each of several sets; may be empty."""
     test: Dataset | None
+
+    @property
+    def all(self) -> list[Dataset]:
+        """All of them."""
+        return [self.train, *self.valid.values(), *([] if self.test is None else [self.test])]
 
 
 class OpenCorpus(Protocol):
@@ -132,16 +138,15 @@ def build_datasets(data: DataConfig, sequence_length: int) -> Datasets:
     transforms = (build_fill_in_the_middle(data), None, None)  # evaluations read the text as it is
     if data.paths is not None and data.split is not None:
         corpora = _open(data, data.paths)  # once: an index of many documents takes a while to check
-        datasets = [
-            _split_dataset(data.paths, corpora, data.split, part, sequence_length, transforms[part]) for part in range(3)
-        ]
+        parts = [_split_dataset(data.paths, corpora, data.split, part, sequence_length, transforms[part]) for part in range(3)]
+        train, test = parts[0], parts[2]
+        valid = {} if parts[1] is None else {"eval": parts[1]}
     else:
-        sources = (data.train, data.valid, data.test)
-        datasets = [
-            _full_dataset(data, source, sequence_length, transform)
-            for source, transform in zip(sources, transforms, strict=True)
-        ]
-    train, valid, test = datasets
+        train, test = (
+            None if source is None else _full_dataset(data, source, sequence_length, transform)
+            for source, transform in ((data.train, transforms[0]), (data.test, transforms[2]))
+        )
+        valid = {name: _full_dataset(data, source, sequence_length, transforms[1]) for name, source in data.valid_sets.items()}
     if train is None:
         raise DataError("data.train: no training data; set it to the prefix of a .bin/.idx pair, or set data.paths and split")
     return Datasets(train, valid, test)
@@ -161,8 +166,7 @@ def check_vocabulary(data: DataConfig, vocab_size: int) -> None:
     Large corpora are checked in part, as `indexed.check_corpus` describes. The total that is read does not depend on the
     number of corpora, because the other ranks wait meanwhile.
     """
-    sources = (data.train, data.valid, data.test, data.paths)
-    prefixes = list(dict.fromkeys(prefix for source in sources for prefix in _prefixes(source)))
+    prefixes = list(dict.fromkeys(prefix for source in data.sources.values() for prefix in _prefixes(source)))
     for prefix in prefixes:
         check_corpus(IndexedCorpus(prefix), vocab_size, MAX_CHECKED_BYTES // len(prefixes))
 
@@ -190,9 +194,7 @@ def _split_dataset(
     return _blend(packed, source)
 
 
-def _full_dataset(data: DataConfig, source: Source | None, sequence_length: int, transform: Transform | None) -> Dataset | None:
-    if not source:
-        return None
+def _full_dataset(data: DataConfig, source: Source, sequence_length: int, transform: Transform | None) -> Dataset:
     corpora = _open(data, source)
     return _blend([corpus.dataset(range(corpus.n_documents), sequence_length, transform) for corpus in corpora], source)
 
@@ -205,7 +207,5 @@ def _blend(corpora: Sequence[Dataset], source: Source) -> Dataset:
     return Blend(corpora, list(source.values())) if isinstance(source, dict) and len(corpora) > 1 else corpora[0]
 
 
-def _prefixes(source: Source | None) -> list[str]:
-    if not source:
-        return []
+def _prefixes(source: Source) -> list[str]:
     return [source] if isinstance(source, str) else list(source)

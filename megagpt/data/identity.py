@@ -8,8 +8,6 @@ from megagpt.data.examples import mask_prefix
 from megagpt.data.index_cache import content_fingerprint
 from megagpt.data.indexed import IndexedCorpus
 
-PARTS = ("train", "valid", "test", "paths")
-
 
 class CorpusIdentity(BaseModel):
     """One corpus. Where it lies is not part of it: `prefix` is for messages only."""
@@ -43,12 +41,12 @@ class DataIdentity(BaseModel):
     split: str | None
     sequence_length: int
     parts: dict[str, list[CorpusIdentity]]
-    """"train", "valid", "test" or "paths" -> its corpora."""
+    """"train", "valid", "valid.NAME", "test" or "paths" -> its corpora."""
 
 
 def data_identity(data: DataConfig, sequence_length: int) -> DataIdentity:
     """Return the identity of the data that a config names. Raises DataError if files are missing or damaged."""
-    parts = {part: _corpora(getattr(data, part), data.task) for part in PARTS if getattr(data, part)}
+    parts = {part: _corpora(source, data.task) for part, source in data.sources.items()}
     return DataIdentity(
         task=data.task,
         long_examples=data.long_examples,

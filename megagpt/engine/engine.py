@@ -43,6 +43,7 @@ from megagpt.errors import ConfigError
 from megagpt.model.forward_context import MicroBatch
 from megagpt.model.gpt import DTYPES, TOKEN_EMBEDDING, GPTChunk, build_chunk, share_tied_embedding
 from megagpt.model.meta_model import meta_model, parameter_names, stage_layers
+from megagpt.model.objectives import Objective
 from megagpt.parallel.deferred_gradients import DeferredGradients
 from megagpt.parallel.kernels import Kernels
 from megagpt.parallel.parallel_context import ParallelContext
@@ -181,6 +182,24 @@ class Engine:
         """Return the sum of the token losses without dropout or gradients; None except on the last stage. Collective."""
         self.model.eval()
         return self._executor(None, micro_batches).step(micro_batches, None)
+
+    @contextmanager
+    def computing(self, objective: Objective) -> Iterator[None]:
+        """Inside the block, the last chunk computes `objective` from its hidden states instead of the loss."""
+        last = [chunk for chunk in self.chunks.values() if chunk.is_last]
+        usual = [chunk.objective for chunk in last]
+        for chunk in last:
+            chunk.objective = objective
+        try:
+            yield
+        finally:
+            for chunk, own in zip(last, usual, strict=True):
+                chunk.objective = own
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Pipeline rank of the last stage."""
+        return self._rank_of_stage[-1]
 
     @property
     def loss_scale(self) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megagpt.checkpoint.boxes import Box
 from megagpt.checkpoint.files import TensorSpec, fsync_folder, remove_tree, write_durably, write_safetensors
-from megagpt.checkpoint.format import MASTER, REPLACED, WRITING
+from megagpt.checkpoint.format import IMPORTED_FROM, MASTER, REPLACED, WRITING
 from megagpt.checkpoint.load import CheckpointReader
 from megagpt.checkpoint.precision import to_dtype
 from megagpt.checkpoint.tokenizer_files import RunTokenizer, carried_path, read_carried
@@ -30,7 +30,7 @@ from megagpt.hugging_face.rules import Rule
 from megagpt.model.meta_model import meta_model
 from megagpt.parallel.parameter import shard_of
 from megagpt.progress import Progress
-from megagpt.training.train_state import IMPORTED_FROM, ImportedFrom
+from megagpt.training.train_state import ImportedFrom
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

@@ -22,7 +22,6 @@ from megagpt.config.schema import ParallelConfig
 from megagpt.data.tokenizer import Tokenizer, load_tokenizer
 from megagpt.errors import CheckpointError, ConfigError, DataError
 from megagpt.hugging_face.folder import ModelFolder
-from megagpt.hugging_face.import_model import Import
 from megagpt.inference.device import require_memory
 from megagpt.model.gpt import DTYPES, GPTChunk
 from megagpt.model.meta_model import meta_chunk
@@ -71,6 +70,8 @@ def load_hugging_face(
     `progress` gets the bytes that were read, 4 for each parameter.
     Raises ConfigError and CheckpointError for what megagpt cannot represent, as the conversion does.
     """
+    from megagpt.hugging_face.import_model import Import  # it imports DeepSpeed, which takes seconds
+
     source = Import(ModelFolder(folder))
     parallel = parallel or ParallelContext()
     config = _for_inference(source.config, str(folder), dtype, parallel.tp_size)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from megagpt.checkpoint.format import Manifest, read_manifest, resolve_checkpoint
+from megagpt.checkpoint.format import IMPORTED_FROM, Manifest, read_manifest, resolve_checkpoint
 from megagpt.checkpoint.tokenizer_files import carried_path
 from megagpt.config import Config
 from megagpt.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
@@ -18,7 +18,6 @@ from megagpt.inference.load import load_hugging_face, load_model, load_run_token
 from megagpt.model.gpt import GPTChunk
 from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.progress import Progress
-from megagpt.training.train_state import IMPORTED_FROM
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ from megagpt.serving.requests import ChatRequest, CompletionRequest, Limits, par
 from megagpt.serving.worker import EngineWorker, Event, Text, Ticket
 
 PAGE = Path(__file__).parent / "chat.html"
+CONTENT_POLICY = "default-src 'self' 'unsafe-inline'; img-src data:"
+"""The page loads nothing from elsewhere."""
 LOCAL_HOSTS = ["localhost", "127.0.0.1", "[::1]"]
 """Values of the Host header that a server without a key accepts: a page elsewhere must not reach it under another name."""
 LEFT = 499
@@ -119,7 +121,7 @@ def _add_refusals(app: FastAPI) -> None:
 def _add_routes(app: FastAPI, service: Service) -> None:
     @app.get("/")
     async def page() -> Response:
-        return FileResponse(PAGE, headers={"Content-Security-Policy": "default-src 'self' 'unsafe-inline'"})
+        return FileResponse(PAGE, headers={"Content-Security-Policy": CONTENT_POLICY})
 
     @app.get("/health")
     async def health() -> Response:

@@ -1,5 +1,7 @@
 """What a run is about to do, in a few lines for its start."""
 
+from collections.abc import Mapping
+
 import torch
 
 from megagpt import __version__
@@ -30,7 +32,7 @@ def announce_run(trainer: Trainer) -> None:
         return
     sizes = all_gather_object(sum(local_size(parameter) for parameter in trainer.engine.parameters))
     config, datasets = trainer.config, trainer.datasets
-    warnings = config_warnings(config, trainer.total_steps, datasets.valid is not None)
+    warnings = config_warnings(config, trainer.total_steps, bool(datasets.valid or config.evaluation.sample_prompts))
     warnings += data_warnings(config, datasets.train, last_sample(trainer))
     if trainer.device.type == "cuda" and is_unrelated_apex():
         warnings.append("the installed package apex is not NVIDIA's, whose FusedAdam would be used; torch's optimizer is used")
@@ -129,12 +131,13 @@ def data_lines(config: Config, dataset: Dataset, n_samples: int) -> list[str]:
     return lines + ([f"           and {len(corpora) - MAX_CORPORA} more corpora"] if len(corpora) > MAX_CORPORA else [])
 
 
-def evaluation_lines(config: Config, valid: Dataset | None, test: Dataset | None) -> list[str]:
+def evaluation_lines(config: Config, valid: Mapping[str, Dataset], test: Dataset | None) -> list[str]:
     """Return when and on how many samples the run is evaluated."""
     evaluation, length, parts = config.evaluation, config.model.n_positions, []
-    if valid is not None:
-        when = f"every {evaluation.interval} steps and " if evaluation.interval is not None else ""
-        parts.append(f"{when}at the end on {_used(valid, evaluation.samples, length)} of the validation data")
+    when = f"every {evaluation.interval} steps and " if evaluation.interval is not None else ""
+    for name, dataset in valid.items():
+        which = f" {name.removeprefix('eval_')}" if name != "eval" else ""
+        parts.append(f"{when}at the end on {_used(dataset, evaluation.samples, length)} of the validation data{which}")
     if test is not None:
         parts.append(f"at the end on {_used(test, evaluation.test_samples, length)} of the test data")
     return [f"evaluation {'; '.join(parts)}"] if parts else []

@@ -58,7 +58,7 @@ class PreferenceTuning:
         checkpoint = find_initial_weights(config.checkpoint)
         assert checkpoint is not None, "a rule of the config requires it"
         fingerprint = reference_fingerprint(checkpoint, config.training.precision)
-        corpora = examples_of(datasets)
+        corpora = examples_of(datasets.all)
         if not stored_margins(corpora, fingerprint):
             restore_weights(engine, checkpoint)
             compute_margins(engine, config, corpora, fingerprint)

@@ -37,7 +37,7 @@ def reference_path(prefix: str) -> Path:
     return Path(f"{prefix}.reference.npz")
 
 
-def examples_of(datasets: Iterable[Dataset | None]) -> list[PackedExamples]:
+def examples_of(datasets: Iterable[Dataset]) -> list[PackedExamples]:
     """Return the corpora of all datasets."""
     members = [dataset.corpora if isinstance(dataset, Blend) else [dataset] for dataset in datasets]
     return [member for group in members for member in group if isinstance(member, PackedExamples)]

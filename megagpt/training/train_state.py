@@ -12,7 +12,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, FiniteFloat, Va
 from torch import nn
 
 from megagpt.checkpoint.boxes import boxes_of_range
-from megagpt.checkpoint.format import MASTER
+from megagpt.checkpoint.format import IMPORTED_FROM, MASTER
 from megagpt.checkpoint.load import CheckpointReader
 from megagpt.checkpoint.merged import open_merged
 from megagpt.checkpoint.save import Entry
@@ -34,8 +34,6 @@ LAYOUT = (
     *("training.compile", "training.loss_chunk_mib", "training.deterministic"),
 )
 """Sections and keys that do not change what is computed, or whose change has a note of its own."""
-IMPORTED_FROM = "imported_from"
-"""Key of the `state` section that only a converted checkpoint has."""
 MAX_COUNT = 2**62
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Loss = Annotated[float, Field(ge=-1e30, le=1e30, allow_inf_nan=False)]

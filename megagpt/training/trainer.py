@@ -44,6 +44,7 @@ from megagpt.training.micro_batches import HostBatch, global_batches, to_host_ba
 from megagpt.training.noise_scale import NoiseScale
 from megagpt.training.objectives import run_objective
 from megagpt.training.run_length import learning_rate_change, require_not_shorter, total_steps
+from megagpt.training.samples import SampleTexts
 from megagpt.training.test_result import TestResult
 from megagpt.training.throughput import ThroughputWindow, peak_memory_gib, peak_tflops
 from megagpt.training.train_state import RunProgress
@@ -125,6 +126,7 @@ class Trainer:
             if topology.rank == 0 and not self.is_complete:
                 self.logger = build_loggers(config, topology.layout, device, self.step, self.total_steps)
             self._noise_scale = NoiseScale(self.engine)
+            self._samples = SampleTexts(self.engine) if config.evaluation.sample_prompts else None
             self._stragglers = Stragglers(self.phase, topology, device, config.resilience.straggler_factor)
             self._flops_per_token = training_flops_per_token(config)
             self._peak_tflops = peak_tflops(device, config.training.precision)
@@ -338,11 +340,17 @@ class Trainer:
 
     def _evaluate_if_due(self) -> bool:
         """Return False, on all ranks, if the evaluation was abandoned because some rank was asked to stop."""
-        if self.datasets.valid is None or not self._due_or_last(self.config.evaluation.interval):
+        if not self._due_or_last(self.config.evaluation.interval):
             return True
-        losses = self._evaluate(self.datasets.valid, self.config.evaluation.samples, "eval")
+        completed = all(
+            self._evaluate(dataset, self.config.evaluation.samples, name) is not None
+            for name, dataset in self.datasets.valid.items()
+        )
+        if completed and self._samples is not None:
+            self.phase.enter("continuation of the sample prompts")
+            self.logger.step({"step": self.step, "samples": self._samples.texts()})
         self._start_window()
-        return losses is not None
+        return completed
 
     def _evaluate_test(self) -> bool:
         """Return False, on all ranks, if the evaluation was abandoned because some rank was asked to stop."""

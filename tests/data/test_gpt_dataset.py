@@ -128,9 +128,10 @@ def test_an_index_that_was_replaced_by_another_file_can_still_be_read(tmp_path: 
 
 def test_train_and_valid_of_a_split_share_no_document(prefix: str) -> None:
     datasets = build_datasets(DataConfig(paths=prefix, split="80,20,0"), 7)
-    assert datasets.valid is not None and datasets.test is None
+    assert datasets.valid.keys() == {"eval"} and datasets.test is None
     train, valid = (
-        {int(t) for i in range(d.samples_per_epoch) for t in d.sample(i).tokens} for d in (datasets.train, datasets.valid)
+        {int(t) for i in range(d.samples_per_epoch) for t in d.sample(i).tokens}
+        for d in (datasets.train, datasets.valid["eval"])
     )
     assert not train & valid
 

@@ -46,7 +46,8 @@ SMALL_RUN = (
 SMALLER = {
     "train_tokenizer": ["--vocab-size", "400"],
     "find_learning_rate": ["--steps", "30"],
-    "generate_text": ["--device", "cpu"],
+    "generate_text": ["--device", "cpu", "--max-tokens", "10"],
+    "evaluate": ["--device", "cpu", "--max-documents", "4"],
 }
 """Arguments that make a tool's work small, and possible without a GPU; they override those before them."""
 ON_RANKS = ("pretrain", "find_learning_rate")

@@ -1,11 +1,15 @@
 """Metrics as lines for people: progress, loss, speed, remaining time."""
 
 import math
+import re
 import sys
 from datetime import datetime, timedelta
 from typing import TextIO
 
 from megagpt.training.loggers.base import MetricsRecord
+
+EVALUATION = re.compile(r"(eval|test)(_.+)?_loss")
+"""Name of the loss in a record of an evaluation."""
 
 
 class ConsoleLogger:
@@ -22,17 +26,23 @@ class ConsoleLogger:
 
     def step(self, record: MetricsRecord) -> None:
         """Print `record`, with the time of day at this machine."""
-        split = next((split for split in ("eval", "test") if f"{split}_loss" in record), None)
-        parts = _evaluation_parts(record, split) if split else self._training_parts(record)
         clock = datetime.fromisoformat(record["time"]).astimezone().strftime("%H:%M:%S")
         head = f"{clock} step {record['step']:>{len(str(self._total))}}/{self._total}"
-        print(" | ".join([head, *parts]), file=self._stream or sys.stdout, flush=True)
+        for parts in self._lines(record):
+            print(" | ".join([head, *parts]), file=self._stream or sys.stdout, flush=True)
 
     def rewind(self, step: int) -> None:
         """Do nothing: printed lines stay."""
 
     def close(self) -> None:
         """Do nothing: the stream belongs to the process."""
+
+    def _lines(self, record: MetricsRecord) -> list[list[str]]:
+        """Return the parts of each line."""
+        if "samples" in record:
+            return [[f"sample {sample['prompt']!r}", repr(sample["text"])] for sample in record["samples"]]
+        split = next((name.removesuffix("_loss") for name in record if EVALUATION.fullmatch(name)), None)
+        return [self._training_parts(record) if split is None else _evaluation_parts(record, split)]
 
     def _training_parts(self, record: MetricsRecord) -> list[str]:
         seconds_left = (self._total - record["step"]) * record["step_seconds"]
@@ -59,7 +69,7 @@ def _speed(record: MetricsRecord) -> str:
 
 
 def _evaluation_parts(record: MetricsRecord, split: str) -> list[str]:
-    parts = [f"{split} loss {record[f'{split}_loss']:.4f}"]
+    parts = [f"{split.replace('_', ' ', 1)} loss {record[f'{split}_loss']:.4f}"]
     if f"{split}_perplexity" in record:
         parts.append(f"perplexity {record[f'{split}_perplexity']:.2f}")
     if f"{split}_accuracy" in record:
