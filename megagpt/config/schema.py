@@ -494,7 +494,7 @@ class EvaluationConfig(Section):
     """Samples of the test data for the evaluation after the last step; all of the test data if absent."""
     micro_batch_size: int | None = Field(default=None, ge=1, le=2**20)
     """Sequences per micro-batch in evaluation; training.micro_batch_size if absent."""
-    sample_prompts: tuple[str, ...] = ()
+    sample_prompts: list[str] = []
     """Prompts that the model continues at each evaluation, by its most likely tokens. The texts are printed and in the metrics
     file. Each new token takes a forward of all prompts. Needs data.tokenizer, and zero.stage 0 to 2."""
     sample_tokens: int = Field(default=32, ge=1, le=100_000)
