@@ -29,6 +29,15 @@ def freeze(chunks: Iterable[nn.Module], config: Config) -> None:
         chunk.register_forward_hook(_start_backward)
 
 
+def check_patterns(config: Config) -> None:
+    """Raise ConfigError if a pattern of weights in the config matches none, or if no weight is left to train."""
+    scales = config.optimizer.learning_rate_scales
+    if scales:
+        require_matches("optimizer.learning_rate_scales", scales, parameter_names(meta_model(config)))
+    if has_frozen_weights(config):
+        trained_names(config)
+
+
 def has_frozen_weights(config: Config) -> bool:
     """Whether some weights are not trained."""
     return bool(config.training.freeze) or config.lora.rank is not None
