@@ -112,6 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="gpt2", help="model and batch")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the process")
+    parser.add_argument("--compile", action="store_true", help="training.compile=true for megagpt")
     parser.add_argument("--rounds", type=int, default=8, help=f"counted steps of each, after {WARM_UP} that are not counted")
     args = parser.parse_args()
     device = torch.device("cpu")
@@ -119,7 +120,7 @@ def main() -> None:
     init_deepspeed(Launcher(), "gloo", TIMEOUT)
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
-        config = build_run(folder, args.shape, WARM_UP + args.rounds)
+        config = build_run(folder, args.shape, WARM_UP + args.rounds, args.compile)
         trainer = Trainer(config, Topology(), build_datasets(config.data, config.model.n_positions), device)
         timer = trainer.logger = AlternatingTimer(trainer.logger, hugging_face_step(config))
         trainer.train()
@@ -133,7 +134,7 @@ def main() -> None:
     print(f"ratio of medians: {medians['Hugging Face'] / medians['megagpt']:.2f} with {args.threads} thread(s)")
 
 
-def build_run(folder: str, shape: str, steps: int) -> Config:
+def build_run(folder: str, shape: str, steps: int, compiled: bool) -> Config:
     """Write a corpus of random tokens and return the config of a run on it."""
     model, sequences = SHAPES[shape]
     n_tokens = (steps + 2) * sequences * (model["n_positions"] + 1)
@@ -144,7 +145,12 @@ def build_run(folder: str, shape: str, steps: int) -> Config:
         {
             "model": model,
             "data": {"train": f"{folder}/random"},
-            "training": {"steps": steps, "micro_batch_size": sequences, "global_batch_size": sequences},
+            "training": {
+                "steps": steps,
+                "micro_batch_size": sequences,
+                "global_batch_size": sequences,
+                "compile": compiled,
+            },
             "logging": {"interval": 1, "metrics_file": f"{folder}/metrics.jsonl"},
         }
     )

@@ -12,7 +12,8 @@ import yaml
 from megagpt.checkpoint.files import write_durably
 from megagpt.commands import shell
 from megagpt.config import build_config
-from megagpt.config.foreign import Converted, convert, from_arguments, from_keys
+from megagpt.config.foreign import Converted, convert, from_keys
+from megagpt.config.foreign_arguments import from_arguments
 from megagpt.errors import ConfigError, listed
 from megagpt.regular_file import read_regular_file
 

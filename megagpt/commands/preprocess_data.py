@@ -16,7 +16,13 @@ from megagpt.data.examples import mask_prefix
 from megagpt.data.indexed import files_of
 from megagpt.data.offline.documents import TEXT_KEY, select_input_files, stop, unescape_separator
 from megagpt.data.offline.preprocess import Counts, PreprocessJob, preprocess
-from megagpt.data.offline.preprocess_examples import CONVERSATIONS, ExampleCounts, output_prefix, preprocess_examples
+from megagpt.data.offline.preprocess_examples import (
+    CONVERSATIONS,
+    ExampleCounts,
+    ExamplesJob,
+    output_prefix,
+    preprocess_examples,
+)
 from megagpt.data.tokenizer import HuggingFaceTokenizer, Tokenizer, gpt2_tokenizer, load_tokenizer
 from megagpt.errors import ConfigError, DataError, listed
 
@@ -29,6 +35,8 @@ data.train or data.paths. Training splits data by documents, so divide long text
 printed in MB/s, of 10^6 bytes of text. The last writes data/chats_chat.bin, .idx and a mask, for data.task "chat"."""
 FEW_DOCUMENTS = 20
 """Fewer documents than this may leave a share of data.split without any."""
+MIN_BYTES_FOR_WORKERS = 2**21
+"""Examples of fewer bytes are encoded in the command's own process."""
 TYPES = ("GPT2BPETokenizer", "HFTokenizer", "SentencePieceTokenizer", "ByteTokenizer")
 
 
@@ -136,13 +144,15 @@ def _run(args: argparse.Namespace) -> None:
 def _preprocess_examples(args: argparse.Namespace) -> None:
     start = time.monotonic()
     _check_examples(args)
-    template = ChatTemplate.load(args.tokenizer, args.chat_template)
+    load = partial(ChatTemplate.load, args.tokenizer, args.chat_template)
+    template = load()
     files = select_input_files(args.input).files
+    # A process takes a second to start.
+    workers = args.workers if sum(path.stat().st_size for path in files) > MIN_BYTES_FOR_WORKERS else 1
+    job = ExamplesJob(files, load, args.task, args.output_prefix, workers)
     prefix = output_prefix(args.output_prefix, args.task)
     with progress("encode", sum(path.stat().st_size for path in files)) as bar:
-        counts = preprocess_examples(
-            files, template, args.task, args.output_prefix, bar, stop if args.on_error == "stop" else _warn
-        )
+        counts = preprocess_examples(job, bar, stop if args.on_error == "stop" else _warn)
     print(_examples_summary(prefix, counts, time.monotonic() - start))
     print(f'written: {prefix}.bin and .idx, and their mask; in a config: data.train = {prefix}, data.task = "{args.task}"')
     if missing := template.text_tokens():

@@ -55,6 +55,12 @@ def _print_config(args: argparse.Namespace, launcher: Launcher) -> int:
     ranks = parallel.tensor * parallel.pipeline * parallel.context
     dp_size = data_parallel_size(config, launcher.world_size if launcher.world_size > 1 else ranks)
     config = job.with_schedule(config, dp_size)
+    if config.model.vocab_size is not None and (
+        config.training.freeze or config.optimizer.learning_rate_scales or config.lora.rank is not None
+    ):
+        from megagpt.engine.freezing import check_patterns
+
+        check_patterns(config)
     dp_cp_size = dp_size * config.parallel.context
     print(json.dumps({"config": json.loads(to_json(config)), "deepspeed": deepspeed_config(config, dp_cp_size)}, indent=2))
     return 0

@@ -1,210 +1,18 @@
-"""Arguments of Megatron-LM and keys of GPT-NeoX -> keys of megagpt. Pure functions; `docs/migrating.md` prints the tables."""
+"""Arguments of Megatron-LM and keys of GPT-NeoX -> keys of megagpt. Pure functions."""
 
 import math
 import re
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from megagpt.config.foreign_arguments import COMPUTED, Repeated
+from megagpt.config.foreign_tables import CHOICES, DEFAULTS, FLAGS, NEOX_NAMES, SAME_VALUE, WITHOUT_EFFECT
 from megagpt.config.schema import Config
-from megagpt.errors import ConfigError
 
 Tree = dict[str, Any]
 Values = dict[str, Any]
 """Names with underscores -> values of the foreign config."""
-
-ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu", "relu2": "relu_squared"}
-POSITIONS = {
-    "learned_absolute": "learned",
-    "learned": "learned",
-    "rope": "rotary",
-    "rotary": "rotary",
-    "none": "none",
-    "alibi": "alibi",
-    "relative": "relative",
-    "rpe": "relative",
-}
-DECAYS = {
-    "cosine": "cosine",
-    "linear": "linear",
-    "constant": "constant",
-    "WSD": "warmup-stable-decay",
-    "inverse-square-root": "inverse-sqrt",
-}
-NORMS = {"LayerNorm": "layernorm", "RMSNorm": "rmsnorm", "layernorm": "layernorm", "rmsnorm": "rmsnorm"}
-RECOMPUTE = {"full": "full", "selective": "selective"}
-
-SAME_VALUE = {
-    "num_layers": "model.n_layer",
-    "hidden_size": "model.n_embd",
-    "num_attention_heads": "model.n_head",
-    "ffn_hidden_size": "model.ffn_hidden",
-    "intermediate_size": "model.ffn_hidden",
-    "kv_channels": "model.head_dim",
-    "num_query_groups": "model.n_kv_head",
-    "num_kv_heads": "model.n_kv_head",
-    "seq_length": "model.n_positions",
-    "vocab_size": "model.vocab_size",
-    "padded_vocab_size": "model.vocab_size",
-    "make_vocab_size_divisible_by": "model.vocab_multiple",
-    "norm_epsilon": "model.layer_norm_epsilon",
-    "layernorm_epsilon": "model.layer_norm_epsilon",
-    "rms_norm_epsilon": "model.layer_norm_epsilon",
-    "init_method_std": "model.init_std",
-    "attention_dropout": "model.attn_pdrop",
-    "rotary_base": "model.rotary.theta",
-    "rotary_emb_base": "model.rotary.theta",
-    "rotary_percent": "model.rotary.fraction",
-    "rotary_pct": "model.rotary.fraction",
-    "rpe_num_buckets": "model.relative_buckets",
-    "relative_attention_num_buckets": "model.relative_buckets",
-    "rpe_max_distance": "model.relative_max_distance",
-    "relative_attention_max_distance": "model.relative_max_distance",
-    "tensor_model_parallel_size": "parallel.tensor",
-    "model_parallel_size": "parallel.tensor",
-    "pipeline_model_parallel_size": "parallel.pipeline",
-    "context_parallel_size": "parallel.context",
-    "micro_batch_size": "training.micro_batch_size",
-    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
-    "global_batch_size": "training.global_batch_size",
-    "train_batch_size": "training.global_batch_size",
-    "train_iters": "training.steps",
-    "seed": "training.seed",
-    "recompute_num_layers": "training.recompute_layers",
-    "checkpoint_num_layers": "training.recompute_layers",
-    "lr": "optimizer.learning_rate",
-    "min_lr": "lr_schedule.min_lr",
-    "lr_warmup_iters": "lr_schedule.warmup_steps",
-    "adam_eps": "optimizer.eps",
-    "sgd_momentum": "optimizer.momentum",
-    "weight_decay": "optimizer.weight_decay",
-    "start_weight_decay": "optimizer.weight_decay",
-    "end_weight_decay": "optimizer.final_weight_decay",
-    "clip_grad": "optimizer.clip_grad",
-    "gradient_clipping": "optimizer.clip_grad",
-    "split": "data.split",
-    "tokenizer_model": "data.tokenizer",
-    "save": "checkpoint.dir",
-    "save_interval": "checkpoint.interval",
-    "checkpoint_factor": "checkpoint.interval",
-    "keep_last_n_checkpoints": "checkpoint.keep",
-    "eval_interval": "evaluation.interval",
-    "log_interval": "logging.interval",
-    "tensorboard_dir": "logging.tensorboard.dir",
-    "wandb_project": "logging.wandb.project",
-    "wandb_exp_name": "logging.wandb.name",
-}
-"""Foreign name -> our key with the same value."""
-FLAGS = {
-    "untie_embeddings_and_output_weights": ("model.tie_embeddings", False),
-    "no_weight_tying": ("model.tie_embeddings", False),
-    "add_qkv_bias": ("model.qkv_bias", True),
-    "squared_relu": ("model.activation", "relu_squared"),
-    "openai_gelu": ("model.activation", "gelu_tanh"),
-    "qk_layernorm": ("model.qk_norm", "head"),
-    "rotary_interleaved": ("model.rotary.interleaved", True),
-    "use_rotary_position_embeddings": ("model.position_embedding", "rotary"),
-    "sequence_parallel": ("parallel.sequence_parallel", True),
-    "use_distributed_optimizer": ("zero.stage", 1),
-    "bf16": ("training.precision", "bf16"),
-    "fp16": ("training.precision", "fp16"),
-    "recompute_activations": ("training.recompute", "selective"),
-    "checkpoint_activations": ("training.recompute", "full"),
-    "reset_position_ids": ("data.reset_positions", True),
-    "reset_attention_mask": ("data.reset_attention", True),
-    "eod_mask_loss": ("data.mask_document_ends", True),
-}
-"""Switch that is on -> our key and its value."""
-CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
-    "normalization": ("model.norm", NORMS),
-    "norm": ("model.norm", NORMS),
-    "position_embedding_type": ("model.position_embedding", POSITIONS),
-    "pos_emb": ("model.position_embedding", POSITIONS),
-    "activation": ("model.activation", ACTIVATIONS),
-    "lr_decay_style": ("lr_schedule.type", DECAYS),
-    "recompute_granularity": ("training.recompute", RECOMPUTE),
-    "precision": ("training.precision", {"bfloat16": "bf16", "fp16": "fp16", "fp32": "fp32"}),
-    "weight_decay_incr_style": ("optimizer.weight_decay_schedule", {"linear": "linear", "cosine": "cosine", "constant": None}),
-}
-"""Name -> our key, and the values that have a counterpart."""
-DEFAULTS: dict[str, Tree] = {
-    "Megatron-LM": {
-        "model.attn_pdrop": 0.1,
-        "model.resid_pdrop": 0.1,
-        "model.embd_pdrop": 0.1,
-        "optimizer.betas": [0.9, 0.999],
-        "optimizer.weight_decay": 0.01,
-        "lr_schedule.type": "linear",
-    },
-    "GPT-NeoX": {"optimizer.betas": [0.9, 0.999], "lr_schedule.type": "linear"},
-}
-"""Our keys for names that are absent, where the other program has another default than megagpt."""
-NEOX_NAMES = frozenset({"pipe_parallel_size", "train_micro_batch_size_per_gpu", "pos_emb", "no_weight_tying"})
-"""Names by which a config of GPT-NeoX is known."""
-LAUNCHER_NAMES = frozenset({"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "num_gpus", "num_nodes"})
-"""Arguments of the launcher in the same script."""
-WITHOUT_EFFECT = frozenset(
-    (
-        "accumulate_allreduce_grads_in_fp32",
-        "attention_backend",
-        "attention_config",
-        "attention_precision",
-        "attention_softmax_in_fp32",
-        "bias_gelu_fusion",
-        "ckpt_format",
-        "data_impl",
-        "deepspeed",
-        "distributed_backend",
-        "distributed_backend_nccl",
-        "distributed_timeout_minutes",
-        "gradient_accumulation_fusion",
-        "group_query_attention",
-        "hostfile",
-        "hysteresis",
-        "launcher",
-        "layernorm_fusion",
-        "local_rank",
-        "log_num_zeros_in_grad",
-        "log_params_norm",
-        "log_throughput",
-        "log_timers_to_tensorboard",
-        "loss_scale",
-        "loss_scale_window",
-        "max_position_embeddings",
-        "min_scale",
-        "mmap_warmup",
-        "no_async_tensor_model_parallel_allreduce",
-        "no_bias_dropout_fusion",
-        "no_bias_gelu_fusion",
-        "no_bias_swiglu_fusion",
-        "no_gradient_accumulation_fusion",
-        "no_load_optim",
-        "no_load_rng",
-        "no_masked_softmax_fusion",
-        "no_rope_fusion",
-        "num_workers",
-        "output_layer_parallelism",
-        "overlap_grad_reduce",
-        "overlap_param_gather",
-        "partition_activations",
-        "recompute_method",
-        "rope_fusion",
-        "scaled_upper_triang_masked_softmax_fusion",
-        "steps_per_print",
-        "synchronize_each_layer",
-        "tensorboard_log_interval",
-        "timing_log_level",
-        "tokenizer_type",
-        "transformer_impl",
-        "use_checkpoint_args",
-        "use_flash_attn",
-        "use_mcore_models",
-        "use_wandb",
-        "wall_clock_breakdown",
-    )
-)
-"""Names that choose how others compute or log the same, and that megagpt needs no key for."""
 
 
 @dataclass
@@ -220,20 +28,39 @@ class Converted:
 
 
 class _Builder:
-    """Collects keys while names are used up."""
+    """Collects keys while names are used up. A value is set or reported, never dropped."""
 
     def __init__(self, values: Values) -> None:
-        self.values = dict(values)
+        self.values: Values = {}
         self.result = Converted({})
+        for name, value in values.items():
+            if isinstance(value, Repeated):
+                self.miss(name, value.earlier, f"is given again; {value.last} is used")
+                value = value.last
+            if value == COMPUTED or (isinstance(value, list) and COMPUTED in value):
+                self.miss(name, "", "is computed by the shell; give its value")
+            else:
+                self.values[name] = value
 
     def take(self, name: str, default: Any = None) -> Any:
         """Return a value and mark it as used."""
         return self.values.pop(name, default)
 
+    def take_number(self, name: str) -> float | int | None:
+        """Return a value that must be a number and mark it as used; report another one."""
+        value = self.take(name)
+        if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+            return value
+        self.miss(name, value, "expected a number")
+        return None
+
     def set(self, key: str, value: Any) -> None:
-        """Set a dotted key, unless the value is None."""
+        """Set a dotted key, unless the value is None. Another value than the one that it has is reported."""
         if value is None:
             return
+        earlier = self.get(key)
+        if earlier is not None and earlier != value:
+            self.miss(key, earlier, f"contradicts {value}, which is used")
         *sections, leaf = key.split(".")
         node = self.result.tree
         for section in sections:
@@ -241,39 +68,21 @@ class _Builder:
         node[leaf] = value
 
     def get(self, key: str) -> Any:
+        """Return the value of a dotted key, or None."""
         node: Any = self.result.tree
         for name in key.split("."):
             node = node.get(name) if isinstance(node, dict) else None
         return node
 
     def miss(self, name: str, value: Any, reason: str = "has no counterpart") -> None:
-        self.result.missing.append(f"{name} {value}: {reason}")
+        """Report what is not converted."""
+        self.result.missing.append(f"{name} {value}".rstrip() + f": {reason}")
 
-
-_END = "::end::"
-"""Word in the place of what ends an array of bash."""
-
-
-def from_arguments(text: str) -> Values:
-    """Return the arguments of Megatron-LM in a text: a command, a script, or a file with one argument per line.
-
-    Words that are no arguments are skipped. Raises ConfigError if quotes do not match or if there is no argument.
-    """
-    text = re.sub(r"\w+=\(|\)", f" {_END} ", text.replace("\\\n", " "))  # arrays of bash: NAME=( ... )
-    try:
-        words = shlex.split(text, comments=True)
-    except ValueError as error:
-        raise ConfigError(f"the arguments cannot be read: {error}") from None
-    values: Values = {}
-    for word in words:
-        if " --" in f" {word}":  # MODEL="--num-layers 32 ..." is one word of the shell
-            values |= _arguments(re.sub(r"^\w+=(?=\s*--)", "", word).split())
-    values |= _arguments([word for word in words if " --" not in word and not re.match(r"\w+=", word)])
-    for name in LAUNCHER_NAMES:
-        values.pop(name, None)
-    if not values:
-        raise ConfigError("no argument such as --num-layers was found")
-    return values
+    def miss_rest(self, name: str, section: Tree, used: tuple[str, ...]) -> None:
+        """Report the keys of a section that are not used."""
+        for key, value in section.items():
+            if key not in used and key not in WITHOUT_EFFECT:
+                self.miss(f"{name}.{key}", value)
 
 
 def from_keys(tree: Tree) -> Values:
@@ -303,9 +112,11 @@ def convert(values: Values) -> Converted:
             else:
                 build.miss(name, value, f"{key} has {', '.join(map(str, choices))}")
     for name, (key, value) in FLAGS.items():
-        if build.values.get(name) is True:
+        switch = build.take(name)
+        if switch is True:
             build.set(key, value)
-        build.take(name)
+        elif switch not in (None, False):
+            build.miss(name, switch, "is a switch without a value")
     for name in [name for name in build.values if name in WITHOUT_EFFECT]:
         build.take(name)
         build.result.ignored.append(name)
@@ -325,7 +136,9 @@ def _optimizer(build: _Builder) -> None:
     kind = build.take("optimizer")
     parameters: Tree = {}
     if isinstance(kind, dict):
-        parameters, kind = kind.get("params", {}), kind.get("type", "adam")
+        build.miss_rest("optimizer", kind, ("type", "params"))
+        parameters, kind = kind.get("params") or {}, kind.get("type", "adam")
+        build.miss_rest("optimizer.params", parameters, ("lr", "betas", "eps"))
     if kind is not None:
         known = {"adam": "adamw", "adamw": "adamw", "sgd": "sgd"}
         if str(kind).lower() in known:
@@ -335,30 +148,45 @@ def _optimizer(build: _Builder) -> None:
     build.set("optimizer.learning_rate", parameters.get("lr"))
     build.set("optimizer.eps", parameters.get("eps"))
     betas = parameters.get("betas")
-    first, second = build.take("adam_beta1"), build.take("adam_beta2")
+    first, second = build.take_number("adam_beta1"), build.take_number("adam_beta2")
     if betas is None and (first is not None or second is not None):
         betas = [0.9 if first is None else first, 0.999 if second is None else second]
     build.set("optimizer.betas", betas)
 
 
+_ZERO_BUFFERS = (
+    *("allgather_bucket_size", "allgather_partitions", "contiguous_gradients", "overlap_comm", "reduce_bucket_size"),
+    *("reduce_scatter", "load_from_fp32_weights", "round_robin_gradients"),
+)
+"""Keys of DeepSpeed that choose how it communicates."""
+
+
 def _zero(build: _Builder) -> None:
     section = build.take("zero_optimization")
     if isinstance(section, dict):
+        build.miss_rest("zero_optimization", section, (*_ZERO_BUFFERS, "stage", "offload_optimizer", "cpu_offload"))
         build.set("zero.stage", section.get("stage", 0))
         offload = section.get("offload_optimizer")
         build.set("zero.offload_optimizer", "cpu" if offload or section.get("cpu_offload") else None)
+    elif section is not None:
+        build.miss("zero_optimization", section, "expected a section")
 
 
 def _precision(build: _Builder) -> None:
     """GPT-NeoX: {"fp16": {"enabled": true}}. The first loss scale is a power of two in DeepSpeed."""
-    scale = build.take("initial_loss_scale")
-    if isinstance(scale, (int, float)) and scale >= 1 and build.values.get("fp16"):
-        build.set("deepspeed.fp16.initial_scale_power", round(math.log2(scale)))
-    if isinstance(build.values.get("fp16"), dict) and build.values["fp16"].get("enabled"):
-        build.set("deepspeed.fp16.initial_scale_power", build.values["fp16"].get("initial_scale_power"))
+    scale = build.take_number("initial_loss_scale")
+    if scale is not None and build.values.get("fp16"):
+        if scale >= 1:
+            build.set("deepspeed.fp16.initial_scale_power", round(math.log2(scale)))
+        else:
+            build.miss("initial_loss_scale", scale, "expected 1 or more")
     for name in ("fp16", "bf16"):
-        if isinstance(build.values.get(name), dict):
-            build.values[name] = bool(build.values[name].get("enabled"))
+        section = build.values.get(name)
+        if isinstance(section, dict):
+            build.miss_rest(name, section, ("enabled", "type", "initial_scale_power", "loss_scale_window", "min_loss_scale"))
+            build.values[name] = bool(section.get("enabled"))
+            if name == "fp16" and section.get("enabled"):
+                build.set("deepspeed.fp16.initial_scale_power", section.get("initial_scale_power"))
 
 
 def _mlp(build: _Builder) -> None:
@@ -402,46 +230,72 @@ def _init(build: _Builder) -> None:
 def _window(build: _Builder) -> None:
     window = build.take("window_size", build.take("sliding_window_width"))
     if isinstance(window, str):
-        window = [int(part) for part in window.strip("()").split(",")]
-    if window is not None:
-        # Megatron-LM gives the tokens before the present one.
-        build.set("model.attention_window", window[0] + 1 if isinstance(window, list) else window)
+        parts = [part.strip() for part in window.strip("()").split(",")]
+        window = [int(part) for part in parts] if all(re.fullmatch(r"-?\d+", part) for part in parts) else window
+    if isinstance(window, list) and window and all(isinstance(part, int) for part in window):
+        build.set("model.attention_window", window[0] + 1)  # Megatron-LM gives the tokens before the present one
+    elif isinstance(window, int):
+        build.set("model.attention_window", window)
+    elif window is not None:
+        build.miss("window_size", window, "expected a number of tokens, or two such as (1023,0)")
 
 
 def _pipeline(build: _Builder) -> None:
-    size = build.take("pipe_parallel_size")
-    build.set("parallel.pipeline", max(1, size) if isinstance(size, int) else None)
-    layers = build.take("num_layers_per_virtual_pipeline_stage")
+    size = build.take_number("pipe_parallel_size")
+    build.set("parallel.pipeline", None if size is None else max(1, size))
+    layers = build.take_number("num_layers_per_virtual_pipeline_stage")
     total, stages = build.values.get("num_layers"), build.values.get("pipeline_model_parallel_size", 1)
-    if isinstance(layers, int) and isinstance(total, int) and total // stages // layers > 1:
-        build.set("parallel.virtual_stages", total // stages // layers)
+    if layers is None:
+        return
+    if not (isinstance(total, int) and isinstance(stages, int) and min(total, stages, layers) >= 1):
+        build.miss("num_layers_per_virtual_pipeline_stage", layers, "needs num_layers and pipeline_model_parallel_size")
+    elif total // stages // layers > 1:
+        build.set("parallel.virtual_stages", int(total // stages // layers))
         build.set("parallel.schedule", "interleaved_1f1b")
 
 
 def _length(build: _Builder) -> None:
-    samples, sequence = build.take("train_samples"), build.values.get("seq_length")
-    if isinstance(samples, int) and isinstance(sequence, int):
+    samples, sequence = build.take_number("train_samples"), build.values.get("seq_length")
+    if samples is not None and build.values.get("train_iters") is not None:
+        build.miss("train_samples", samples, "contradicts train_iters, which is used")
+    elif samples is not None and isinstance(sequence, int):
         build.set("training.tokens", samples * sequence)
-    minutes = build.take("exit_duration_in_mins")
-    build.set("training.max_hours", minutes / 60 if isinstance(minutes, (int, float)) else None)
+    elif samples is not None:
+        build.miss("train_samples", samples, "needs seq_length")
+    minutes = build.take_number("exit_duration_in_mins")
+    build.set("training.max_hours", None if minutes is None else minutes / 60)
     ramp = build.take("rampup_batch_size")
-    if isinstance(ramp, list) and len(ramp) == 3:
+    if isinstance(ramp, list) and len(ramp) == 3 and all(isinstance(number, int) for number in ramp):
         build.set("training.batch_ramp", {"start": ramp[0], "increment": ramp[1], "samples": ramp[2]})
+    elif ramp is not None:
+        build.miss("rampup_batch_size", ramp, "expected three integers: first size, increment, samples")
 
 
 def _schedule(build: _Builder) -> None:
     steps = build.values.get("train_iters")
-    share = build.take("lr_warmup_fraction", build.take("warmup"))
-    if isinstance(share, (int, float)) and isinstance(steps, int):
-        build.set("lr_schedule.warmup_steps", round(share * steps))
+    for name in ("lr_warmup_fraction", "warmup"):
+        share = build.take_number(name)
+        if share is not None and isinstance(steps, int):
+            build.set("lr_schedule.warmup_steps", round(share * steps))
+        elif share is not None:
+            build.miss(name, share, "needs train_iters; set lr_schedule.warmup_steps")
     decay, stable = build.take("lr_decay_iters"), build.take("lr_wsd_decay_iters")
-    build.set("lr_schedule.decay_steps", stable if build.values.get("lr_decay_style") == "WSD" else decay)
+    if build.values.get("lr_decay_style") == "WSD":
+        decay, unused = stable, ("lr_decay_iters", decay)
+    else:
+        unused = ("lr_wsd_decay_iters", stable)
+    build.set("lr_schedule.decay_steps", decay)
+    if unused[1] is not None:
+        build.miss(*unused, f"has no effect with lr_decay_style {build.values.get('lr_decay_style')}")
 
 
 def _evaluation(build: _Builder) -> None:
-    iterations, size = build.take("eval_iters"), build.values.get("global_batch_size", build.values.get("train_batch_size"))
-    if isinstance(iterations, int) and isinstance(size, int):
-        build.set("evaluation.samples", max(1, iterations * size) if iterations else None)
+    iterations, size = build.take_number("eval_iters"), build.values.get("global_batch_size")
+    size = build.values.get("train_batch_size", size)
+    if iterations and isinstance(size, int):
+        build.set("evaluation.samples", int(iterations * size))
+    elif iterations:
+        build.miss("eval_iters", iterations, "needs global_batch_size; set evaluation.samples")
 
 
 def _data(build: _Builder) -> None:
@@ -453,10 +307,12 @@ def _data(build: _Builder) -> None:
     ):
         value = next((build.take(name) for name in names if name in build.values), None)
         weights = build.take(f"{key.removeprefix('data.')}_data_weights")
-        build.set(key, _blend(value, weights))
+        build.set(key, _blend(build, names[-1], value, weights))
     vocab, merges = build.take("vocab_file"), build.take("merge_file")
     if vocab is not None:
         build.set("data.tokenizer", vocab if merges is None else str(vocab).rpartition("/")[0] or ".")
+    elif merges is not None:
+        build.miss("merge_file", merges, "needs vocab_file")
 
 
 def _load(build: _Builder) -> None:
@@ -466,14 +322,27 @@ def _load(build: _Builder) -> None:
         build.miss("load", load, "checkpoints of other programs cannot be loaded; convert the model by way of Hugging Face")
 
 
-def _blend(value: Any, weights: Any) -> Any:
-    if not isinstance(value, list):
-        return value
-    if isinstance(weights, list) and len(weights) == len(value):
-        return dict(zip(value, weights, strict=True))
-    if len(value) % 2 == 0 and all(isinstance(weight, (int, float)) for weight in value[::2]):
-        return dict(zip(value[1::2], map(float, value[::2]), strict=True))
-    return value[0] if len(value) == 1 else dict.fromkeys(map(str, value), 1.0)
+def _blend(build: _Builder, name: str, value: Any, weights: Any) -> Any:
+    """Return data sources as megagpt has them: a path, or paths with their weights; report what is neither."""
+    values = value if isinstance(value, list) else [value]
+    pairs = list(zip(values[1::2], values[::2], strict=False))
+    if value is None or (len(values) == 1 and weights is None):
+        return values[0]
+    if weights is not None:
+        if isinstance(weights, list) and len(weights) == len(values) and all(map(_is_number, weights)):
+            return dict(zip(map(str, values), weights, strict=True))
+        build.miss(name, value, f"expected as many weights as paths, found {weights}")
+    elif len(values) % 2 == 0 and all(_is_number(weight) and not _is_number(path) for path, weight in pairs):
+        return {path: float(weight) for path, weight in pairs}
+    elif any(map(_is_number, values)):
+        build.miss(name, value, "expected paths, or pairs of a weight and a path")
+    else:
+        return dict.fromkeys(map(str, values), 1.0)
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 _RULES: tuple[Callable[[_Builder], None], ...] = (
@@ -485,8 +354,6 @@ _RULES: tuple[Callable[[_Builder], None], ...] = (
 
 def _finish(build: _Builder) -> None:
     """Make the keys fit each other."""
-    if build.get("training.steps") is not None and build.get("training.tokens") is not None:
-        del build.result.tree["training"]["tokens"]
     if build.get("model.position_embedding") != "rotary" and build.get("model.rotary") is not None:
         del build.result.tree["model"]["rotary"]
     if build.get("parallel.sequence_parallel") and (build.get("parallel.tensor") or 1) == 1:
@@ -498,37 +365,3 @@ def _finish(build: _Builder) -> None:
         del build.result.tree["data"]["split"]
     order = list(Config.model_fields)
     build.result.tree = dict(sorted(build.result.tree.items(), key=lambda item: order.index(item[0])))
-
-
-def _arguments(words: list[str]) -> Values:
-    """Return the arguments in a list of words: the words after an argument are its values."""
-    values: Values = {}
-    name: str | None = None
-    for word in words:
-        if word == _END or "[@]" in word or word in ("$@", "$*"):
-            name = None
-        elif word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            name = name.replace("-", "_")
-            values[name] = _parsed(value) if equals else True
-        elif name is not None and not word.startswith("-"):
-            values[name] = _with(values[name], _parsed(word))
-    return values
-
-
-def _with(earlier: Any, value: Any) -> Any:
-    """Return the value of an argument after one more word."""
-    if earlier is True:
-        return value
-    return [*earlier, value] if isinstance(earlier, list) else [earlier, value]
-
-
-def _parsed(text: str) -> Any:
-    """Return a number if the text is one."""
-    for kind in (int, float):
-        try:
-            value = kind(text)
-        except ValueError:
-            continue
-        return value if math.isfinite(value) else text
-    return {"true": True, "false": False}.get(text.lower(), text)

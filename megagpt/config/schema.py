@@ -126,13 +126,15 @@ class ModelConfig(Section):
     """Norm of each residual branch: at its input (GPT-2, LLaMA), at its output (OLMo 2), or both (Gemma 2)."""
     qk_norm: Literal["none", "head", "width"] = "none"
     """Norm of queries and keys: each head (Qwen3), or all heads together (OLMo 2)."""
-    position_embedding: Literal["learned", "rotary", "alibi", "relative", "none"] = "learned"
-    """Learned vectors that are added to the token embeddings, rotary embeddings in attention, a fixed bias of the attention
-    scores (ALiBi), or a learned one (T5). The biases take memory quadratic in the sequence length."""
+    position_embedding: Literal["learned", "rotary", "alibi", "relative", "relative_vectors", "none"] = "learned"
+    """learned: vectors that are added to the token embeddings; rotary: rotary embeddings in attention; alibi: a fixed bias of
+    the attention scores (Press et al., arXiv 2108.12409); relative: a learned bias (T5, arXiv 1910.10683); relative_vectors:
+    learned vectors of distances that are added to keys and values (Shaw et al., arXiv 1803.02155)."""
     relative_buckets: int = Field(default=32, ge=2, le=2**16)
     """relative: number of buckets of distances, an even number."""
     relative_max_distance: int = Field(default=128, ge=2, le=2**27)
-    """relative: all distances from here on share the last bucket."""
+    """relative: all distances from here on share the last bucket; relative_vectors: they share the last vector (Shaw et al.:
+    16)."""
     rotary: RotaryConfig = RotaryConfig()
     """Frequencies of rotary embeddings."""
     attention_window: int | None = Field(default=None, ge=1, le=2**27)
@@ -144,8 +146,7 @@ class ModelConfig(Section):
     attention_softcap: float | None = Field(default=None, gt=0)
     """Limit the attention scores to +-cap by cap * tanh(score / cap) (Gemma 2)."""
     attention_sinks: bool = False
-    """A learned score of each head for a key without a value, so that a head can attend to nothing (gpt-oss). Takes memory
-    quadratic in the sequence length."""
+    """A learned score of each head for a key without a value, so that a head can attend to nothing (gpt-oss)."""
     parallel_branches: Literal["no", "two_norms", "one_norm"] = "no"
     """Attention and MLP read the same input, and both are added to it: each with its own norm (GPT-NeoX), or with one norm for
     both (GPT-J)."""
@@ -429,6 +430,10 @@ class TrainingConfig(Section):
     """Compile the functions between matrix products (norms, residual additions, activations, loss) with torch.compile: faster,
     with the same results up to rounding. The first step takes 10 to 20 s more on a GPU machine, and up to minutes on a busy
     CPU. "auto": on CUDA, except under ZeRO-3, which cannot use it."""
+    flex_attention: bool = True
+    """On a GPU, compute attention with document masks, windows, biases, caps or sinks by torch's FlexAttention, in memory that
+    grows linearly with the sequence. false, dropout of attention weights, "relative_vectors" and heads smaller than 16:
+    with all scores of 256 queries at a time, in memory that grows with the square of the sequence, as on a CPU."""
     loss_chunk_mib: float | None = Field(default=None, gt=0, le=2**20)
     """Memory of the logits that exist at a time, in MiB; 1024 on a GPU and 32 on a CPU if absent. More is faster on a GPU."""
     deterministic: bool = False
@@ -489,7 +494,7 @@ class EvaluationConfig(Section):
     """Samples of the test data for the evaluation after the last step; all of the test data if absent."""
     micro_batch_size: int | None = Field(default=None, ge=1, le=2**20)
     """Sequences per micro-batch in evaluation; training.micro_batch_size if absent."""
-    sample_prompts: tuple[str, ...] = ()
+    sample_prompts: list[str] = []
     """Prompts that the model continues at each evaluation, by its most likely tokens. The texts are printed and in the metrics
     file. Each new token takes a forward of all prompts. Needs data.tokenizer, and zero.stage 0 to 2."""
     sample_tokens: int = Field(default=32, ge=1, le=100_000)

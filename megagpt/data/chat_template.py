@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from megagpt.data.chat_tokens import ChatEncoder, Marks, chat_encoder
 from megagpt.data.jinja_templates import JinjaTemplate
 from megagpt.data.tokenizer import (
@@ -16,6 +18,7 @@ from megagpt.data.tokenizer import (
     SpannedToken,
     Tokenizer,
     load_tokenizer,
+    require_characters,
     tokenizer_files,
 )
 from megagpt.errors import DataError
@@ -105,8 +108,11 @@ class ChatTemplate:
         else:
             turns = [number for number, message in enumerate(messages) if message["role"] == ASSISTANT]
             ranges = [self._response(hidden, turn, rendered.text, tokens) for turn in turns]
-        mask = [any(part.start <= token.start and token.end <= part.stop for part in ranges) for token in tokens]
-        return EncodedChat([token.id for token in tokens], mask)
+        ids, starts, ends = np.array(tokens, np.int64).reshape(-1, 3).T
+        mask = np.zeros(len(ids), np.bool_)
+        for part in ranges:
+            mask |= (part.start <= starts) & (ends <= part.stop)
+        return EncodedChat(ids.tolist(), mask.tolist())
 
     def end_of_turn(self) -> list[int]:
         """Return the ids that end the assistant's turn: generation stops when the model has written them.
@@ -183,6 +189,7 @@ def check_messages(messages: object) -> None:
             raise DataError(f"message {number}: {'no role' if role is None else f'unknown role {role!r}'}{hint}")
         if not isinstance(message.get("content"), str):
             raise DataError(f'message {number} ({role}): expected text under "content"')
+        require_characters(message["content"], f"message {number} ({role})")
 
 
 def _within(token: SpannedToken, span: range) -> bool:

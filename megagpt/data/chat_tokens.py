@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import tokenizers
@@ -24,7 +24,7 @@ class Marks:
     def __init__(self, special: Iterable[str], messages: object) -> None:
         """`special`: texts to replace; `messages`: in which no mark may occur already."""
         texts = list(special)
-        used = set(_characters(messages))
+        used = set().union(*_strings(messages))
         free = (chr(code) for code in range(_FIRST_MARK, _LAST_MARK) if chr(code) not in used)
         self._mark_of = dict(zip(texts, free, strict=False))
         self._text_of = {mark: text for text, mark in self._mark_of.items()}
@@ -195,12 +195,13 @@ def _without_added_tokens(tokenizer_json: str) -> str:
     return json.dumps(content)
 
 
-def _characters(value: object) -> Iterable[str]:
+def _strings(value: object) -> Iterator[str]:
+    """Yield all strings in messages."""
     if isinstance(value, str):
-        yield from value
+        yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _characters(item)
+            yield from _strings(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _characters(item)
+            yield from _strings(item)

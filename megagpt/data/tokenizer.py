@@ -285,6 +285,16 @@ def gpt2_tokenizer(vocab: Path, merges: Path, eod_token: str | None = None) -> H
     return HuggingFaceTokenizer(tokenizer, vocab, eod_token)
 
 
+def require_characters(text: str, where: str) -> None:
+    """Raise DataError if a text has half of a surrogate pair, which JSON can express and no tokenizer encodes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{where}: has half of a surrogate pair (\\ud800 ... \\udfff alone), which is not a character"
+        ) from None
+
+
 def encode_spans(tokenizer: tokenizers.Tokenizer, text: str, source: Path) -> list[SpannedToken]:
     """Return the tokens of a text with their characters. `source`: file of the tokenizer, for messages. Raises DataError."""
     with library_errors(source, "cannot encode a text"):

@@ -26,7 +26,7 @@ from megagpt.engine.deepspeed_internals import (
     check_internals,
     mark_for_gradient_norm,
 )
-from megagpt.engine.freezing import add_placeholder_parameters, freeze, require_matches
+from megagpt.engine.freezing import add_placeholder_parameters, check_patterns, freeze
 from megagpt.engine.gradient_sync import GradientSync, sum_gradients, sum_partial_gradients
 from megagpt.engine.mpu import DeepSpeedMPU
 from megagpt.engine.muon import Muon, Segment
@@ -42,7 +42,7 @@ from megagpt.engine.optimizer import (
 from megagpt.errors import ConfigError
 from megagpt.model.forward_context import MicroBatch
 from megagpt.model.gpt import DTYPES, TOKEN_EMBEDDING, GPTChunk, build_chunk, share_tied_embedding
-from megagpt.model.meta_model import meta_model, parameter_names, stage_layers
+from megagpt.model.meta_model import stage_layers
 from megagpt.model.objectives import Objective
 from megagpt.parallel.deferred_gradients import DeferredGradients
 from megagpt.parallel.kernels import Kernels
@@ -106,9 +106,7 @@ class Engine:
         self.tied = [p for p in self.parameters if shard_of(p).name == tied_name]
         """The tied embedding, if this rank has it."""
         self._sync = GradientSync(self.chunks, self._rank_of_stage, topology, config.zero.stage, tied_name)
-        scales = config.optimizer.learning_rate_scales
-        if scales:
-            require_matches("optimizer.learning_rate_scales", scales, parameter_names(meta_model(config)))
+        check_patterns(config)
         for parameter in self.parameters:
             set_group(parameter, group_of_shard(shard_of(parameter), config))
         self._groups = groups_of_model(config)

@@ -19,28 +19,47 @@ from megagpt.parallel.parameter import shard_of
 
 
 def freeze(chunks: Iterable[nn.Module], config: Config) -> None:
-    """Turn off the gradients of the weights that `training.freeze` selects, in this rank's chunks; with LoRA, of all but the
-    adapters and a classification head.
-
-    Raises ConfigError if a pattern matches no weight or layer of the model, or if no weight is left to train.
-    """
-    patterns, has_adapters = config.training.freeze, config.lora.rank is not None
-    if not patterns and not has_adapters:
+    """Turn off the gradients of the weights that are not trained, in this rank's chunks; see `trained_names`."""
+    if not has_frozen_weights(config):
         return
-    model = meta_model(config)
-    if has_adapters:
-        layers = [layer_name(layer) for layer in linear_layers(model)]
-        require_matches("lora.targets", config.lora.targets, layers, "linear layer")
-    names = parameter_names(model)
-    require_matches("training.freeze", patterns, names)
-    new = {name for name in names if is_adapter(name) or name == CLASSIFIER or not has_adapters}
-    trained = {name for name in new if not _matches(name, patterns)}
-    if not trained:
-        raise ConfigError("training.freeze: every weight is frozen; leave at least one to train")
+    trained = trained_names(config)
     for chunk in chunks:
         for parameter in chunk.parameters():
             parameter.requires_grad_(shard_of(parameter).name in trained)
         chunk.register_forward_hook(_start_backward)
+
+
+def check_patterns(config: Config) -> None:
+    """Raise ConfigError if a pattern of weights in the config matches none, or if no weight is left to train."""
+    scales = config.optimizer.learning_rate_scales
+    if scales:
+        require_matches("optimizer.learning_rate_scales", scales, parameter_names(meta_model(config)))
+    if has_frozen_weights(config):
+        trained_names(config)
+
+
+def has_frozen_weights(config: Config) -> bool:
+    """Whether some weights are not trained."""
+    return bool(config.training.freeze) or config.lora.rank is not None
+
+
+def trained_names(config: Config) -> set[str]:
+    """Return the names of the trained weights: those that no pattern of `training.freeze` selects; with LoRA, of these the
+    adapters and a classification head.
+
+    Raises ConfigError if a pattern matches no weight or layer of the model, or if no weight is left to train.
+    """
+    model = meta_model(config)
+    names = parameter_names(model)
+    require_matches("training.freeze", config.training.freeze, names)
+    trained = {name for name in names if not _matches(name, config.training.freeze)}
+    if config.lora.rank is not None:
+        layers = [layer_name(layer) for layer in linear_layers(model)]
+        require_matches("lora.targets", config.lora.targets, layers, "linear layer")
+        trained = {name for name in trained if is_adapter(name) or name == CLASSIFIER}
+    if not trained:
+        raise ConfigError("training.freeze: every weight is frozen; leave at least one to train")
+    return trained
 
 
 def add_placeholder_parameters(model: nn.Module, groups: Iterable[Group]) -> None:

@@ -159,6 +159,9 @@ class Import:
             if part.name in VOCABULARY:
                 values = resized(values, self._vocab_size)
             values = values.contiguous().float()
+            if not values.isfinite().all():
+                wrong = f"{int((~values.isfinite()).sum())} of {values.numel()} values are NaN or infinite"
+                raise CheckpointError(f"{self.source.folder}: {', '.join(part.tensors)}: {wrong}; expected finite weights")
             memory.sample()
             progress.update(values.nbytes)
             return values

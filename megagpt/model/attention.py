@@ -5,11 +5,13 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
 from megagpt.config.schema import ModelConfig
 from megagpt.model import fused
 from megagpt.model.explicit_attention import ExplicitAttention
+from megagpt.model.flex_attention import attend
 from megagpt.model.forward_context import ForwardContext
 from megagpt.model.kv_cache import LayerCache
 from megagpt.model.qkv import Heads, build_qkv
@@ -102,7 +104,8 @@ class CausalSelfAttention(nn.Module):
 
     def flops_per_token(self, sequence_length: int) -> int:
         """Forward FLOPs of the unsharded layer for one token, averaged over the sequence."""
-        return self.qkv.flops_per_token() + self.core_flops_per_token(sequence_length) + self.proj.flops_per_token()
+        projections = self.qkv.flops_per_token() + self.proj.flops_per_token()
+        return projections + self.core_flops_per_token(sequence_length) + self.explicit.flops_per_token()
 
     def _all_positions(self, heads: Heads) -> Heads:
         """Exchange the heads of this rank's positions for some heads of all positions, under context parallelism."""
@@ -120,6 +123,8 @@ class CausalSelfAttention(nn.Module):
 
     def _core(self, query: Tensor, key: Tensor, value: Tensor, ctx: ForwardContext) -> Tensor:
         mask = ctx.attention_masks.get(self.window)
+        if isinstance(mask, BlockMask):
+            return attend(self.explicit, query, key, value, mask)
         if self.explicit.is_needed:
             return cast(Tensor, self.explicit(query, key, value, mask, ctx))
         is_causal = mask is None and query.shape[2] > 1  # a single query is the last position and sees all keys

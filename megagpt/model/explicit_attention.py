@@ -1,13 +1,14 @@
 """Causal attention whose scores exist in memory, for what scaled_dot_product_attention cannot do: see `ExplicitAttention`."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megagpt.config.schema import ModelConfig
 from megagpt.model.dropout import site_keys
 from megagpt.model.dropout_masks import keep_mask
 from megagpt.model.forward_context import ForwardContext
-from megagpt.model.score_bias import NoBias, build_bias, build_weighting, own_heads
+from megagpt.model.score_bias import BIASES, KeyVectors, Sinks, ValueVectors, own_heads
 from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.seeding import stable_seed
 
@@ -18,6 +19,8 @@ QUERY_BLOCK = 256
 class ExplicitAttention(nn.Module):
     """Causal attention with capped or biased scores, with sinks, or with dropout of the attention weights.
 
+    A cap limits the products of queries and keys; what depends on their distance is added afterwards.
+
     scaled_dot_product_attention has no cap and no sinks, would need biases of all positions in memory, and draws its dropout
     masks from the device's generator, which knows no heads and positions. So the weights are computed here, in memory that
     grows with the square of the sequence.
@@ -27,20 +30,29 @@ class ExplicitAttention(nn.Module):
         """`scale`: factor of the scores; `index`: layer number."""
         super().__init__()
         self.scale = scale
+        self.head_size = model.head_size
         self.softcap = model.attention_softcap
         self.probability = model.attn_pdrop
-        name = f"layers.{index}.attention"
-        self.bias = build_bias(name, model, parallel)
-        self.weighting = build_weighting(name, model, parallel)
-        self.is_biased = not isinstance(self.bias, NoBias)
-        self.always_needed = self.is_biased or model.attention_sinks or self.softcap is not None
+        name, position = f"layers.{index}.attention", model.position_embedding
+        self.bias = BIASES[position](name, model, parallel) if position in BIASES else None
+        has_vectors = position == "relative_vectors"
+        self.key_vectors = KeyVectors(f"{name}.relative_keys", model, parallel) if has_vectors else None
+        self.value_vectors = ValueVectors(f"{name}.relative_values", model, parallel) if has_vectors else None
+        self.sinks = Sinks(name, model, parallel) if model.attention_sinks else None
+        self.always_needed = has_vectors or self.bias is not None or self.sinks is not None or self.softcap is not None
+        self.n_head = model.n_head
         self.site_key = stable_seed("dropout", index, "attention weights")
         self.first_head = own_heads(model, parallel).start
 
     @property
     def is_needed(self) -> bool:
         """Whether scaled_dot_product_attention would give another result now."""
-        return self.always_needed or (self.training and self.probability > 0)
+        return self.always_needed or self.needs_weights
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether the result depends on the attention weights other than by their products with the values."""
+        return self.value_vectors is not None or (self.training and self.probability > 0)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, ctx: ForwardContext) -> Tensor:
         """Attend to the earlier positions; the queries are the last positions of the keys.
@@ -50,19 +62,33 @@ class ExplicitAttention(nn.Module):
         """
         n_queries, n_keys = query.shape[2], key.shape[2]
         key, value = _for_each_query_head(key, query), _for_each_query_head(value, query)
+        bias = None if self.bias is None else self.bias(n_keys, query.device)
+        sinks = None if self.sinks is None else self.sinks()
         outputs = []
         for start in range(0, n_queries, QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, n_queries)
             visible = n_keys - n_queries + stop
-            scores = (query[:, :, start:stop] * self.scale) @ key[:, :, :visible].transpose(2, 3)
+            scaled = query[:, :, start:stop] * self.scale
+            distances = _distances(n_keys - n_queries + start, visible, scaled)
+            scores = scaled @ key[:, :, :visible].transpose(2, 3)
             if self.softcap is not None:
                 scores = torch.tanh(scores / self.softcap) * self.softcap
-            if self.is_biased:
-                scores = scores + self.bias(_distances(n_keys - n_queries + start, visible, scores)).to(scores.dtype)
+            if bias is not None:
+                # The gradient of an embedding has the same bits on every run.
+                scores = scores + F.embedding(distances.clamp(min=0), bias.t()).movedim(-1, 0).to(scores.dtype)
+            if self.key_vectors is not None:
+                scores = scores + self.key_vectors(scaled, distances)
             hidden = _causal_mask(scores) if mask is None else mask[:, :, start:stop, :visible]
-            weights = self._drop(self.weighting(scores + hidden), start, n_keys, ctx)
-            outputs.append(weights @ value[:, :, :visible])
+            weights = self._drop(_softmax(scores + hidden, sinks), start, n_keys, ctx)
+            out = weights @ value[:, :, :visible]
+            outputs.append(out if self.value_vectors is None else out + self.value_vectors(weights, distances))
         return torch.cat(outputs, 2)
+
+    def flops_per_token(self) -> int:
+        """Forward FLOPs for one token of all heads, beyond those of scores and weighted values."""
+        if self.key_vectors is None:
+            return 0
+        return 2 * 2 * (self.key_vectors.last + 1) * self.n_head * self.head_size
 
     def _drop(self, weights: Tensor, start: int, n_keys: int, ctx: ForwardContext) -> Tensor:
         """Drop weights [batch, heads, queries, keys] of the queries from `start` on."""
@@ -74,6 +100,14 @@ class ExplicitAttention(nn.Module):
         columns = head_numbers.view(heads, 1, 1) * n_keys + torch.arange(keys, dtype=torch.int32, device=weights.device)
         rows = site_keys(ctx, self.site_key)[:, None, start : start + queries, None]
         return weights * keep_mask(rows, columns, self.probability) * (1 / (1 - self.probability))
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Return the attention weights of scores [batch, heads, queries, keys]; with sinks, [heads], they sum to less than 1."""
+    if sinks is None:
+        return F.softmax(scores, -1)
+    sink = sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    return F.softmax(torch.cat((scores, sink), -1), -1)[..., :-1]
 
 
 def _distances(first: int, n_keys: int, scores: Tensor) -> Tensor:

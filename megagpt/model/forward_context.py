@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from megagpt.model.kv_cache import CachedRows, LayerCache
 from megagpt.model.rotary import RotaryTable
@@ -37,8 +38,9 @@ class ForwardContext:
     """Key of each token of the full sequence for dropout masks, [batch, seq], int64; absent without dropout."""
     positions: Tensor | None = None
     """Position of each token of the full sequence, [batch, seq]; counted from 0 if absent."""
-    attention_masks: Mapping[int | None, Tensor] = field(default_factory=dict)
-    """Window -> mask that is added to the attention scores, [batch or 1, 1, seq, keys]; without one, plain causal attention."""
+    attention_masks: Mapping[int | None, Tensor | BlockMask] = field(default_factory=dict)
+    """Window -> mask that is added to the attention scores, [batch or 1, 1, seq, keys], or FlexAttention's mask; without one,
+    plain causal attention."""
     rotary: RotaryTable | None = None
     """Cosines and sines of the positions of the full sequence, with rotary embeddings."""
     cached_rows: CachedRows | None = None

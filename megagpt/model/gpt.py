@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
 from megagpt.config.schema import Config
@@ -16,6 +17,7 @@ from megagpt.model.attention import attention_mask
 from megagpt.model.block import Block, PreNormBlock, build_block
 from megagpt.model.dropout import ResidualDropout
 from megagpt.model.dropout_masks import token_keys
+from megagpt.model.flex_attention import block_mask, runs_flex_attention
 from megagpt.model.forward_context import ForwardContext, MicroBatch
 from megagpt.model.init_scheme import init_stds
 from megagpt.model.kv_cache import CachedRows, LayerCache, cached_mask
@@ -163,12 +165,17 @@ class GPTChunk(nn.Module):
             return None
         return token_keys(stable_seed(self.config.training.seed, "dropout"), micro_batch.samples, length)
 
-    def _masks(self, documents: Tensor | None, length: int, device: torch.device) -> dict[int | None, Tensor]:
+    def _masks(self, documents: Tensor | None, length: int, device: torch.device) -> dict[int | None, Tensor | BlockMask]:
         """Return the attention masks of this chunk's layers by window; layers with plain causal attention need none."""
-        dtype = DTYPES[self.config.training.precision]
-        masks = {}
+        explicit = self.blocks[0].attention.explicit  # the layers differ by their windows only
+        flex = self.config.training.flex_attention and runs_flex_attention(explicit, device)
+        masks: dict[int | None, Tensor | BlockMask] = {}
         for window in dict.fromkeys(block.attention.window for block in self.blocks):
-            mask = attention_mask(documents, window, length, dtype, device)
+            mask: Tensor | BlockMask | None
+            if flex and (explicit.is_needed or documents is not None or (window is not None and window < length)):
+                mask = block_mask(documents, window, length, device)
+            else:
+                mask = attention_mask(documents, window, length, DTYPES[self.config.training.precision], device)
             if mask is not None:
                 masks[window] = mask
         return masks

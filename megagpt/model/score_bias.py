@@ -1,4 +1,7 @@
-"""Biases of attention scores that depend on the distance of query and key. A new one is one class and a line in `BIASES`."""
+"""What attention adds for the distance of query and key, and sinks. A new bias is one class and a line in `BIASES`.
+
+All parameters are read in a module's forward: ZeRO-3 has them only there.
+"""
 
 import math
 
@@ -8,7 +11,7 @@ from torch import Tensor, nn
 
 from megagpt.config.schema import ModelConfig
 from megagpt.parallel.parallel_context import ParallelContext
-from megagpt.parallel.parameter import sharded_parameter
+from megagpt.parallel.parameter import replicated_parameter, sharded_parameter
 
 
 class ALiBi(nn.Module):
@@ -16,13 +19,11 @@ class ALiBi(nn.Module):
 
     def __init__(self, name: str, model: ModelConfig, parallel: ParallelContext) -> None:
         super().__init__()
-        self.heads = own_heads(model, parallel)
-        self.slopes = alibi_slopes(model.n_head)
+        self.slopes = alibi_slopes(model.n_head)[own_heads(model, parallel)]
 
-    def forward(self, distances: Tensor) -> Tensor:
-        """Return the bias of this rank's heads, [heads, queries, keys]; `distances`: query minus key, [queries, keys]."""
-        slopes = torch.tensor(self.slopes[self.heads], device=distances.device)
-        return -slopes.view(-1, 1, 1) * distances.clamp(min=0)
+    def forward(self, length: int, device: torch.device) -> Tensor:
+        """Return the bias of this rank's heads for distances below `length`, [heads, length]."""
+        return -torch.tensor(self.slopes, device=device).unsqueeze(1) * torch.arange(length, device=device)
 
 
 class RelativeBias(nn.Module):
@@ -35,30 +36,60 @@ class RelativeBias(nn.Module):
         super().__init__()
         self.buckets = model.relative_buckets
         self.max_distance = model.relative_max_distance
-        heads = own_heads(model, parallel)
-        first = parallel.tp_rank * (model.n_head // parallel.tp_size)
-        self.local_heads = slice(heads.start - first, heads.stop - first)  # the context ranks divide those of a tensor rank
+        self.heads = own_heads_of_shard(model, parallel)
         # Flat, [heads x buckets]: neither weight decay nor muP treats it as a matrix.
         self.weight = sharded_parameter(
             f"{name}.relative_bias.weight", (model.n_head * self.buckets,), 0, parallel, model.init_std
         )
 
-    def forward(self, distances: Tensor) -> Tensor:
-        """Return the bias of this rank's heads, [heads, queries, keys]; `distances`: query minus key, [queries, keys]."""
-        table = self.weight.view(-1, self.buckets)[self.local_heads]
-        buckets = relative_buckets(distances.clamp(min=0), self.buckets, self.max_distance)
-        return F.embedding(buckets, table.t()).movedim(-1, 0)  # its gradient has the same bits on every run
+    def forward(self, length: int, device: torch.device) -> Tensor:
+        """Return the bias of this rank's heads for distances below `length`, [heads, length]."""
+        table = self.weight.view(-1, self.buckets)[self.heads]
+        buckets = relative_buckets(torch.arange(length, device=device), self.buckets, self.max_distance)
+        return F.embedding(buckets, table.t()).t()  # the gradient of an embedding has the same bits on every run
 
 
-class NoBias(nn.Module):
-    """Leave the scores as they are."""
+BIASES = {"alibi": ALiBi, "relative": RelativeBias}
+"""`model.position_embedding` -> class; others have no bias of the scores."""
+
+
+class _Vectors(nn.Module):
+    """A learned vector of each distance, shared by the heads; distances from `last` on share one."""
 
     def __init__(self, name: str, model: ModelConfig, parallel: ParallelContext) -> None:
         super().__init__()
+        self.last = model.relative_max_distance
+        self.head_size = model.head_size
+        # Flat, [distances x head size]: neither weight decay nor muP treats it as a matrix.
+        size = ((self.last + 1) * model.head_size,)
+        self.weight = replicated_parameter(f"{name}.weight", size, parallel, model.init_std, own_heads=True)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The vectors, [distances, head size]."""
+        return self.weight.view(self.last + 1, self.head_size)
+
+    def columns(self, distances: Tensor, like: Tensor) -> Tensor:
+        """Return the vector of each pair; distances: [queries, keys] -> [batch, heads, queries, keys]."""
+        return distances.clamp(min=0, max=self.last).expand(*like.shape[:3], -1)
 
 
-BIASES: dict[str, type[nn.Module]] = {"alibi": ALiBi, "relative": RelativeBias}
-"""`model.position_embedding` -> class; others have no bias of the scores."""
+class KeyVectors(_Vectors):
+    """Products of queries with the vectors that are added to keys (Shaw et al., arXiv 1803.02155, equation 4)."""
+
+    def forward(self, query: Tensor, distances: Tensor) -> Tensor:
+        """Return what is added to the scores. query: [batch, heads, queries, head size], scaled; distances: [queries, keys]."""
+        by_distance = query @ self.matrix.t()  # one product for each distance, not one for each pair
+        return by_distance.gather(3, self.columns(distances, query))
+
+
+class ValueVectors(_Vectors):
+    """Weighted sums of the vectors that are added to values (Shaw et al., arXiv 1803.02155, equation 3)."""
+
+    def forward(self, weights: Tensor, distances: Tensor) -> Tensor:
+        """Return what is added to the output. weights: [batch, heads, queries, keys]; distances: [queries, keys]."""
+        by_distance = weights.new_zeros(*weights.shape[:3], self.last + 1)
+        return by_distance.scatter_add(3, self.columns(distances, weights), weights) @ self.matrix
 
 
 class Sinks(nn.Module):
@@ -66,32 +97,19 @@ class Sinks(nn.Module):
 
     def __init__(self, name: str, model: ModelConfig, parallel: ParallelContext) -> None:
         super().__init__()
-        heads = own_heads(model, parallel)
-        first = parallel.tp_rank * (model.n_head // parallel.tp_size)
-        self.local_heads = slice(heads.start - first, heads.stop - first)
+        self.heads = own_heads_of_shard(model, parallel)
         self.weight = sharded_parameter(f"{name}.sinks.weight", (model.n_head,), 0, parallel, model.init_std)
 
-    def forward(self, scores: Tensor) -> Tensor:
-        """Return the attention weights of scores [batch, heads, queries, keys]; they sum to less than 1."""
-        sink = self.weight[self.local_heads].view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        return F.softmax(torch.cat((scores, sink), -1), -1)[..., :-1]
+    def forward(self) -> Tensor:
+        """Return the scores of this rank's heads, [heads]."""
+        return self.weight[self.heads].clone()
 
 
-class Softmax(nn.Module):
-    """Attention weights without a sink."""
-
-    def forward(self, scores: Tensor) -> Tensor:
-        return F.softmax(scores, -1)
-
-
-def build_bias(name: str, model: ModelConfig, parallel: ParallelContext) -> nn.Module:
-    """Return the bias of the scores that the config names."""
-    return BIASES.get(model.position_embedding, NoBias)(name, model, parallel)
-
-
-def build_weighting(name: str, model: ModelConfig, parallel: ParallelContext) -> nn.Module:
-    """Return what turns scores into attention weights."""
-    return Sinks(name, model, parallel) if model.attention_sinks else Softmax()
+def own_heads_of_shard(model: ModelConfig, parallel: ParallelContext) -> slice:
+    """Return the heads whose scores this rank computes, counted from the first head of its tensor shard."""
+    heads = own_heads(model, parallel)
+    first = parallel.tp_rank * (model.n_head // parallel.tp_size)
+    return slice(heads.start - first, heads.stop - first)
 
 
 def own_heads(model: ModelConfig, parallel: ParallelContext) -> slice:

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Container
 
 from megagpt.config.schema import Config
 from megagpt.model.meta_model import meta_model
@@ -22,6 +23,7 @@ def parameters_by_group(config: Config) -> dict[str, int]:
     return dict(counts)
 
 
-def parameter_count(config: Config) -> int:
-    """Return the number of parameters of the model, vocabulary padding excluded."""
-    return sum(parameters_by_group(config).values())
+def parameter_count(config: Config, names: Container[str] | None = None) -> int:
+    """Return the number of parameters of the model, or of those named, vocabulary padding excluded."""
+    shards = [shard_of(parameter) for parameter in meta_model(config).parameters()]
+    return sum(math.prod(shard.shape) for shard in shards if names is None or shard.name in names)

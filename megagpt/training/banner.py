@@ -12,6 +12,7 @@ from megagpt.data.tokenizer import load_tokenizer
 from megagpt.distributed.object_collectives import all_gather_object
 from megagpt.distributed.rank_zero import rank_zero_print, rank_zero_warn
 from megagpt.engine.deepspeed_internals import local_size
+from megagpt.engine.freezing import has_frozen_weights, trained_names
 from megagpt.engine.optimizer import is_unrelated_apex, optimizer_name
 from megagpt.parallel.topology import Layout
 from megagpt.planner.memory import state_memory
@@ -48,7 +49,7 @@ def banner(trainer: Trainer, rank_parameters: int) -> list[str]:
     config, datasets, layout = trainer.config, trainer.datasets, trainer.topology.layout
     return [
         f"megagpt {__version__}, PyTorch {torch.__version__}",
-        f"model      {parameter_count(config):,} parameters",
+        f"model      {parameter_count(config):,} parameters{_trained(config)}",
         f"layout     {layout_line(config, layout)}",
         f"memory     {memory_line(config, layout, rank_parameters)}",
         f"device     {device_line(trainer.device, config.training.precision)}",
@@ -58,6 +59,12 @@ def banner(trainer: Trainer, rank_parameters: int) -> list[str]:
         *evaluation_lines(config, datasets.valid, datasets.test),
         *output_lines(config),
     ]
+
+
+def _trained(config: Config) -> str:
+    if not has_frozen_weights(config):
+        return ""
+    return f", of which {parameter_count(config, trained_names(config)):,} are trained"
 
 
 def last_sample(trainer: Trainer) -> int:

@@ -8,7 +8,9 @@ import pytest
 
 from megagpt.commands.convert_config import main, read_foreign
 from megagpt.config import build_config
-from megagpt.config.foreign import CHOICES, DEFAULTS, FLAGS, SAME_VALUE, WITHOUT_EFFECT, convert, from_arguments
+from megagpt.config.foreign import convert, from_keys
+from megagpt.config.foreign_arguments import from_arguments
+from megagpt.config.foreign_tables import CHOICES, DEFAULTS, FLAGS, SAME_VALUE, WITHOUT_EFFECT
 from megagpt.config.load import _annotation
 from megagpt.planner.parameters import parameter_count
 
@@ -118,11 +120,44 @@ def test_arguments_that_go_together(arguments: str, section: str, expected: dict
         ("--init-method xavier_normal", "model.init_scheme has other pairs"),
         ("--load other --save runs/x", "load other: checkpoints of other programs cannot be loaded"),
         ("--num-experts 8", "num_experts 8: has no counterpart"),
+        ("--bf16 --fp16", "training.precision bf16: contradicts fp16, which is used"),
+        ("--fp16 2", "fp16 2: is a switch without a value"),
+        ("--lr 1e-3 --lr 2e-3", "lr 0.001: is given again; 0.002 is used"),
+        ("--lr-warmup-fraction x --train-iters 10", "lr_warmup_fraction x: expected a number"),
+        ("--lr-warmup-fraction 0.1", "lr_warmup_fraction 0.1: needs train_iters"),
+        ("--lr-warmup-iters $((10 * 5))", "lr_warmup_iters: is computed by the shell"),
+        ("--save `date`", "save: is computed by the shell"),
+        ("--rampup-batch-size 16 8", "rampup_batch_size [16, 8]: expected three integers"),
+        ("--data-path 0.3 a 0.7", "data_path [0.3, 'a', 0.7]: expected paths, or pairs of a weight and a path"),
+        ("--train-samples 10 --train-iters 5", "train_samples 10: contradicts train_iters"),
+        ("--train-samples 10", "train_samples 10: needs seq_length"),
+        ("--eval-iters 10", "eval_iters 10: needs global_batch_size"),
+        ("--window-size (a,b)", "window_size"),
+        ("--exit-duration-in-mins soon", "exit_duration_in_mins soon: expected a number"),
+        ("--merge-file m.txt", "merge_file m.txt: needs vocab_file"),
+        ("--num-layers-per-virtual-pipeline-stage x", "expected a number"),
+        ("--lr-wsd-decay-iters 10", "lr_wsd_decay_iters 10: has no effect"),
     ],
 )
 def test_what_has_no_counterpart_is_named(arguments: str, message: str) -> None:
     (missing,) = convert(from_arguments(f"--num-layers 2 {arguments}")).missing
     assert message in missing
+
+
+def test_keys_of_sections_without_a_counterpart_are_named() -> None:
+    tree = {
+        "optimizer": {"type": "Adam", "params": {"lr": 1e-3, "amsgrad": True}},
+        "zero_optimization": {"stage": 1, "sub_group_size": 7},
+        "fp16": {"enabled": True, "auto_cast": True},
+        "train_data_paths": ["a", "b"],
+        "train_data_weights": [1.0],
+    }
+    assert convert(from_keys(tree)).missing == [
+        "optimizer.params.amsgrad True: has no counterpart",
+        "zero_optimization.sub_group_size 7: has no counterpart",
+        "fp16.auto_cast True: has no counterpart",
+        "train_data_paths ['a', 'b']: expected as many weights as paths, found [1.0]",
+    ]
 
 
 def test_the_end_of_an_array_of_bash_ends_an_argument() -> None:

@@ -105,6 +105,11 @@ def test_print_config_prints_the_config_of_megagpt_and_of_deepspeed(tmp_path: Pa
     assert tree["deepspeed"]["gradient_clipping"] == 0.05
 
 
+def test_print_config_refuses_a_pattern_that_matches_no_weight(tmp_path: Path) -> None:
+    result = pretrain(config_file(tmp_path, optimizer={"learning_rate_scales": {"embeding.*": 0.5}}), "--print-config")
+    assert_refused(result, "optimizer.learning_rate_scales: 'embeding.*' matches no weight", "nearest is 'embedding.*'")
+
+
 @pytest.fixture(scope="module")
 def single_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run in one process, without a launcher and without a compiler on the machine."""

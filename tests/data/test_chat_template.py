@@ -172,6 +172,7 @@ def test_the_end_of_a_turn_is_the_token_that_the_template_writes(name: str, end:
         ([{"content": "a"}], "message 1: no role; nearest|message 1: no role; known: system"),
         ([{"role": "asistant", "content": "a"}], "message 1: unknown role 'asistant'; nearest: 'assistant'"),
         ([{"role": "user"}], r'message 1 \(user\): expected text under "content"'),
+        ([{"role": "user", "content": "a\ud800"}], r"message 1 \(user\): has half of a surrogate pair"),
         ([{"role": "user", "content": 3}], r'message 1 \(user\): expected text under "content"'),
     ],
 )

@@ -26,6 +26,12 @@ TOLERANCE = 2e-6
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "compiled": (1, ["training.compile=true"]),
     "compiled, dropout, full recompute": (1, ["training.compile=true", "model.resid_pdrop=0.1", "training.recompute=full"]),
+    "documents, windows": (1, ["data.reset_attention=true", "model.attention_window=20", "model.full_attention_every=2"]),
+    "learned bias, sinks, tensor 2": (
+        2,
+        ["model.position_embedding=relative", "model.attention_sinks=true", "parallel.tensor=2"],
+    ),
+    "ALiBi, cap": (1, ["model.position_embedding=alibi", "model.attention_softcap=5.0"]),
     "data 2, ZeRO-1": (2, ["zero.stage=1"]),
     "data 2, ZeRO-2": (2, ["zero.stage=2"]),
     "data 2, ZeRO-3": (2, ["zero.stage=3"]),
@@ -41,7 +47,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("gpu")
     with IndexedWriter(path / "random", np.dtype(np.uint16)) as writer:
-        writer.add_documents(np.random.default_rng(0).integers(0, 200, 20_000).astype(np.uint16), [20_000])
+        writer.add_documents(np.random.default_rng(0).integers(0, 200, 20_000).astype(np.uint16), [50] * 400)
     config: dict[str, Any] = {
         "model": {"n_layer": 4, "n_embd": 64, "n_head": 4, "n_positions": 64, "vocab_size": 200},
         "data": {"train": str(path / "random")},
@@ -77,7 +83,7 @@ def losses(folder: Path, name: str, ranks: int, overrides: list[str], on_cpu: bo
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_layout_trains_as_one_process_on_the_cpu_does(name: str, folder: Path) -> None:
     ranks, overrides = LAYOUTS[name]
-    same_model = [override for override in overrides if override.startswith("model.")]
+    same_model = [override for override in overrides if override.startswith(("model.", "data."))]
     expected = losses(folder, f"{name} expected", 1, same_model, on_cpu=True)
     assert len(expected) == STEPS
     assert losses(folder, name, ranks, overrides) == pytest.approx(expected, rel=TOLERANCE)

@@ -288,6 +288,15 @@ def test_a_quantized_tensor_is_refused(copy: Path) -> None:
         Import(ModelFolder(copy))
 
 
+def test_weights_that_are_not_finite_are_refused_by_name(copy: Path, tmp_path: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="model.norm.weight: 1 of 32 values are NaN or infinite"):
+        import_folder(copy, tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint" / "latest").exists()
+
+
 def test_nothing_is_overwritten(small: Path, tmp_path: Path) -> None:
     output = tmp_path / "checkpoint"
     output.mkdir()

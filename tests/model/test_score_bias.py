@@ -15,6 +15,14 @@ MODELS: dict[str, Tree] = {
     "ALiBi, grouped heads, window": {"position_embedding": "alibi", "n_kv_head": 2, "attention_window": 5},
     "relative": {"position_embedding": "relative", "relative_buckets": 6, "relative_max_distance": 12},
     "relative, sinks": {"position_embedding": "relative", "attention_sinks": True},
+    "relative vectors": {"position_embedding": "relative_vectors", "relative_max_distance": 4},
+    "relative vectors, grouped heads, window, sinks": {
+        "position_embedding": "relative_vectors",
+        "relative_max_distance": 3,
+        "n_kv_head": 2,
+        "attention_window": 5,
+        "attention_sinks": True,
+    },
     "sinks": {"attention_sinks": True},
     "sinks, rotary, caps": {"attention_sinks": True, "position_embedding": "rotary", "attention_softcap": 3.0},
 }
@@ -76,11 +84,20 @@ def test_attention_follows_the_formula(name: str) -> None:
             if keys.position_embedding == "relative":
                 table = weights["layers.1.attention.relative_bias.weight"].double().view(4, -1)[head]
                 scores = scores + table[relative_buckets(distances, keys.relative_buckets, keys.relative_max_distance)]
+            if keys.position_embedding == "relative_vectors":
+                rows = distances.clamp(max=keys.relative_max_distance)
+                key_vectors, value_vectors = (
+                    weights[f"layers.1.attention.relative_{kind}.weight"].double().view(-1, 8)[rows]
+                    for kind in ("keys", "values")
+                )
+                scores = scores + query[:, head, i] @ key_vectors.t() * 8**-0.5
             powers = scores.exp()
             total = powers.sum(-1, keepdim=True)
             if keys.attention_sinks:
                 total = total + weights["layers.1.attention.sinks.weight"][head].double().exp()
             out[:, head, i] = ((powers / total).unsqueeze(1) @ value[:, head, first : i + 1]).squeeze(1)
+            if keys.position_embedding == "relative_vectors":
+                out[:, head, i] += powers / total @ value_vectors
     expected = out.transpose(1, 2).flatten(2).detach()
     torch.testing.assert_close(seen[0].double(), expected, rtol=0, atol=2e-5 * expected.abs().max().item())
 
@@ -95,7 +112,7 @@ def test_the_cache_gives_the_logits_of_the_full_text(name: str) -> None:
     torch.testing.assert_close(pieces, full[:, 4:], rtol=0, atol=2e-5 * full.abs().max().item())
 
 
-@pytest.mark.parametrize("name", ["ALiBi", "relative, sinks"])
+@pytest.mark.parametrize("name", ["ALiBi", "relative, sinks", "relative vectors"])
 def test_a_sequence_of_several_blocks_of_queries_is_computed_as_one(name: str) -> None:
     """The first tokens of a long sequence have the logits of a short one: distances do not restart at a block."""
     model = model_of(name, n_positions=QUERY_BLOCK + 40)
@@ -105,11 +122,11 @@ def test_a_sequence_of_several_blocks_of_queries_is_computed_as_one(name: str) -
         torch.testing.assert_close(model.logits(tokens)[:, -1], last, rtol=0, atol=2e-5 * last.abs().max().item())
 
 
-@pytest.mark.parametrize("name", ["relative", "sinks"])
+@pytest.mark.parametrize("name", ["relative", "relative vectors", "sinks"])
 def test_every_learned_number_gets_a_gradient(name: str) -> None:
     model = model_of(name).train()
     tokens = torch.randint(0, 61, (4, 17), generator=torch.Generator().manual_seed(0))
     model(None, MicroBatch(tokens[:, :-1], tokens[:, 1:])).backward()
     for parameter_name, parameter in parameters_by_name(model).items():
-        if parameter_name.endswith(("relative_bias.weight", "sinks.weight")):
+        if parameter_name.endswith(("bias.weight", "keys.weight", "values.weight", "sinks.weight")):
             assert parameter.grad is not None and (parameter.grad != 0).all(), parameter_name

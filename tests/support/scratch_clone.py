@@ -13,9 +13,10 @@ import tokenizers
 from megagpt.commands.train_tokenizer import train_bpe
 from megagpt.config import load_config, to_json
 from megagpt.data.indexed import IndexedWriter
+from support.chat import chat_tokenizer
 from support.commands import BIN, ENVIRONMENT, ROOT
 
-LINKS = ("megagpt", "tools", "examples", "benchmarks", "pretrain_gpt.py", "setup.py")
+LINKS = ("megagpt", "tools", "examples", "benchmarks", "pretrain_gpt.py", "finetune_classifier.py", "setup.py")
 SMALL_MODEL = ("model.n_embd=32", "model.n_head=8", "model.n_positions=32", "model.ffn_hidden=null")
 QUICK_RUN = (
     "model.n_layer=2",
@@ -45,6 +46,26 @@ def build_clone(folder: Path) -> None:
     config = load_config(ROOT / "configs" / "quickstart.json", [*SMALL_MODEL, *QUICK_RUN])
     (folder / "configs" / "quickstart.json").write_text(to_json(config))
     _write_lines(folder / "notes")
+    write_base_model(folder / "models" / "base")
+    for name in ("chats", "held_out"):
+        (folder / f"{name}.jsonl").write_text('{"prompt": "the fox?", "response": "yes"}\n' * 20)
+
+
+def write_base_model(folder: Path, n_positions: int = 32) -> None:
+    """Write a Hugging Face model in the size of `SMALL_MODEL`, with a chat template."""
+    import transformers  # only this needs it, and importing it takes seconds
+
+    chat_tokenizer(folder, vocab_size=300)
+    config = transformers.LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        initializer_range=0.5,  # so that adapters alone can learn answers
+        max_position_embeddings=n_positions,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def _words(number: int) -> list[str]:

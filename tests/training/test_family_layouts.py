@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.families import CASES, by_file_name, random_model
+from support.families import CASES, LLAMA, by_file_name, random_model
 from support.pool import Pool
 from support.runs import (
     Tree,
@@ -32,18 +32,7 @@ from megagpt.hugging_face.peak_memory import PeakMemory
 from megagpt.progress import NoProgress
 from megagpt.training.train_state import restore_weights
 
-STEPS = 3
-LLAMA: Tree = {
-    "position_embedding": "rotary",
-    "norm": "rmsnorm",
-    "gated_mlp": True,
-    "activation": "silu",
-    "ffn_hidden": 48,
-    "qkv_bias": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_embeddings": False,
-}
+STEPS = 2
 MODELS: dict[str, Tree] = {
     "grouped heads, sliding windows": {**LLAMA, "n_kv_head": 2, "attention_window": 5, "full_attention_every": 2},
     "one key and value head, norm of heads, z-loss": {**LLAMA, "n_kv_head": 1, "qk_norm": "head", "qkv_bias": True},
@@ -67,7 +56,13 @@ MODELS: dict[str, Tree] = {
         "attention_sinks": True,
         "mup_base_width": 8,
     },
-    "parallel branches with one norm": {"parallel_branches": "one_norm", "activation": "relu_squared"},
+    "parallel branches with one norm, relative vectors": {
+        "parallel_branches": "one_norm",
+        "activation": "relu_squared",
+        "position_embedding": "relative_vectors",
+        "relative_max_distance": 5,
+        "n_kv_head": 2,
+    },
 }
 LAYOUTS: dict[str, tuple[int, Tree, int]] = {
     "tensor 4": (4, {"tensor": 4}, 1),

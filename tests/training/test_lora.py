@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.families import LLAMA
 from support.pool import Pool, RankError
 from support.runs import (
     Tree,
@@ -36,20 +37,9 @@ from megagpt.parallel.parameter import shard_of
 
 LORA: Tree = {"rank": 3, "alpha": 12.0}
 SGD: Tree = {"type": "sgd", "learning_rate": 0.1, "clip_grad": 0.0, "weight_decay": 0.0}
-LLAMA: Tree = {
-    "position_embedding": "rotary",
-    "norm": "rmsnorm",
-    "gated_mlp": True,
-    "activation": "silu",
-    "ffn_hidden": 48,
-    "n_kv_head": 1,
-    "qkv_bias": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_embeddings": False,
-}
+MULTI_QUERY: Tree = {**LLAMA, "n_kv_head": 1}
 """With one key and value head, which every tensor rank computes."""
-MODELS: dict[str, Tree] = {"gpt2": {"activation": "gelu_tanh"}, "llama": LLAMA}
+MODELS: dict[str, Tree] = {"gpt2": {"activation": "gelu_tanh"}, "llama": MULTI_QUERY}
 
 
 def lora_config(model: str = "gpt2", **sections: Tree) -> Config:
@@ -58,7 +48,10 @@ def lora_config(model: str = "gpt2", **sections: Tree) -> Config:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_gradients_are_those_of_the_low_rank_product(model: str) -> None:
-    """With W' = W + s B A and a loss of W': dL/dA = s B^T dL/dW' and dL/dB = s dL/dW' A^T. fp32: 1e-5 of the largest."""
+    """With W' = W + s B A and a loss of W': dL/dA = s B^T dL/dW' and dL/dB = s dL/dW' A^T.
+
+    fp32, and W' is rounded in each of four layers: 5e-5 of the largest.
+    """
     config = lora_config(model)
     adapted = full_model(config)
     freeze([adapted], config)
@@ -82,7 +75,7 @@ def test_the_gradients_are_those_of_the_low_rank_product(model: str) -> None:
         assert gradient is not None
         expected_a = scale * (b.flatten(0, -2).t() @ gradient.flatten(0, -2))
         for actual, expected in ((a.grad, expected_a), (b.grad, scale * gradient @ a.t())):
-            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+            torch.testing.assert_close(actual, expected, rtol=0, atol=5e-5 * expected.abs().max().item())
     assert all(parameter.grad is None for name, parameter in ours.items() if not is_adapter(name))
 
 

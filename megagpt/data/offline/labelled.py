@@ -9,7 +9,7 @@ import numpy as np
 from megagpt.data.examples import mask_prefix
 from megagpt.data.indexed import IndexedWriter, token_dtype
 from megagpt.data.offline.documents import InputFile, Reject, stop
-from megagpt.data.tokenizer import Tokenizer
+from megagpt.data.tokenizer import Tokenizer, require_characters
 from megagpt.errors import DataError
 
 MAX_CLASSES = 60_000
@@ -77,6 +77,7 @@ def _labelled(record: dict[str, Any]) -> Labelled:
     text, label = record.get("text"), record.get("label")
     if not isinstance(text, str):
         raise DataError('expected a text under "text"')
+    require_characters(text, '"text"')
     if not isinstance(label, str | int) or isinstance(label, bool):
         raise DataError('expected a text or an integer under "label"')
     return Labelled(text, str(label))

@@ -1,9 +1,16 @@
 """Convert examples for fine-tuning to token files: a pair, and a mask beside it of the tokens that are learned."""
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+import multiprocessing as mp
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +23,10 @@ from megagpt.data.offline.documents import InputFile, Reject, stop
 from megagpt.errors import DataError
 from megagpt.progress import NoProgress, Progress
 
+BATCH_RECORDS = 256
+"""Examples that are encoded together."""
+MAX_WAITING_BATCHES = 4
+"""Batches in flight per worker process; limits the memory."""
 Conversations = Sequence[Sequence[Message]]
 """The chats of one example."""
 
@@ -39,38 +50,44 @@ def output_prefix(prefix: str, task: str) -> str:
     return f"{prefix}_{task}"
 
 
-def preprocess_examples(
-    files: Sequence[Path],
-    template: ChatTemplate,
-    task: str,
-    prefix: str,
-    progress: Progress | None = None,
-    reject: Reject = stop,
-) -> ExampleCounts:
+@dataclass(frozen=True)
+class ExamplesJob:
+    """Settings of a run."""
+
+    files: Sequence[Path]
+    load: Callable[[], ChatTemplate]
+    """Loads the chat template, also in a worker process; must be picklable."""
+    task: str
+    """A key of `CONVERSATIONS`."""
+    output_prefix: str
+    """The run writes OUTPUT_PREFIX_TASK.bin, .idx and their mask."""
+    workers: int = 1
+    """Processes that encode."""
+
+
+def preprocess_examples(job: ExamplesJob, progress: Progress | None = None, reject: Reject = stop) -> ExampleCounts:
     """Write the pair and the mask of all examples in the files; return the counts.
 
     `reject`: receives examples that cannot be used. Files get their names only when all are complete. Raises DataError.
     """
     counts = ExampleCounts()
-    target = output_prefix(prefix, task)
-    conversations = CONVERSATIONS[task]
-    progress = progress or NoProgress()
+    target = output_prefix(job.output_prefix, job.task)
+    vocab_size = job.load().tokenizer.vocab_size
+    records = _records(job.files, progress or NoProgress(), reject)
     with ExitStack() as stack:
-        tokens = stack.enter_context(IndexedWriter(target, token_dtype(template.tokenizer.vocab_size)))
+        tokens = stack.enter_context(IndexedWriter(target, token_dtype(vocab_size)))
         mask = stack.enter_context(IndexedWriter(mask_prefix(target), np.uint8))  # gets its name first
-        for place, record in _records(files, progress, reject):
-            try:
-                chats = [_encoded(template, chat) for chat in conversations(record)]
-            except DataError as error:
+        for place, result in stack.enter_context(closing(_encode_all(job, records))):
+            if isinstance(result, str):
                 counts.skipped += 1
-                reject(DataError(f"{place}: {error}"))
+                reject(DataError(f"{place}: {result}"))
                 continue
-            tokens.add_document(*(chat.ids for chat in chats))
-            mask.add_document(*(np.array(chat.mask, np.uint8) for chat in chats))
-            length = sum(len(chat.ids) for chat in chats)
+            tokens.add_document(*(chat.ids for chat in result))
+            mask.add_document(*(np.array(chat.mask, np.uint8) for chat in result))
+            length = sum(len(chat.ids) for chat in result)
             counts.examples += 1
             counts.tokens += length
-            counts.learned += sum(sum(chat.mask) for chat in chats)
+            counts.learned += sum(sum(chat.mask) for chat in result)
             counts.longest = max(counts.longest, length)
         if not counts.examples:
             raise DataError(f"{target}: not written, because the input has no example")
@@ -102,7 +119,70 @@ CONVERSATIONS: dict[str, Callable[[Mapping[str, Any]], Conversations]] = {
 """Task -> the chats of one record."""
 
 
-def _records(files: Sequence[Path], progress: Progress, reject: Reject) -> Iterator[tuple[str, dict[str, Any]]]:
+Record = tuple[str, dict[str, Any]]
+"""Place and content of an example."""
+Result = tuple[str, list[EncodedChat] | str]
+"""Place of an example, and its chats, or why it cannot be used."""
+
+
+def _encode_all(job: ExamplesJob, records: Iterable[Record]) -> Generator[Result, None, None]:
+    """Encode the examples in order, with at most `MAX_WAITING_BATCHES` batches per worker in memory."""
+    batches = _batches(records)
+    if job.workers <= 1:
+        template = job.load()
+        for batch in batches:
+            yield from _encode_batch(template, job.task, batch)
+        return
+    # An executor, not a Pool: a Pool waits forever for a worker that was killed (out of memory).
+    pool = ProcessPoolExecutor(job.workers, mp.get_context("spawn"), _start_worker, (job.load,))
+    waiting: deque[Future[list[Result]]] = deque()
+    try:
+        for batch in batches:
+            waiting.append(pool.submit(_encode_in_worker, job.task, batch))
+            if len(waiting) >= MAX_WAITING_BATCHES * job.workers:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    except BrokenProcessPool:
+        raise DataError("a worker process was killed, probably because memory ran out; use fewer --workers") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+    iterator = iter(records)
+    while batch := list(islice(iterator, BATCH_RECORDS)):
+        yield batch
+
+
+def _encode_batch(template: ChatTemplate, task: str, records: Sequence[Record]) -> list[Result]:
+    return [(place, _encode_record(template, task, record)) for place, record in records]
+
+
+def _encode_record(template: ChatTemplate, task: str, record: dict[str, Any]) -> list[EncodedChat] | str:
+    try:
+        return [_encoded(template, chat) for chat in CONVERSATIONS[task](record)]
+    except DataError as error:
+        return str(error)
+
+
+class _Worker:
+    """State of a worker process. A process pool offers no other way to keep an object between its tasks."""
+
+    template: ChatTemplate
+
+
+def _start_worker(load: Callable[[], ChatTemplate]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the parent handles Ctrl-C
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are parallel already
+    _Worker.template = load()
+
+
+def _encode_in_worker(task: str, records: Sequence[Record]) -> list[Result]:
+    return _encode_batch(_Worker.template, task, records)
+
+
+def _records(files: Sequence[Path], progress: Progress, reject: Reject) -> Iterator[Record]:
     for path in files:
         file, done = InputFile(path, [], None, reject), 0
         for place, record in file.records():
