@@ -65,8 +65,9 @@ class PreferenceLoss:
         n_pairs = references.shape[1]
         margins = log_probs.new_zeros(len(pair), n_pairs + 1)  # the last column is that of the padding
         margins = margins.scatter_add_(1, pair.clamp(max=n_pairs), sign * log_probs)[:, :n_pairs]
-        if self._recorded is not None:
+        if self._recorded is not None:  # of the reference model, so there are no rewards yet
             self._recorded.append(margins)
+            return margins.sum()
         is_pair = ~references.isnan()
         rewards = self._beta * (margins - references.nan_to_num())  # [batch, pairs]
         self._count(rewards, is_pair, output.training)
@@ -80,7 +81,7 @@ class PreferenceLoss:
 
     @contextmanager
     def recording(self) -> Iterator[list[Tensor]]:
-        """Collect the margins of the forwards in this block, each [batch, pairs]."""
+        """Collect the margins of the forwards in this block, each [batch, pairs], instead of losses and rewards."""
         self._recorded = []
         try:
             yield self._recorded

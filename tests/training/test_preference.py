@@ -185,7 +185,10 @@ def test_reference_log_probabilities_are_computed_once_for_each_reference_model(
 ) -> None:
     prefix = write_examples(tmp_path / "x", random_pairs(8))
     one_step: Tree = {"training": {"steps": 1}}
-    ranks.run(1, run_trainer, run_config(tmp_path, prefix, start, **one_step))
+    unchanged: Tree = {"optimizer": {"learning_rate": 1e-20}, "data": {"train": prefix, "valid": prefix, "task": "preference"}}
+    (first,) = ranks.run(1, run_trainer, run_config(tmp_path, prefix, start, **one_step, **unchanged))
+    # The evaluation counts only its own pairs, not those of the reference model before.
+    assert first["records"][-1]["eval_reward_margin"] == pytest.approx(0, abs=1e-4)
     written = reference_path(prefix).stat().st_mtime_ns
     ranks.run(1, run_trainer, run_config(tmp_path, prefix, start, **one_step))
     assert reference_path(prefix).stat().st_mtime_ns == written
