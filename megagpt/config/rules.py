@@ -77,7 +77,7 @@ class Problem:
 
 def broken_rules(config: Config) -> list[Problem]:
     """Return all rules that `config` breaks, for any number of ranks."""
-    layout = (_shape, _tensor_parallel, _context, _pipeline, _zero)
+    layout = (_shape, _tensor_parallel, _fp8, _context, _pipeline, _zero)
     batches = (_batch, _ramp, _noise_scale, _length)
     tasks = (_data, _samples, _fill_in_the_middle, _classification, _preference)
     other = (_checkpoint, _lr_schedule, _optimizer, _deepspeed)
@@ -189,6 +189,29 @@ def _tensor_parallel(config: Config) -> Iterator[Problem]:
             "parallel.sequence_parallel: splits the sequence over the tensor ranks, but parallel.tensor is 1; "
             "set it to false, or set parallel.tensor to 2 or more",
         )
+
+
+FP8_MULTIPLE = 16
+"""CUDA's 8-bit products need matrices whose sizes are multiples of this."""
+
+
+def _fp8(config: Config) -> Iterator[Problem]:
+    model, tensor = config.model, config.parallel.tensor
+    if config.training.precision != "fp8":
+        return
+    sizes = {
+        "model.n_embd": (model.n_embd, 1),
+        "model.n_head x head size": (model.n_head * model.head_size, tensor),
+        "model.n_kv_head x head size": (model.kv_heads * model.head_size, tensor if model.kv_heads % tensor == 0 else 1),
+        "model.ffn_hidden": (model.ffn_hidden_size, tensor),
+    }
+    for name, (size, ranks) in sizes.items():
+        if size % (ranks * FP8_MULTIPLE):
+            yield Problem(
+                ("training.precision", "model.n_embd", "model.ffn_hidden", "parallel.tensor"),
+                f'training.precision: "fp8" needs multiples of {FP8_MULTIPLE} on each tensor rank, and {name} is {size} on '
+                f"{ranks} rank{'s' if ranks > 1 else ''}; nearest: {_nearest_multiple(size, ranks * FP8_MULTIPLE)}",
+            )
 
 
 def _context(config: Config) -> Iterator[Problem]:

@@ -423,9 +423,10 @@ class TrainingConfig(Section):
     """Sequences per optimizer step, over all ranks."""
     batch_ramp: BatchRampConfig = BatchRampConfig()
     """Smaller batches in the first steps; null for none."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
     """Data type of parameters and activations. Gradients are accumulated in fp32 and optimizer states stored in fp32 for
-    every precision."""
+    every precision. fp8: bf16, and the factors of the blocks' matrix products are rounded to 8 bits, except for the weight
+    gradients. It needs a GPU of NVIDIA's Hopper or newer; a CPU computes it slowly, for tests."""
     compile: Literal["auto"] | bool = "auto"
     """Compile the functions between matrix products (norms, residual additions, activations, loss) with torch.compile: faster,
     with the same results up to rounding. The first step takes 10 to 20 s more on a GPU machine, and up to minutes on a busy

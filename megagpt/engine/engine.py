@@ -41,13 +41,14 @@ from megagpt.engine.optimizer import (
 )
 from megagpt.errors import ConfigError
 from megagpt.model.forward_context import MicroBatch
-from megagpt.model.gpt import DTYPES, TOKEN_EMBEDDING, GPTChunk, build_chunk, share_tied_embedding
+from megagpt.model.gpt import TOKEN_EMBEDDING, GPTChunk, activation_dtype, build_chunk, share_tied_embedding
 from megagpt.model.meta_model import stage_layers
 from megagpt.model.objectives import Objective
 from megagpt.parallel.deferred_gradients import DeferredGradients
 from megagpt.parallel.kernels import Kernels
 from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.parameter import shard_of
+from megagpt.parallel.products import Fp8Products, require_fp8
 from megagpt.parallel.topology import Topology
 from megagpt.pipeline.executor import Executor
 from megagpt.schedules.plan import forward_plan
@@ -227,8 +228,11 @@ class Engine:
     def _build_chunks(self) -> dict[int, GPTChunk]:
         """Build this rank's chunks, by stage."""
         topology, config = self.topology, self.config
-        kernels = Kernels(compiled=self.compiles)
-        parallel = ParallelContext.of(topology, config.parallel.sequence_parallel, self.deferred_gradients, kernels)
+        kernels, products = Kernels(compiled=self.compiles), None
+        if config.training.precision == "fp8":
+            require_fp8(self.device)
+            products = Fp8Products(kernels)
+        parallel = ParallelContext.of(topology, config.parallel.sequence_parallel, self.deferred_gradients, kernels, products)
         layers = stage_layers(config, len(self._rank_of_stage))
         local_stages = [stage for stage, rank in enumerate(self._rank_of_stage) if rank == topology.pp_rank]
         chunks = {stage: build_chunk(config, parallel, layers[stage], self.device) for stage in local_stages}
@@ -304,6 +308,6 @@ class Engine:
             plan = make_plan(schedule, parallel.pipeline, n_micro_batches, parallel.virtual_stages)
         if parallel.sequence_parallel:
             seq //= self.topology.layout.tensor
-        dtype = DTYPES[self.config.training.precision]
+        dtype = activation_dtype(self.config)
         like = torch.empty(batch, seq, self.config.model.n_embd, dtype=dtype, device=self.device)
         return Executor(plan, self.chunks, self.topology, self.deferred_gradients, like, self.phase)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megagpt.errors import ConfigError, MegagptError, TrainingError
 from megagpt.inference.sampling import Draw, Sampler, Sampling
-from megagpt.model.gpt import DTYPES, GPTChunk
+from megagpt.model.gpt import GPTChunk, activation_dtype
 from megagpt.model.kv_cache import PAGE_TOKENS, LayerCache, PagePool, pages_for, place_rows
 
 PREFILL_TOKENS = 2048
@@ -247,4 +247,4 @@ def cache_bytes(model: GPTChunk, n_tokens: int) -> int:
     """Return the memory on this rank for the keys and values of `n_tokens` in all layers."""
     shape = model.config.model
     heads = max(1, shape.kv_heads // model.parallel.tp_size)
-    return 2 * shape.n_layer * heads * shape.head_size * n_tokens * DTYPES[model.config.training.precision].itemsize
+    return 2 * shape.n_layer * heads * shape.head_size * n_tokens * activation_dtype(model.config).itemsize

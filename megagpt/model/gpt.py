@@ -35,7 +35,13 @@ TOKEN_EMBEDDING = "embedding.token.weight"
 CLASSIFIER = "classifier.weight"
 """Name of the classification head."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Dtype of parameters and activations for each `training.precision`."""
+"""Dtypes of stored weights."""
+
+
+def activation_dtype(config: Config) -> torch.dtype:
+    """Return the dtype of parameters and activations; under "fp8" only factors of products have 8 bits."""
+    precision = config.training.precision
+    return DTYPES["bf16" if precision == "fp8" else precision]
 
 
 class GPTChunk(nn.Module):
@@ -122,7 +128,7 @@ class GPTChunk(nn.Module):
 
         tokens: the new tokens of each row, [rows, new], aligned at the end, -> [rows, vocab_size].
         """
-        dtype = DTYPES[self.config.training.precision]
+        dtype = activation_dtype(self.config)
         windows = dict.fromkeys(block.attention.window for block in self.blocks)
         masks = {window: mask for window in windows if (mask := cached_mask(rows, window, dtype)) is not None}
         ctx = ForwardContext(
@@ -175,7 +181,7 @@ class GPTChunk(nn.Module):
             if flex and (explicit.is_needed or documents is not None or (window is not None and window < length)):
                 mask = block_mask(documents, window, length, device)
             else:
-                mask = attention_mask(documents, window, length, DTYPES[self.config.training.precision], device)
+                mask = attention_mask(documents, window, length, activation_dtype(self.config), device)
             if mask is not None:
                 masks[window] = mask
         return masks
@@ -186,7 +192,7 @@ class GPTChunk(nn.Module):
         if model.position_embedding != "rotary":
             return None
         frequencies, amplitude = rotary_frequencies(model.rotary, model.head_size)
-        return rotary_table(frequencies, amplitude, positions, DTYPES[self.config.training.precision])
+        return rotary_table(frequencies, amplitude, positions, activation_dtype(self.config))
 
     def _output_weight(self) -> nn.Parameter:
         if self.config.data.classes:
@@ -227,7 +233,7 @@ def build_chunk(config: Config, parallel: ParallelContext, layers: range, device
         chunk = GPTChunk(config, parallel, layers)
     for parameter in chunk.parameters():
         initialize(parameter, config.training.seed)
-    return chunk.to(dtype=DTYPES[config.training.precision])
+    return chunk.to(dtype=activation_dtype(config))
 
 
 def share_tied_embedding(chunks: Sequence[GPTChunk]) -> None:

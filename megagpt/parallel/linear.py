@@ -7,10 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-# The name is bound here because DeepSpeed's ZeRO-3 replaces the attribute of torch.nn.functional in the entire process, by
-# a slower function that rounds twice in bf16.
-from torch.nn.functional import linear as torch_linear
-
 from megagpt.parallel.collectives import (
     all_gather_sequence,
     reduce_from_ranks,
@@ -23,6 +19,10 @@ from megagpt.parallel.deferred_gradients import accumulate, accumulate_product
 from megagpt.parallel.kernels import column_sum
 from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.parameter import replicated_parameter, sharded_parameter
+from megagpt.parallel.products import PlainProducts, Products
+
+PLAIN = PlainProducts()
+"""Products of layers that do not follow `ParallelContext.products`."""
 
 
 class _Linear(torch.autograd.Function):
@@ -41,19 +41,20 @@ class _Linear(torch.autograd.Function):
         bias: nn.Parameter | None,
         parallel: ParallelContext,
         group: ProcessGroup | None,
+        products: Products,
     ) -> Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None)  # a frozen weight does not need it
-        ctx.weight, ctx.bias, ctx.parallel, ctx.group = weight, bias, parallel, group
-        return torch_linear(x, _matrix(weight), _vector(bias))
+        ctx.weight, ctx.bias, ctx.parallel, ctx.group, ctx.products = weight, bias, parallel, group, products
+        return products.output(x, _matrix(weight), _vector(bias))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad, (x,), grad_x = grads[0].detach(), ctx.saved_tensors, None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ _matrix(ctx.weight)
+            grad_x = ctx.products.input_gradient(grad, _matrix(ctx.weight))
         pending = None if grad_x is None or ctx.group is None else start_all_reduce(grad_x, ctx.group)
         _defer_weight_gradient(ctx, grad, lambda: x)
-        return grad_x if pending is None else pending(), None, None, None, None, None
+        return grad_x if pending is None else pending(), None, None, None, None, None, None
 
 
 class _GatheredLinear(torch.autograd.Function):
@@ -72,21 +73,22 @@ class _GatheredLinear(torch.autograd.Function):
         bias: nn.Parameter | None,
         parallel: ParallelContext,
         group: ProcessGroup,
+        products: Products,
     ) -> Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None)
-        ctx.weight, ctx.bias, ctx.parallel, ctx.group = weight, bias, parallel, group
-        return torch_linear(all_gather_sequence(x, group), _matrix(weight), _vector(bias))
+        ctx.weight, ctx.bias, ctx.parallel, ctx.group, ctx.products = weight, bias, parallel, group, products
+        return products.output(all_gather_sequence(x, group), _matrix(weight), _vector(bias))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad, (x,), group = grads[0].detach(), ctx.saved_tensors, ctx.group
         pending_x, pending_grad = None, None
         if ctx.weight.requires_grad and not ctx.parallel.deferred_gradients.is_deferring:
             pending_x = start_all_gather_sequence(x, group)
         if ctx.needs_input_grad[0]:
-            pending_grad = start_reduce_scatter_sequence(grad @ _matrix(ctx.weight), group)
+            pending_grad = start_reduce_scatter_sequence(ctx.products.input_gradient(grad, _matrix(ctx.weight)), group)
         _defer_weight_gradient(ctx, grad, pending_x or (lambda: all_gather_sequence(x, group)))
-        return None if pending_grad is None else pending_grad(), None, None, None, None, None
+        return None if pending_grad is None else pending_grad(), None, None, None, None, None, None
 
 
 def _defer_weight_gradient(ctx: Any, grad: Tensor, full_input: Callable[[], Tensor]) -> None:
@@ -122,12 +124,13 @@ def linear(
     bias: nn.Parameter | None,
     parallel: ParallelContext,
     replicated_over: ProcessGroup | None = None,
+    products: Products = PLAIN,
 ) -> Tensor:
     """Return x W^T + b, [..., in] -> [..., out]. The gradients of W and b go to the queue of `parallel`.
 
     `replicated_over`: ranks that have the same x and different W; the gradient of x is summed over them.
     """
-    return _Linear.apply(x, anchor(weight, x), weight, bias, parallel, replicated_over)
+    return _Linear.apply(x, anchor(weight, x), weight, bias, parallel, replicated_over, products)
 
 
 def anchor(parameter: Tensor, *inputs: Tensor) -> Tensor:
@@ -223,9 +226,11 @@ class ColumnParallelLinear(_ParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         parallel, bias = self.parallel, self.bias if self.add_bias else None
         if parallel.sequence_parallel and parallel.tp_group is not None:
-            out = _GatheredLinear.apply(x, anchor(self.weight, x), self.weight, bias, parallel, parallel.tp_group)
+            out = _GatheredLinear.apply(
+                x, anchor(self.weight, x), self.weight, bias, parallel, parallel.tp_group, parallel.products
+            )
         else:
-            out = linear(x, self.weight, bias, parallel, replicated_over=parallel.tp_group)
+            out = linear(x, self.weight, bias, parallel, parallel.tp_group, parallel.products)
         return self._adapted(out, x)
 
 
@@ -255,6 +260,6 @@ class RowParallelLinear(_ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         reduce = reduce_scatter_to_sequence if self.parallel.sequence_parallel else reduce_from_ranks
-        partial = linear(x, self.weight, None, self.parallel)
+        partial = linear(x, self.weight, None, self.parallel, products=self.parallel.products)
         out = reduce(partial, self.parallel.tp_group)
         return self._adapted(out if self.bias is None or not self.add_bias else out + self.bias, x)

@@ -7,6 +7,7 @@ from torch.distributed import ProcessGroup
 from megagpt.parallel.context_parallel import ContextParallel
 from megagpt.parallel.deferred_gradients import DeferredGradients
 from megagpt.parallel.kernels import Kernels
+from megagpt.parallel.products import PlainProducts, Products
 from megagpt.parallel.topology import Topology
 
 
@@ -28,6 +29,8 @@ class ParallelContext:
     """Context-parallel group, independent of the tensor group."""
     kernels: Kernels = field(default_factory=Kernels)
     """Runs memory-bound functions, compiled or eagerly."""
+    products: Products = field(default_factory=PlainProducts)
+    """How the linear layers of the blocks multiply."""
 
     @property
     def range_index(self) -> int:
@@ -44,6 +47,7 @@ class ParallelContext:
         sequence_parallel: bool,
         deferred_gradients: DeferredGradients,
         kernels: Kernels | None = None,
+        products: Products | None = None,
     ) -> "ParallelContext":
         """Return the context of this rank in `topology`."""
         return cls(
@@ -54,4 +58,5 @@ class ParallelContext:
             sequence_parallel=sequence_parallel,
             context=ContextParallel(topology.context_group, topology.cp_rank, topology.layout.context),
             kernels=kernels or Kernels(),
+            products=products or PlainProducts(),
         )

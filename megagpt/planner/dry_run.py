@@ -16,7 +16,7 @@ from megagpt.config.schema import Config
 from megagpt.distributed.phase import PhaseTracker
 from megagpt.engine.gradient_sync import GradientSync
 from megagpt.model.forward_context import MicroBatch
-from megagpt.model.gpt import DTYPES, TOKEN_EMBEDDING, GPTChunk, share_tied_embedding
+from megagpt.model.gpt import TOKEN_EMBEDDING, GPTChunk, activation_dtype, share_tied_embedding
 from megagpt.model.meta_model import stage_layers
 from megagpt.parallel.deferred_gradients import DeferredGradients
 from megagpt.parallel.parallel_context import ParallelContext
@@ -34,7 +34,7 @@ class DryRun:
         self.config = config
         self.topology = Topology.create(layout.tensor, layout.pipeline, context=layout.context)
         self.deferred_gradients = DeferredGradients()
-        self.dtype = DTYPES[config.training.precision]
+        self.dtype = activation_dtype(config)
         self.rank_of_stage = placement(parallel.schedule, layout.pipeline, parallel.virtual_stages)
         context = ParallelContext.of(self.topology, parallel.sequence_parallel, self.deferred_gradients)
         layers = stage_layers(config, len(self.rank_of_stage))

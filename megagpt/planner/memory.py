@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from megagpt.config.schema import Config
-from megagpt.model.gpt import DTYPES
+from megagpt.model.gpt import activation_dtype
 from megagpt.parallel.topology import Layout
 from megagpt.planner.dry_run import open_dry_run
 from megagpt.schedules.plan import Action, ActionKind, Plan
@@ -61,7 +61,7 @@ def _rank_memory(config: Config, layout: Layout, rank: int, plan: Plan) -> Memor
 
 def state_memory(config: Config, layout: Layout, n_parameters: int) -> MemoryEstimate:
     """Return the memory of a rank with `n_parameters` without its activations."""
-    stage, dtype = config.zero.stage, DTYPES[config.training.precision]
+    stage, dtype = config.zero.stage, activation_dtype(config)
     states = 1 + OPTIMIZER_STATES[config.optimizer.type] + (config.optimizer.type == "sgd" and config.optimizer.momentum > 0)
     optimizer = 4 * states * n_parameters // (layout.dp_cp if stage >= 1 else 1)
     return MemoryEstimate(

@@ -33,7 +33,8 @@ FP16_ONLY = ("V100",)
 def peak_tflops(device: torch.device, precision: str) -> float | None:
     """Return the device's peak for bf16 or fp16 matrix products in TFLOP/s; None if unknown, and for fp32.
 
-    For fp32 the peak depends on whether torch uses TF32, so there is no MFU.
+    For fp32 the peak depends on whether torch uses TF32, so there is no MFU. For fp8 it is the peak of bf16, so that the MFU
+    shows what the 8 bits gain.
     """
     if device.type != "cuda" or precision == "fp32":
         return None

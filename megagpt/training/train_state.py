@@ -193,6 +193,7 @@ def state_changes(saved: dict[str, Any], config: Config) -> list[str]:
         effect = {
             "fp32": f"nothing of the trained weights is lost: fp32 weights were saved beside the {before} ones",
             "bf16": "forwards use the weights rounded to bf16 (8 bits of precision)",
+            "fp8": "forwards use the weights rounded to bf16, and in the blocks' products to fp8 (4 bits of precision)",
             "fp16": "forwards use the weights rounded to fp16 (11 bits of precision), and the loss scale starts again",
         }[after]
         notes.append(
