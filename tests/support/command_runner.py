@@ -98,7 +98,7 @@ class CommandRunner:
                 self._train(ranks, command)
                 return
             self._remove_outputs(ranks.arguments)
-            result = call(ranks.module, [*ranks.arguments, *SMALLER.get(ranks.module, [])])
+            result = self._call_on(ranks._replace(arguments=[*ranks.arguments, *SMALLER.get(ranks.module, [])]))
             assert result.code == 0, f"{command}\n{result.output}"
             if redirected:
                 Path(redirected).write_text(result.output)
@@ -107,14 +107,18 @@ class CommandRunner:
         """Run a command as it is, which may fail; return its exit code and output."""
         program, *arguments = self._words(command)
         ranks = self._interpreted(program, arguments, command)
-        if ranks.ranks > 1:
-            processes = Job(ranks.ranks, ranks.arguments, self.scratch / "logs", enter_here(), ranks.module)
-            return Result(max(code or 0 for code in processes.finish(timeout=300)), processes.output())
-        if ranks.module == "pretrain":  # a run of full size must not start here
+        if ranks.ranks == 1 and ranks.module == "pretrain":  # a run of full size must not start here
             args = pretrain.create_parser().parse_args(ranks.arguments)
             with pytest.raises(MegagptError):
                 job.checked_config(args.config, args.set, 1)
-        return call(ranks.module, ranks.arguments)
+        return self._call_on(ranks)
+
+    def _call_on(self, ranks: RanksCommand) -> Result:
+        """Run a command on its ranks, in this process if there is one."""
+        if ranks.ranks == 1:
+            return call(ranks.module, ranks.arguments)
+        processes = Job(ranks.ranks, ranks.arguments, self.scratch / "logs", enter_here(), ranks.module)
+        return Result(max(code or 0 for code in processes.finish(timeout=300)), processes.output())
 
     def _interpreted(self, program: str, arguments: list[str], command: str) -> RanksCommand:
         """Return the command of megagpt that a program starts."""
