@@ -37,6 +37,7 @@ NOT_RUN = {
     r"(python|torchrun .*) finetune_classifier\.py": "a run of its own; tests/commands/test_finetune_classifier.py makes it",
     r"python tools/chat\.py": "talks to a person; tests/commands/test_chat.py does",
     r"(MEGAGPT_API_KEY=\w+ )?python tools/serve\.py": "runs until it is stopped; tests/commands/test_serve.py starts it",
+    r"torchrun .* tools/evaluate\.py .*--tasks": "reads the hub; tests/inference/test_harness.py has tasks of its own",
     r"python benchmarks/": "measure speed, for minutes",
 }
 """Patterns of commands that are not executed here -> the reason."""

@@ -3,7 +3,7 @@
 import argparse
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import torch
 from megagpt.commands import job, shell
 from megagpt.commands.progress import progress
 from megagpt.distributed.launcher import Launcher, read_launcher
-from megagpt.errors import ConfigError
+from megagpt.errors import ConfigError, MegagptError, ReportedError
 from megagpt.inference.device import select_device
 from megagpt.inference.source import TrainedModel, open_source
 from megagpt.model.gpt import DTYPES
@@ -71,10 +71,16 @@ def run(
     args = job.parse_arguments(parser, argv)
 
     def on_rank(launcher: Launcher) -> None:
-        with ExitStack() as stack:
-            if launcher.rank > 0:
-                stack.enter_context(redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
+        if launcher.rank == 0:
             main(args, launcher)
+            return
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+            try:
+                main(args, launcher)
+            except MegagptError:
+                if torch.distributed.is_initialized():
+                    raise  # reported once, see `connected`
+                raise ReportedError(shell.USER_ERROR) from None  # every rank finds a wrong option; the first one reports it
 
     return job.run(on_rank, args.debug)
 

@@ -20,7 +20,7 @@ def pretrained(ranks: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with IndexedWriter(folder / "x", np.uint16) as writer:
         writer.add_document(np.frombuffer(b"the quick brown fox jumps over the lazy dog " * 50, np.uint8))
     config = tiny_config(
-        model={"vocab_size": 257, "n_positions": 32},
+        model={"vocab_size": 257, "n_positions": 32, "n_layer": 1},
         data={"train": str(folder / "x"), "tokenizer": "byte"},
         training={"steps": 2, "global_batch_size": 4},
         checkpoint={"dir": str(folder / "checkpoints")},
@@ -40,14 +40,14 @@ def labelled(path: Path, n: int, seed: int) -> Path:
 
 
 def arguments(pretrained: Path, folder: Path, output: str = "out") -> list[str]:
-    train, valid = labelled(folder / "train.jsonl", 300, 1), labelled(folder / "valid.jsonl", 60, 2)
+    train, valid = labelled(folder / "train.jsonl", 240, 1), labelled(folder / "valid.jsonl", 60, 2)
     paths = ["--train", str(train), "--valid", str(valid), "--output", str(folder / output)]
-    return ["--checkpoint", str(pretrained), *paths, "--epochs", "6", "--batch-size", "4", "--learning-rate", "3e-3"]
+    return ["--checkpoint", str(pretrained), *paths, "--epochs", "6", "--batch-size", "4", "--learning-rate", "1e-2"]
 
 
 def test_two_ranks_learn_the_classes_and_print_the_confusion_matrix(pretrained: Path, tmp_path: Path) -> None:
     options = arguments(pretrained, tmp_path)
-    job = Job(2, [*options, "--set", "parallel.tensor=2"], tmp_path / "logs", command="finetune_classifier")
+    job = Job(2, options, tmp_path / "logs", command="finetune_classifier")
     assert job.finish(120) == [0, 0], job.output()
     lines = job.output().splitlines()
     start = lines.index("confusion matrix: a row for each class, a column for each predicted class")

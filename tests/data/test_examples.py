@@ -93,8 +93,8 @@ def test_examples_that_are_too_long_are_dropped_or_truncated_with_a_count(tmp_pa
 def test_a_split_divides_examples(tmp_path: Path) -> None:
     prefix = random_examples(tmp_path / "x", [LENGTH + 1] * 20)
     data = DataConfig.model_validate({"paths": prefix, "split": "80,20,0", "task": "chat"})
-    train, valid, _ = build_datasets(data, LENGTH)
-    assert valid is not None
+    train, valid_sets, _ = build_datasets(data, LENGTH)
+    valid = valid_sets["eval"]
     assert (train.samples_per_epoch, valid.samples_per_epoch) == (16, 4)
     seen = {tuple(part.sample(index).tokens) for part, n in ((train, 16), (valid, 4)) for index in range(n)}
     assert len(seen) == 20

@@ -107,8 +107,8 @@ def corpus_with_tokenizer(folder: Path) -> dict[str, object]:
 
 
 def test_only_the_training_data_is_transformed(tmp_path: Path) -> None:
-    train, valid, _ = build_datasets(DataConfig.model_validate(corpus_with_tokenizer(tmp_path)), 64)
-    assert valid is not None
+    train, valid_sets, _ = build_datasets(DataConfig.model_validate(corpus_with_tokenizer(tmp_path)), 64)
+    valid = valid_sets["eval"]
     assert {257, 258, 259} <= set(train.sample(0).tokens.tolist())
     assert train.sample(0).tokens.tolist() == train.sample(0).tokens.tolist()
     assert all(max(valid.sample(index).tokens) <= 256 for index in range(10))

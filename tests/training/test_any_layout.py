@@ -102,6 +102,7 @@ def cases(draw: st.DrawFn) -> tuple[int, Tree, Tree]:
     scales = draw(st.sampled_from([{}, {}, {"embedding.*": 0.5, "layers.*.bias": 2.0}]))
     biased = all(run["model"].get(key, True) for key in ("qkv_bias", "attention_bias", "mlp_bias"))
     run["optimizer"] = {"type": draw(st.sampled_from(kinds)), "learning_rate_scales": scales if biased else {}}
+    run["lora"] = draw(st.sampled_from([{}, {}, {"rank": 2, "alpha": 4.0}]))
     parallel: Tree = {"tensor": tensor, "pipeline": pipeline, "context": context}
     parallel |= {"sequence_parallel": tensor > 1 and draw(st.booleans())}
     if pipeline > 1:

@@ -80,17 +80,11 @@ def test_the_gradients_are_those_of_the_low_rank_product(model: str) -> None:
 
 
 LAYOUTS: dict[str, tuple[int, str, Tree]] = {
-    "tensor 2": (2, "llama", {"parallel": {"tensor": 2}}),
-    "tensor 2, sequence parallel": (2, "llama", {"parallel": {"tensor": 2, "sequence_parallel": True}}),
-    "tensor 2 x pipeline 2 x data 2": (8, "gpt2", {"parallel": {"tensor": 2, "pipeline": 2}, "zero": {"stage": 1}}),
-    "zero bubble, full recompute": (
-        2,
-        "llama",
-        {"parallel": {"pipeline": 2, "schedule": "zb_h1"}, "training": {"recompute": "full"}},
-    ),
+    "tensor 2, sequence parallel": (2, "gpt2", {"parallel": {"tensor": 2, "sequence_parallel": True}}),
+    "tensor 2 x pipeline 2 x data 2": (8, "llama", {"parallel": {"tensor": 2, "pipeline": 2}, "zero": {"stage": 1}}),
     "ZeRO-3": (2, "gpt2", {"zero": {"stage": 3}}),
 }
-STEPS = 4
+STEPS = 3
 
 
 @pytest.fixture(scope="module")
