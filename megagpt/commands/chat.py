@@ -66,6 +66,8 @@ def _chat(args: argparse.Namespace, launcher: Launcher) -> None:
         template = load_template(trained, args.chat_template)
         positions = trained.config.model.n_positions
         max_tokens = args.max_tokens or max(1, positions // 4)
+        if max_tokens >= positions:
+            raise ConfigError(f"--max-tokens {max_tokens}: expected below {positions}, the model's context, to leave room")
         dialogue = Dialogue(template, positions, max_tokens, args.system)
         _run(trained, dialogue, sampling)
 

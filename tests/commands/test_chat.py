@@ -66,6 +66,7 @@ def test_a_message_that_is_too_long_is_refused_and_the_dialogue_goes_on(
     ("arguments", "message"),
     [
         (["--max-tokens", "0"], "--max-tokens 0: expected 1 to"),
+        (["--max-tokens", "128"], "--max-tokens 128: expected below 128, the model's context"),
         (["--temperature", "-1"], "--temperature -1: expected 0"),
         (["--system", "caf\udce9"], "--system: byte 0xe9"),
         (["--chat-template", "nothing.jinja"], "nothing.jinja: No such file or directory"),
