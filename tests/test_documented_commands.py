@@ -33,7 +33,6 @@ NOT_RUN = {
     r"make quickstart": "makes .venv; the steps of the quickstart run in the fixture `clone`",
     r"source \.venv/bin/activate$": "changes the shell only",
     r"python tools/get_gpt2_tokenizer\.py": "needs a network; tests/commands/test_get_gpt2_tokenizer.py has substitutes",
-    r"python tools/(serve|chat)\.py": "answer until they are stopped; tests/commands/test_finetuning_path.py serves",
     r"(python|torchrun .*) finetune_classifier\.py": "a run of its own; tests/commands/test_finetune_classifier.py makes it",
     r"python tools/chat\.py": "talks to a person; tests/commands/test_chat.py does",
     r"(MEGAGPT_API_KEY=\w+ )?python tools/serve\.py": "runs until it is stopped; tests/commands/test_serve.py starts it",

@@ -92,7 +92,7 @@ def _write_data(data: Path, folder: Path) -> None:
         (data / "text" / f"{number:04d}.txt").write_text(text)
     (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (folder / "novel.txt").write_text("\n\n".join(texts))
-    (folder / "prompts.txt").write_text("".join(texts[:3]))
+    (data / "prompts.txt").write_text("".join(texts[:3]))
     with pyarrow.output_stream(str(data / "web.jsonl.zst"), compression="zstd") as file:
         file.write((folder / "corpus.jsonl").read_bytes())
     _write_gpt2_tokenizer(data / "gpt2", texts)
