@@ -38,7 +38,7 @@ class Piece(NamedTuple):
     """New text, possibly none: a character or a stop string may not be complete yet."""
     draws: tuple[Draw, ...]
     finish_reason: str | None
-    """Why the text ended with this piece; None if it goes on."""
+    """Why the text ended with this piece; None if it is not finished."""
 
 
 class TextGenerator:
