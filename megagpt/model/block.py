@@ -8,7 +8,7 @@ from megagpt.model.attention import CausalSelfAttention
 from megagpt.model.dropout import ResidualDropout
 from megagpt.model.forward_context import ForwardContext
 from megagpt.model.init_scheme import init_stds
-from megagpt.model.mlp import build_mlp
+from megagpt.model.mlp import MLP
 from megagpt.model.norm import build_add_norm, build_norm
 from megagpt.parallel.parallel_context import ParallelContext
 
@@ -24,7 +24,7 @@ class _Block(nn.Module):
         recompute_core = config.training.recompute == "selective"
         self.attention = CausalSelfAttention(index, model, parallel, residual_std, recompute_core, add_bias)
         self.attention_dropout = ResidualDropout(model.resid_pdrop, parallel, index, "attention residual")
-        self.mlp = build_mlp(f"{name}.mlp", model, parallel, residual_std, add_bias)
+        self.mlp = MLP(f"{name}.mlp", model, parallel, residual_std, add_bias)
         self.mlp_dropout = ResidualDropout(model.resid_pdrop, parallel, index, "mlp residual")
 
     def flops_per_token(self, sequence_length: int) -> int:

@@ -33,7 +33,10 @@ GATED_ACTIVATIONS = {name: _gated(activation) for name, activation in ACTIVATION
 
 
 class MLP(nn.Module):
-    """hidden -> ffn_hidden_size / ranks -> hidden. Input and output shapes as in the parallel linear layers."""
+    """hidden -> ffn_hidden_size / ranks -> hidden. Input and output shapes as in the parallel linear layers.
+
+    A gated MLP is down(activation(gate) * up), as in SwiGLU (Shazeer, arXiv 2002.05202); gate and up are one matrix product.
+    """
 
     def __init__(
         self, name: str, model: ModelConfig, parallel: ParallelContext, residual_std: float, add_bias: bool = True
@@ -41,11 +44,14 @@ class MLP(nn.Module):
         """`add_bias`: False leaves the output's bias to the residual addition."""
         super().__init__()
         width, inner, bias, std = model.n_embd, model.ffn_hidden_size, model.mlp_bias, init_stds(model).hidden
+        first, parts = ("gate_up", 2) if model.gated_mlp else ("up", 1)
         self.kernels = parallel.kernels
         fuse = parallel.kernels.compiled
-        self.up = ColumnParallelLinear(f"{name}.up", width, inner, parallel, std, bias, add_bias=not fuse)
+        self.up = ColumnParallelLinear(
+            f"{name}.{first}", width, parts * inner, parallel, std, bias, parts=parts, add_bias=not fuse
+        )
         self.down = RowParallelLinear(f"{name}.down", inner, width, parallel, residual_std, bias, add_bias)
-        self.activation = ACTIVATIONS[model.activation]
+        self.activation = (GATED_ACTIVATIONS if model.gated_mlp else ACTIVATIONS)[model.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(fused.activate(self.kernels, self.activation, self.up(x), self.up.pending_bias))
@@ -53,35 +59,3 @@ class MLP(nn.Module):
     def flops_per_token(self) -> int:
         """Forward FLOPs of the unsharded matrix products for one token."""
         return self.up.flops_per_token() + self.down.flops_per_token()
-
-
-class GatedMLP(nn.Module):
-    """down(activation(gate) * up), as in SwiGLU (Shazeer, arXiv 2002.05202). Gate and up are one matrix product."""
-
-    def __init__(
-        self, name: str, model: ModelConfig, parallel: ParallelContext, residual_std: float, add_bias: bool = True
-    ) -> None:
-        """`add_bias`: False leaves the output's bias to the residual addition."""
-        super().__init__()
-        width, inner, bias, std = model.n_embd, model.ffn_hidden_size, model.mlp_bias, init_stds(model).hidden
-        self.kernels = parallel.kernels
-        fuse = parallel.kernels.compiled
-        self.gate_up = ColumnParallelLinear(
-            f"{name}.gate_up", width, 2 * inner, parallel, std, bias, parts=2, add_bias=not fuse
-        )
-        self.down = RowParallelLinear(f"{name}.down", inner, width, parallel, residual_std, bias, add_bias)
-        self.activation = GATED_ACTIVATIONS[model.activation]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(fused.activate(self.kernels, self.activation, self.gate_up(x), self.gate_up.pending_bias))
-
-    def flops_per_token(self) -> int:
-        """Forward FLOPs of the unsharded matrix products for one token."""
-        return self.gate_up.flops_per_token() + self.down.flops_per_token()
-
-
-def build_mlp(
-    name: str, model: ModelConfig, parallel: ParallelContext, residual_std: float, add_bias: bool = True
-) -> MLP | GatedMLP:
-    """Return the MLP that the config describes."""
-    return (GatedMLP if model.gated_mlp else MLP)(name, model, parallel, residual_std, add_bias)
