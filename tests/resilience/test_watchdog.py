@@ -83,7 +83,7 @@ def test_a_rank_that_does_not_join_a_collective_is_named_with_its_phase(tmp_path
     begin = time.monotonic()
     line = error_line(job, begin)
     assert "rank 1 (" in line
-    assert ") is in no collective, in step 3: forward of stage 1, micro-batch 1, in forward (model/gpt.py:" in line
+    assert ") is in no collective, in step 3: forward of stage 1, micro-batch 1, in __call__ (model/objectives.py:" in line
     assert "> sleep_long (" in line
     assert "waiting for it: rank 0 in step 3:" in line
 

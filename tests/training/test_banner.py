@@ -49,12 +49,12 @@ def test_the_data_has_its_size_and_the_number_of_times_that_it_is_read(tmp_path:
     assert data_lines(config, dataset, 2 * samples) == [
         f"data       {prefix}: {samples:,} samples, {samples * 16:,} tokens, read 2.00 times"
     ]
-    (line,) = evaluation_lines(config, dataset, dataset)
+    (line,) = evaluation_lines(config, {"eval": dataset}, dataset)
     assert line == (
         f"evaluation every 5 steps and at the end on 7 of {samples} samples (112 tokens) of the validation data; "
         f"at the end on all {samples} samples ({samples * 16:,} tokens) of the test data"
     )
-    assert evaluation_lines(config, None, None) == []
+    assert evaluation_lines(config, {}, None) == []
 
 
 def test_everything_that_is_written_is_named() -> None:

@@ -15,6 +15,7 @@ from support.runs import Tree, corpus, full_weights, run_trainer, tiny_config
 
 from megagpt.config import Config, data_parallel_size
 from megagpt.config.schema import BatchRampConfig, TrainingConfig
+from megagpt.data.gpt_dataset import Sample
 from megagpt.data.sampler import GlobalBatches
 from megagpt.errors import ConfigError
 from megagpt.training.batch_schedule import batch_size, batches_from, steps_between, trained_samples
@@ -140,8 +141,8 @@ def test_null_means_no_ramp() -> None:
 @pytest.mark.parametrize("dp_size", [1, 2])
 def test_batches_of_changing_size_contain_every_sample_once_and_in_order(dp_size: int) -> None:
     class SampleIndices:
-        def sample(self, index: int) -> Any:
-            return SimpleNamespace(tokens=np.array([index, index]), starts=np.zeros(2, bool))
+        def sample(self, index: int) -> Sample:
+            return Sample(np.array([index, index]), np.zeros(2, bool))
 
     dataset: Any = SampleIndices()
     ranks = [GlobalBatches(dataset, 16, 2, rank, dp_size, 1000) for rank in range(dp_size)]
