@@ -461,6 +461,11 @@ class TrainingConfig(Section):
     def _null_is_no_ramp(cls, value: Any) -> Any:
         return BatchRampConfig() if value is None else value
 
+    @property
+    def weight_precision(self) -> str:
+        """Data type of parameters and activations: bf16 under fp8, whose 8 bits are only inside matrix products."""
+        return "bf16" if self.precision == "fp8" else self.precision
+
 
 class LoRAConfig(Section):
     """Low-rank adapters of the linear layers (LoRA, Hu et al., arXiv 2106.09685): they are trained, all other weights are

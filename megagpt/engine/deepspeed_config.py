@@ -30,7 +30,7 @@ def deepspeed_config(config: Config, dp_cp_size: int) -> dict[str, Any]:
         "steps_per_print": None,
     }
     if training.precision != "fp32":
-        owned["bf16" if training.precision == "fp8" else training.precision] = {"enabled": True}
+        owned[training.weight_precision] = {"enabled": True}
     return _merged(config.deepspeed, owned)
 
 

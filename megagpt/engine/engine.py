@@ -26,7 +26,7 @@ from megagpt.engine.deepspeed_internals import (
     check_internals,
     mark_for_gradient_norm,
 )
-from megagpt.engine.freezing import add_placeholder_parameters, check_patterns, freeze
+from megagpt.engine.freezing import add_placeholder_parameters, check_scales, freeze
 from megagpt.engine.gradient_sync import GradientSync, sum_gradients, sum_partial_gradients
 from megagpt.engine.mpu import DeepSpeedMPU
 from megagpt.engine.muon import Muon, Segment
@@ -107,7 +107,7 @@ class Engine:
         self.tied = [p for p in self.parameters if shard_of(p).name == tied_name]
         """The tied embedding, if this rank has it."""
         self._sync = GradientSync(self.chunks, self._rank_of_stage, topology, config.zero.stage, tied_name)
-        check_patterns(config)
+        check_scales(config)
         for parameter in self.parameters:
             set_group(parameter, group_of_shard(shard_of(parameter), config))
         self._groups = groups_of_model(config)

@@ -31,11 +31,16 @@ def freeze(chunks: Iterable[nn.Module], config: Config) -> None:
 
 def check_patterns(config: Config) -> None:
     """Raise ConfigError if a pattern of weights in the config matches none, or if no weight is left to train."""
+    check_scales(config)
+    if has_frozen_weights(config):
+        trained_names(config)
+
+
+def check_scales(config: Config) -> None:
+    """Raise ConfigError if a pattern of optimizer.learning_rate_scales matches no weight."""
     scales = config.optimizer.learning_rate_scales
     if scales:
         require_matches("optimizer.learning_rate_scales", scales, parameter_names(meta_model(config)))
-    if has_frozen_weights(config):
-        trained_names(config)
 
 
 def has_frozen_weights(config: Config) -> bool:

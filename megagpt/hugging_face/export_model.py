@@ -76,8 +76,7 @@ class Export:
         self._imported_from = _imported_from(reader)
         self.family_name = self._choose_family(family)
         self.family = FAMILIES[self.family_name]
-        precision = self.config.training.precision
-        self.dtype = dtype or ("bf16" if precision == "fp8" else precision)
+        self.dtype = dtype or self.config.training.weight_precision
         shapes = {shard_of(parameter).name: shard_of(parameter).shape for parameter in meta_model(self.config).parameters()}
         reader.check_shapes(shapes)
         self._parts = [

@@ -39,7 +39,8 @@ class ExplicitAttention(nn.Module):
         self.key_vectors = KeyVectors(f"{name}.relative_keys", model, parallel) if has_vectors else None
         self.value_vectors = ValueVectors(f"{name}.relative_values", model, parallel) if has_vectors else None
         self.sinks = Sinks(name, model, parallel) if model.attention_sinks else None
-        self.always_needed = has_vectors or self.bias is not None or self.sinks is not None or self.softcap is not None
+        self.uses_distances = has_vectors or self.bias is not None
+        self.always_needed = self.uses_distances or self.sinks is not None or self.softcap is not None
         self.n_head = model.n_head
         self.site_key = stable_seed("dropout", index, "attention weights")
         self.first_head = own_heads(model, parallel).start
@@ -69,14 +70,14 @@ class ExplicitAttention(nn.Module):
             stop = min(start + QUERY_BLOCK, n_queries)
             visible = n_keys - n_queries + stop
             scaled = query[:, :, start:stop] * self.scale
-            distances = _distances(n_keys - n_queries + start, visible, scaled)
             scores = scaled @ key[:, :, :visible].transpose(2, 3)
             if self.softcap is not None:
                 scores = torch.tanh(scores / self.softcap) * self.softcap
-            if bias is not None:
+            distances = _distances(n_keys - n_queries + start, visible, scores) if self.uses_distances else None
+            if bias is not None and distances is not None:
                 # The gradient of an embedding has the same bits on every run.
                 scores = scores + F.embedding(distances.clamp(min=0), bias.t()).movedim(-1, 0).to(scores.dtype)
-            if self.key_vectors is not None:
+            if self.key_vectors is not None and distances is not None:
                 scores = scores + self.key_vectors(scaled, distances)
             hidden = _causal_mask(scores) if mask is None else mask[:, :, start:stop, :visible]
             weights = self._drop(_softmax(scores + hidden, sinks), start, n_keys, ctx)

@@ -39,9 +39,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def activation_dtype(config: Config) -> torch.dtype:
-    """Return the dtype of parameters and activations; under "fp8" only factors of products have 8 bits."""
-    precision = config.training.precision
-    return DTYPES["bf16" if precision == "fp8" else precision]
+    """Return the dtype of parameters and activations."""
+    return DTYPES[config.training.weight_precision]
 
 
 class GPTChunk(nn.Module):

@@ -18,11 +18,10 @@ from torch import Tensor
 # a slower function that rounds twice in bf16.
 from torch.nn.functional import linear as torch_linear
 
+from megagpt.config.rules import FP8_MULTIPLE
 from megagpt.errors import ConfigError
 from megagpt.parallel.kernels import Kernels
 
-MULTIPLE = 16
-"""CUDA's 8-bit product needs a number of rows that is a multiple of this. For the other sizes it is a rule of the config."""
 FIRST_CAPABILITY = (9, 0)
 """CUDA compute capability of Hopper, the first with scales for each row."""
 
@@ -70,7 +69,7 @@ class Fp8Products:
         rows, row_scales = self._kernels.run(quantize, left.flatten(0, -2), left_dtype)
         columns, column_scales = self._kernels.run(quantize, right, torch.float8_e4m3fn)
         n_rows = len(rows)
-        n_padding = -n_rows % MULTIPLE
+        n_padding = -n_rows % FP8_MULTIPLE  # the other sizes have a rule of the config
         if n_padding:
             rows, row_scales = F.pad(rows, (0, 0, 0, n_padding)), F.pad(row_scales, (0, 0, 0, n_padding), value=1.0)
         out = torch._scaled_mm(rows, columns.t(), scale_a=row_scales, scale_b=column_scales.t(), out_dtype=left.dtype)

@@ -206,7 +206,7 @@ class EngineWorker:
     def _run(self) -> None:
         try:
             EngineLoop(self._generator, self._receive, self._deliver).run()
-        except BaseException as error:  # the requests must be told, whatever it is
+        except BaseException as error:  # every waiting request gets it as its answer
             self._failure = f"{type(error).__name__}: {error}"
             with self._lock:
                 tickets = list(self._tickets.values())
