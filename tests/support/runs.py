@@ -15,8 +15,9 @@ from megagpt.config import Config, build_config
 from megagpt.data.blend import build_datasets
 from megagpt.data.indexed import IndexedWriter
 from megagpt.engine.engine import Engine, StepResult
+from megagpt.model.chunk import build_chunk
 from megagpt.model.forward_context import MicroBatch
-from megagpt.model.gpt import GPTChunk, build_chunk
+from megagpt.model.gpt import GPTChunk
 from megagpt.parallel.context_parallel import ContextParallel
 from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.parameter import shard_of
