@@ -200,8 +200,8 @@ def _encoder(config: Config) -> Iterator[Problem]:
     if model.position_embedding == "relative" and (buckets % 4 or model.relative_max_distance <= buckets // 2):
         yield Problem(
             ("model.relative_buckets", "model.encoder_layers"),
-            f"model.relative_buckets: {buckets} with an encoder, which has half of them for each direction; expected a multiple "
-            f"of 4, for example {max(4, buckets // 4 * 4)}",
+            f"model.relative_buckets: {buckets} with an encoder, which has half of them for each direction; expected a "
+            f"multiple of 4, for example {max(4, buckets // 4 * 4)}",
         )
 
 
