@@ -38,7 +38,7 @@ def tiny_config(**sections: Tree) -> Config:
             "vocab_multiple": 16,
             "init_std": 0.2,
         },
-        "training": {"steps": 10, "micro_batch_size": 2, "global_batch_size": 16, "seed": 7},
+        "training": {"steps": 10, "micro_batch_size": 4, "global_batch_size": 16, "seed": 7},
         "optimizer": {"learning_rate": 1e-2, "clip_grad": 0.05, "eps": 1e-4},
     }
     for section, keys in sections.items():
