@@ -105,7 +105,12 @@ class ModelConfig(Section):
     n_head: int = Field(ge=1, le=2**16)
     """Number of attention heads; must divide n_embd, unless head_dim is set."""
     n_positions: int = Field(ge=1, le=2**27)
-    """Sequence length in tokens."""
+    """Sequence length in tokens; that of the decoder in a model with an encoder."""
+    encoder_layers: int = Field(default=0, ge=0, le=10_000)
+    """Transformer blocks of the encoder, before the n_layer of the decoder (T5, Raffel et al., arXiv 1910.10683); 0 for a model
+    without an encoder."""
+    encoder_positions: int | None = Field(default=None, ge=1, le=2**27)
+    """Sequence length of the encoder's input in tokens; n_positions if absent."""
     vocab_size: int | None = Field(default=None, ge=2, le=2**31 - 1)
     """Number of tokens in the vocabulary; taken from data.tokenizer if absent."""
     vocab_multiple: int = Field(default=128, ge=1, le=2**20)
@@ -181,6 +186,11 @@ class ModelConfig(Section):
     head_dim, or set attention_scale in proportion to 1 / head_dim."""
     layer_norm_epsilon: float = Field(default=1e-5, gt=0)
     """Added to the variance, or the mean square, in each norm."""
+
+    @property
+    def source_length(self) -> int:
+        """Sequence length of the encoder's input in tokens."""
+        return self.encoder_positions or self.n_positions
 
     @property
     def ffn_hidden_size(self) -> int:

@@ -28,6 +28,10 @@ class MicroBatch:
     references: Tensor | None = None
     """[batch, pairs], fp32, for preferences: log p(chosen) - log p(rejected) of the reference model for each pair of the
     sample; NaN beyond its last pair."""
+    source: Tensor | None = None
+    """Input of the encoder, [batch, encoder seq], int64; absent without an encoder."""
+    source_lengths: Tensor | None = None
+    """[batch], int64: tokens of each source; no position of encoder or decoder attends to those from there on."""
 
 
 @dataclass(frozen=True)
