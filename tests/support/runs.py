@@ -13,6 +13,7 @@ from torch import nn
 
 from megagpt.config import Config, build_config
 from megagpt.data.blend import build_datasets
+from megagpt.data.encoder_samples import encoder_format
 from megagpt.data.indexed import IndexedWriter
 from megagpt.engine.engine import Engine, StepResult
 from megagpt.model.forward_context import MicroBatch
@@ -175,7 +176,12 @@ def run_trainer(config: Config) -> Tree:
 
 def open_trainer(config: Config) -> Trainer:
     """Return the real trainer of a config, on the ranks of the pool."""
-    return Trainer(config, create_topology(config), build_datasets(config.data, config.model.n_positions), torch.device("cpu"))
+    return Trainer(
+        config,
+        create_topology(config),
+        build_datasets(config.data, config.model.n_positions, encoder_format(config.model)),
+        torch.device("cpu"),
+    )
 
 
 class Losses:
