@@ -135,10 +135,11 @@ class ModelConfig(Section):
     """Norm of queries and keys: each head (Qwen3), or all heads together (OLMo 2)."""
     position_embedding: Literal["learned", "rotary", "alibi", "relative", "relative_vectors", "none"] = "learned"
     """learned: vectors that are added to the token embeddings; rotary: rotary embeddings in attention; alibi: a fixed bias of
-    the attention scores (Press et al., arXiv 2108.12409); relative: a learned bias (T5, arXiv 1910.10683); relative_vectors:
-    learned vectors of distances that are added to keys and values (Shaw et al., arXiv 1803.02155)."""
+    the attention scores (Press et al., arXiv 2108.12409); relative: a learned bias (T5, arXiv 1910.10683), one for each layer,
+    or in a model with an encoder one for the encoder and one for the decoder, as in T5; relative_vectors: learned vectors of
+    distances that are added to keys and values (Shaw et al., arXiv 1803.02155)."""
     relative_buckets: int = Field(default=32, ge=2, le=2**16)
-    """relative: number of buckets of distances, an even number."""
+    """relative: number of buckets of distances, an even number; with an encoder a multiple of 4."""
     relative_max_distance: int = Field(default=128, ge=2, le=2**27)
     """relative: all distances from here on share the last bucket; relative_vectors: they share the last vector (Shaw et al.:
     16)."""
@@ -165,6 +166,8 @@ class ModelConfig(Section):
     """Biases of the MLP."""
     embedding_scale: float = Field(default=1.0, gt=0)
     """Factor of the token embeddings (Gemma: sqrt(n_embd))."""
+    output_scale: float = Field(default=1.0, gt=0)
+    """Factor of the input of the output layer (T5 with a tied embedding: 1 / sqrt(n_embd))."""
     logit_softcap: float | None = Field(default=None, gt=0)
     """Limit the logits to +-cap by cap * tanh(logit / cap) (Gemma 2)."""
     embd_pdrop: float = Field(default=0.0, ge=0, lt=1)
@@ -188,6 +191,11 @@ class ModelConfig(Section):
     head_dim, or set attention_scale in proportion to 1 / head_dim."""
     layer_norm_epsilon: float = Field(default=1e-5, gt=0)
     """Added to the variance, or the mean square, in each norm."""
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of transformer blocks of encoder and decoder."""
+        return self.encoder_layers + self.n_layer
 
     @property
     def source_length(self) -> int:

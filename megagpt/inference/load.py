@@ -5,6 +5,7 @@ One process has the full model as one chunk; several ranks each have a tensor-pa
 
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ def load_model(
     require_valid(folder, reader.manifest, checksums, progress or NoProgress())
     parallel = parallel or ParallelContext()
     config = _config(folder, reader.manifest, dtype, parallel.tp_size)
-    model = meta_chunk(config, parallel, range(config.model.n_layer))
+    model = cast(GPTChunk, meta_chunk(config, parallel, range(config.model.n_layer)))
     reader.check_shapes({shard_of(p).name: shard_of(p).shape for p in model.parameters()})
     _require_memory(folder, model, torch.device(device), dtype)
     _allocate(model, torch.device(device), DTYPES[dtype])
@@ -75,7 +76,7 @@ def load_hugging_face(
     source = Import(ModelFolder(folder))
     parallel = parallel or ParallelContext()
     config = _for_inference(source.config, str(folder), dtype, parallel.tp_size)
-    model = meta_chunk(config, parallel, range(config.model.n_layer))
+    model = cast(GPTChunk, meta_chunk(config, parallel, range(config.model.n_layer)))
     _require_memory(folder, model, torch.device(device), dtype)
     _allocate(model, torch.device(device), DTYPES[dtype])
     parameters = {shard_of(parameter).name: parameter for parameter in model.parameters()}

@@ -49,6 +49,28 @@ class RelativeBias(nn.Module):
         return F.embedding(buckets, table.t()).t()  # the gradient of an embedding has the same bits on every run
 
 
+class SharedBias(RelativeBias):
+    """T5's bias, which all layers of a stack share. One that looks both ways has half of the buckets for later keys."""
+
+    def __init__(self, name: str, model: ModelConfig, parallel: ParallelContext, both_ways: bool) -> None:
+        """`both_ways`: whether queries attend to later keys, too."""
+        super().__init__(name, model, parallel)
+        self.both_ways = both_ways
+
+    def forward(self, queries: int, keys: int, device: torch.device) -> Tensor:  # type: ignore[override]
+        """Return the bias of this rank's heads, [1, heads, queries, keys]; the queries are the last positions of the keys."""
+        distances = torch.arange(keys - queries, keys, device=device).unsqueeze(1) - torch.arange(keys, device=device)
+        table = self.weight.view(-1, self.buckets)[self.heads]
+        # The gradient of an embedding has the same bits on every run.
+        return F.embedding(self._bucket(distances), table.t()).movedim(-1, 0).unsqueeze(0)
+
+    def _bucket(self, distances: Tensor) -> Tensor:
+        if not self.both_ways:
+            return relative_buckets(distances.clamp(min=0), self.buckets, self.max_distance)
+        half = self.buckets // 2
+        return relative_buckets(distances.abs(), half, self.max_distance) + half * (distances < 0)
+
+
 BIASES = {"alibi": ALiBi, "relative": RelativeBias}
 """`model.position_embedding` -> class; others have no bias of the scores."""
 

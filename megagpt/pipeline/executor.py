@@ -10,7 +10,7 @@ from torch import Tensor
 from megagpt.distributed.phase import PhaseTracker
 from megagpt.parallel.deferred_gradients import DeferredGradients, GradientJob
 from megagpt.parallel.topology import Topology
-from megagpt.pipeline.transfers import Transfers
+from megagpt.pipeline.transfers import Tensors, Transfers
 from megagpt.schedules.plan import ActionKind, Plan, messages
 
 PHASES = {
@@ -24,16 +24,20 @@ PHASES = {
 class Chunk(Protocol):
     """The module of one stage, as the executor uses it."""
 
-    def __call__(self, x: Tensor | None, micro_batch: Any) -> Tensor:
-        """Map hidden states to hidden states; x is None on the first stage, the last stage returns the sum of the losses."""
+    def __call__(self, x: Any, micro_batch: Any) -> Any:
+        """Map hidden states to hidden states: a tensor, or a tuple of several.
+
+        x is None on the first stage; the last stage returns the sum of the losses.
+        """
 
 
 @dataclass(frozen=True)
 class Activations:
     """Input and output of one forward, saved for its backward."""
 
-    x: Tensor | None
-    out: Tensor
+    inputs: Tensors
+    """Empty on the first stage."""
+    outputs: Tensors
 
 
 class Executor:
@@ -45,15 +49,18 @@ class Executor:
         chunks: Mapping[int, Chunk],
         topology: Topology,
         deferred_gradients: DeferredGradients,
-        like: Tensor,
+        likes: Sequence[Tensors],
         phase: PhaseTracker,
     ) -> None:
-        """`chunks`: this rank's modules by stage; `like`: shape, dtype and device of a message, [batch, seq, hidden]."""
+        """`chunks`: this rank's modules by stage.
+
+        `likes`: shapes, dtype and device of what each stage hands to the next one, [batch, seq, hidden].
+        """
         self.plan = plan
         self.chunks = chunks
         self.topology = topology
         self.deferred_gradients = deferred_gradients
-        self.like = like
+        self.likes = likes
         self.phase = phase
         self.actions = plan.actions[topology.pp_rank]
         self.expected_messages = messages(plan, topology.pp_rank)
@@ -89,7 +96,7 @@ class _Step:
         self.loss_gradient = loss_gradient
         self.ranks = executor.plan.rank_of_stage
         self.last_stage = executor.plan.n_stages - 1
-        self.transfers = Transfers(executor.topology, executor.expected_messages, executor.like, executor.phase)
+        self.transfers = Transfers(executor.topology, executor.expected_messages, executor.likes, executor.phase)
         self.saved: dict[tuple[int, int], Activations] = {}
         self.deferred: dict[tuple[int, int], list[GradientJob]] = {}
         self.losses: list[Tensor] = []
@@ -115,27 +122,32 @@ class _Step:
         return torch.stack(self.losses).sum() if self.losses else None
 
     def forward(self, stage: int, micro_batch: int) -> None:
-        x, train = None, self.loss_gradient is not None
+        inputs: Tensors = ()
+        train = self.loss_gradient is not None
         if stage > 0:
             received = self.transfers.receive(ActionKind.FORWARD, stage, micro_batch, self.ranks[stage - 1])
-            x = received.detach().requires_grad_(train)
+            inputs = tuple(tensor.detach().requires_grad_(train) for tensor in received)
+        x = inputs if len(inputs) > 1 else next(iter(inputs), None)
         out = self.executor.chunks[stage](x, self.micro_batches[micro_batch])
+        outputs = out if isinstance(out, tuple) else (out,)
         if train:
-            self.saved[stage, micro_batch] = Activations(x, out)
+            self.saved[stage, micro_batch] = Activations(inputs, outputs)
         if stage == self.last_stage:
             self.losses.append(out.detach())
         else:
-            self.transfers.send(ActionKind.FORWARD, stage + 1, micro_batch, out.detach(), self.ranks[stage + 1])
+            message = tuple(tensor.detach() for tensor in outputs)
+            self.transfers.send(ActionKind.FORWARD, stage + 1, micro_batch, message, self.ranks[stage + 1])
 
     def backward(self, stage: int, micro_batch: int) -> None:
         saved = self.saved.pop((stage, micro_batch))
-        gradient = self.loss_gradient
+        gradients: Sequence[Tensor | None] = [self.loss_gradient]
         if stage < self.last_stage:
-            gradient = self.transfers.receive(ActionKind.BACKWARD, stage, micro_batch, self.ranks[stage + 1])
-        torch.autograd.backward(saved.out, gradient)
-        if saved.x is not None:
-            assert saved.x.grad is not None
-            self.transfers.send(ActionKind.BACKWARD, stage - 1, micro_batch, saved.x.grad, self.ranks[stage - 1])
+            gradients = self.transfers.receive(ActionKind.BACKWARD, stage, micro_batch, self.ranks[stage + 1])
+        torch.autograd.backward(saved.outputs, gradients)
+        if saved.inputs:
+            message = tuple(gradient for x in saved.inputs if (gradient := x.grad) is not None)
+            assert len(message) == len(saved.inputs)
+            self.transfers.send(ActionKind.BACKWARD, stage - 1, micro_batch, message, self.ranks[stage - 1])
 
     def backward_weight(self, stage: int, micro_batch: int) -> None:
         with torch.no_grad():  # as inside a backward

@@ -27,7 +27,7 @@ def resolve_schedule(
     costs = even_costs(parallel.pipeline, times.forward, times.input_backward, times.weight_backward)
     try:
         choice = best_plan(
-            parallel.pipeline, micro_batches, costs, times.transfer, times.max_micro_batches, config.model.n_layer, report
+            parallel.pipeline, micro_batches, costs, times.transfer, times.max_micro_batches, config.model.n_blocks, report
         )
     except ValueError as error:
         raise ConfigError(f"parallel.schedule_costs.max_micro_batches: {error}") from None

@@ -333,7 +333,7 @@ class Trainer:
             return
         self.phase.enter("comparison of replicas")
         try:
-            check_replicas(self.engine.parameters, self.engine.tied, self.topology)
+            check_replicas(self.engine.parameters, self.engine.shared, self.topology)
         except TrainingError:
             self.checkpointer.finish()
             raise

@@ -24,11 +24,11 @@ def exchange(order: list[int]) -> None:
     rank, other = topology.pp_rank, 1 - topology.pp_rank
     sent, received = (FORWARD, BACKWARD) if rank == 0 else (BACKWARD, FORWARD)
     expected = [Message(received, rank, micro_batch, other) for micro_batch in range(MICRO_BATCHES)]
-    transfers = Transfers(topology, expected, LIKE, PhaseTracker())
+    transfers = Transfers(topology, expected, [(LIKE,)], PhaseTracker())
     for micro_batch in range(MICRO_BATCHES):
-        transfers.send(sent, other, micro_batch, message(10 * rank + micro_batch), other)
+        transfers.send(sent, other, micro_batch, (message(10 * rank + micro_batch),), other)
     for micro_batch in order:
-        tensor = transfers.receive(received, rank, micro_batch, other)
+        (tensor,) = transfers.receive(received, rank, micro_batch, other)
         assert torch.equal(tensor, message(10 * other + micro_batch))
     transfers.finish()
 
@@ -41,11 +41,11 @@ def test_both_directions_arrive_in_any_order_of_need(ranks: Pool) -> None:
 def test_a_stage_on_the_same_rank_gets_the_tensor_itself() -> None:
     topology = Topology()
     with CollectiveCounter(topology) as counter:
-        transfers = Transfers(topology, [], LIKE, PhaseTracker())
+        transfers = Transfers(topology, [], [(LIKE,)], PhaseTracker())
         tensors = [message(micro_batch) for micro_batch in range(2)]
         for micro_batch, tensor in enumerate(tensors):
-            transfers.send(FORWARD, 1, micro_batch, tensor, to_rank=0)
-        assert transfers.receive(FORWARD, 1, 1, from_rank=0) is tensors[1]
-        assert transfers.receive(FORWARD, 1, 0, from_rank=0) is tensors[0]
+            transfers.send(FORWARD, 1, micro_batch, (tensor,), to_rank=0)
+        assert transfers.receive(FORWARD, 1, 1, from_rank=0)[0] is tensors[1]
+        assert transfers.receive(FORWARD, 1, 0, from_rank=0)[0] is tensors[0]
         transfers.finish()
     assert not counter.calls

@@ -39,7 +39,7 @@ def errors_before_and_after_a_flipped_bit(config: Config, rank: int, name: str) 
 def error_of_check(engine: Engine) -> str:
     """Return the error message, or nothing if the replicas are equal."""
     try:
-        check_replicas(engine.parameters, engine.tied, engine.topology)
+        check_replicas(engine.parameters, engine.shared, engine.topology)
     except TrainingError as error:
         return str(error)
     return ""

@@ -71,6 +71,21 @@ def families(draw: st.DrawFn) -> Tree:
 
 
 @st.composite
+def encoder_families(draw: st.DrawFn) -> Tree:
+    """Draw the keys of a model with an encoder."""
+    keys: Tree = draw(families())
+    for key in ("norm_placement", "parallel_branches", "qk_norm", "attention_window", "full_attention_every"):
+        keys.pop(key, None)
+    keys |= {"attention_softcap": None, "attention_sinks": False, "layer_norm_epsilon": 1e-5}
+    if keys["position_embedding"] in ("alibi", "relative_vectors"):
+        keys["position_embedding"] = "relative"
+    keys["encoder_layers"] = draw(st.integers(1, 6))
+    keys["encoder_positions"] = draw(st.sampled_from([None, 8, 24]))
+    keys["output_scale"] = draw(st.sampled_from([1.0, 0.3]))
+    return keys
+
+
+@st.composite
 def cases(draw: st.DrawFn) -> tuple[int, Tree, Tree]:
     """Draw a world size, the sections that describe the run, and those that describe the layout."""
     tensor = draw(st.sampled_from([1, 1, 2, 4]))
@@ -87,7 +102,7 @@ def cases(draw: st.DrawFn) -> tuple[int, Tree, Tree]:
             "vocab_size": draw(st.integers(17, 70)),  # the last tensor ranks may have padding only
             "tie_embeddings": draw(st.booleans()),
             **draw(st.sampled_from(DROPOUTS)),
-            **draw(st.one_of(st.just({}), families(), families())),
+            **draw(st.one_of(st.just({}), families(), families(), encoder_families())),
         },
         "training": {
             "steps": STEPS,
