@@ -79,7 +79,7 @@ def broken_rules(config: Config) -> list[Problem]:
     """Return all rules that `config` breaks, for any number of ranks."""
     layout = (_shape, _encoder, _tensor_parallel, _fp8, _context, _pipeline, _zero)
     batches = (_batch, _ramp, _noise_scale, _length)
-    tasks = (_data, _samples, _fill_in_the_middle, _classification, _preference)
+    tasks = (_data, _samples, _fill_in_the_middle, _encoder_tasks, _classification, _preference)
     other = (_checkpoint, _lr_schedule, _optimizer, _deepspeed)
     return [problem for rule in (*layout, *batches, *tasks, *other) for problem in rule(config)]
 
@@ -494,6 +494,29 @@ def _fill_in_the_middle(config: Config) -> Iterator[Problem]:
         yield Problem((key, "data.task"), f'{key}: has no meaning for data.task "{data.task}"; leave it out')
     if len(set(data.fill_in_the_middle.tokens)) < 3:
         yield Problem(("data.fill_in_the_middle.tokens",), "data.fill_in_the_middle.tokens: expected three different tokens")
+
+
+def _encoder_tasks(config: Config) -> Iterator[Problem]:
+    """Yield what does not fit together in the task of a model with an encoder."""
+    data, keys = config.data, ("data.task", "model.encoder_layers")
+    if data.needs_encoder and not config.model.encoder_layers:
+        yield Problem(keys, f'data.task: "{data.task}" needs a model with an encoder; set model.encoder_layers')
+    if config.model.encoder_layers and data.sources and not data.needs_encoder:
+        tasks = '"span_corruption", "prefix_lm" or "pairs"'
+        yield Problem(keys, f'data.task: "{data.task}" has no source for the encoder (model.encoder_layers); expected {tasks}')
+    if not data.needs_encoder:
+        return
+    if data.task != "pairs" and data.sources and data.tokenizer is None:
+        yield Problem(("data.tokenizer",), f'data.tokenizer: is needed by data.task "{data.task}"; set it')
+    for key in ("reset_positions", "reset_attention", "mask_document_ends"):
+        if getattr(data, key):
+            yield Problem((f"data.{key}",), f'data.{key}: has no meaning for data.task "{data.task}"; leave it out')
+    if config.model.decoder_start >= (config.model.vocab_size or 2**31):
+        yield Problem(
+            ("model.decoder_start", "model.vocab_size"),
+            f"model.decoder_start: {config.model.decoder_start} is outside of the vocabulary; expected below "
+            f"{config.model.vocab_size}",
+        )
 
 
 def _classification(config: Config) -> Iterator[Problem]:

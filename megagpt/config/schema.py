@@ -111,6 +111,8 @@ class ModelConfig(Section):
     without an encoder."""
     encoder_positions: int | None = Field(default=None, ge=1, le=2**27)
     """Sequence length of the encoder's input in tokens; n_positions if absent."""
+    decoder_start: int = Field(default=0, ge=0, le=2**31 - 1)
+    """Token that the input of the decoder begins with (T5: 0, its padding)."""
     vocab_size: int | None = Field(default=None, ge=2, le=2**31 - 1)
     """Number of tokens in the vocabulary; taken from data.tokenizer if absent."""
     vocab_multiple: int = Field(default=128, ge=1, le=2**20)
@@ -298,6 +300,19 @@ class FillInTheMiddleConfig(Section):
     """The special tokens of prefix, middle and suffix: texts of tokens of data.tokenizer, or ids."""
 
 
+class SpanCorruptionConfig(Section):
+    """Span corruption (T5, Raffel et al., arXiv 1910.10683), for task span_corruption. The piece of text of a sample is as long
+    as its source and its target allow: 568 tokens for 512 encoder positions, which need 114 positions of the decoder."""
+
+    density: float = Field(default=0.15, gt=0, lt=1)
+    """Share of the tokens that are replaced."""
+    mean_length: float = Field(default=3.0, ge=1)
+    """Mean length of a replaced span, in tokens."""
+    sentinels: int = Field(default=100, ge=1, le=2**16)
+    """Number of different sentinels, at least the number of spans in a source. They are data.tokenizer's tokens <extra_id_0>,
+    <extra_id_1>, ...; if it has none, the ids that follow those of the tokenizer, the first sentinel last, as in T5."""
+
+
 class DataConfig(Section):
     """Datasets: either separate ones for train, valid and test, or `paths` divided by `split`."""
 
@@ -316,15 +331,17 @@ class DataConfig(Section):
     tokenizer: PathText | None = None
     """A SentencePiece .model file, a Hugging Face tokenizer.json, a folder with vocab.json and merges.txt, or "byte".
     GPT-2's vocab.json and merges.txt: https://huggingface.co/openai-community/gpt2."""
-    task: Literal["text", "chat", "preference", "classification"] = "text"
+    task: Literal["text", "chat", "preference", "classification", "span_corruption", "prefix_lm", "pairs"] = "text"
     """What the data is for. text: every token of the stream is learned. chat: examples made by preprocess_data.py --task chat;
     the answers are learned, several examples share a sample, and attention and positions restart at each. preference: pairs of
-    answers made by --task preference, learned by DPO (section dpo). classification: set by finetune_classifier.py."""
+    answers made by --task preference, learned by DPO (section dpo). classification: set by finetune_classifier.py. For a model
+    with an encoder: span_corruption and prefix_lm read the same files as text; pairs: sources and targets made by
+    preprocess_data.py --task pairs."""
     classes: list[str] = []
     """task classification: names of the classes."""
     long_examples: Literal["drop", "truncate"] = "drop"
-    """task chat: what happens to an example of more than n_positions + 1 tokens. Their number is in the first lines of the
-    run. Pairs are always dropped: both answers together must fit."""
+    """task chat and pairs: what happens to an example that is longer than its positions. Their number is in the first lines of
+    the run. Preferences are always dropped: both answers together must fit."""
     seed: int = Field(default=1234, ge=0, le=MAX_SEED)
     """Seed for the shuffle order of documents and samples."""
     cache_dir: PathText | None = None
@@ -337,6 +354,8 @@ class DataConfig(Section):
     Needs a mask of micro_batch_size x n_positions^2 numbers and is slower than plain causal attention."""
     fill_in_the_middle: FillInTheMiddleConfig = FillInTheMiddleConfig()
     """Fill-in-the-middle."""
+    span_corruption: SpanCorruptionConfig = SpanCorruptionConfig()
+    """Span corruption."""
     mask_document_ends: bool = False
     """Mask the loss on the first token of each document, which cannot be predicted from the previous document (Megatron:
     eod-mask-loss)."""
@@ -344,12 +363,27 @@ class DataConfig(Section):
     @property
     def separates_positions(self) -> bool:
         """Whether position numbers restart at each document."""
-        return self.reset_positions or self.task != "text"
+        return self.reset_positions or self.packs_examples
 
     @property
     def separates_attention(self) -> bool:
         """Whether attention stays inside each document."""
-        return self.reset_attention or self.task != "text"
+        return self.reset_attention or self.packs_examples
+
+    @property
+    def packs_examples(self) -> bool:
+        """Whether a sample has several examples."""
+        return self.task in ("chat", "preference", "classification")
+
+    @property
+    def has_examples(self) -> bool:
+        """Whether the data has examples, with a mask, not documents."""
+        return self.packs_examples or self.task == "pairs"
+
+    @property
+    def needs_encoder(self) -> bool:
+        """Whether samples have a source for an encoder."""
+        return self.task in ("span_corruption", "prefix_lm", "pairs")
 
     @property
     def valid_sets(self) -> dict[str, Source]:

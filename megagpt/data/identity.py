@@ -46,7 +46,7 @@ class DataIdentity(BaseModel):
 
 def data_identity(data: DataConfig, sequence_length: int) -> DataIdentity:
     """Return the identity of the data that a config names. Raises DataError if files are missing or damaged."""
-    parts = {part: _corpora(source, data.task) for part, source in data.sources.items()}
+    parts = {part: _corpora(source, data.has_examples) for part, source in data.sources.items()}
     return DataIdentity(
         task=data.task,
         long_examples=data.long_examples,
@@ -76,16 +76,16 @@ def training_data_changes(saved: DataIdentity, current: DataIdentity) -> list[st
     return changes
 
 
-def _corpora(source: Source, task: str) -> list[CorpusIdentity]:
+def _corpora(source: Source, has_mask: bool) -> list[CorpusIdentity]:
     weights = {source: 1.0} if isinstance(source, str) else source
-    return [_corpus(prefix, weight, task) for prefix, weight in weights.items()]
+    return [_corpus(prefix, weight, has_mask) for prefix, weight in weights.items()]
 
 
-def _corpus(prefix: str, weight: float, task: str) -> CorpusIdentity:
+def _corpus(prefix: str, weight: float, has_mask: bool) -> CorpusIdentity:
     corpus = IndexedCorpus(prefix)
     tokens = int(np.sum(corpus.sizes, dtype=np.int64))
     fingerprint = content_fingerprint(corpus)
-    if task != "text":
+    if has_mask:
         fingerprint += f" {content_fingerprint(IndexedCorpus(mask_prefix(prefix)))}"
     return CorpusIdentity(prefix=prefix, weight=weight, sequences=len(corpus.sizes), tokens=tokens, fingerprint=fingerprint)
 

@@ -269,7 +269,7 @@ def test_every_schedule_makes_the_same_calls_and_products(ranks: Pool) -> None:
     for name, schedule in SCHEDULES.items():
         chunks = {"virtual_stages": 2} if schedule.interleaved else {}
         parallel = {"tensor": 2, "pipeline": 2, "schedule": name, **chunks}
-        config = tiny_config(parallel=parallel, training={"global_batch_size": 8})
+        config = tiny_config(parallel=parallel, training={"micro_batch_size": 2, "global_batch_size": 8})
         results = ranks.run(4, traffic_and_products, config)
         calls, n_bytes = Counter(), Counter()
         for traffic, _ in results:

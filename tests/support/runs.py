@@ -13,6 +13,7 @@ from torch import nn
 
 from megagpt.config import Config, build_config
 from megagpt.data.blend import build_datasets
+from megagpt.data.encoder_samples import encoder_format
 from megagpt.data.indexed import IndexedWriter
 from megagpt.engine.engine import Engine, StepResult
 from megagpt.model.chunk import build_chunk
@@ -38,7 +39,7 @@ def tiny_config(**sections: Tree) -> Config:
             "vocab_multiple": 16,
             "init_std": 0.2,
         },
-        "training": {"steps": 10, "micro_batch_size": 2, "global_batch_size": 16, "seed": 7},
+        "training": {"steps": 10, "micro_batch_size": 4, "global_batch_size": 16, "seed": 7},
         "optimizer": {"learning_rate": 1e-2, "clip_grad": 0.05, "eps": 1e-4},
     }
     for section, keys in sections.items():
@@ -191,7 +192,12 @@ def run_trainer(config: Config) -> Tree:
 
 def open_trainer(config: Config) -> Trainer:
     """Return the real trainer of a config, on the ranks of the pool."""
-    return Trainer(config, create_topology(config), build_datasets(config.data, config.model.n_positions), torch.device("cpu"))
+    return Trainer(
+        config,
+        create_topology(config),
+        build_datasets(config.data, config.model.n_positions, encoder_format(config.model)),
+        torch.device("cpu"),
+    )
 
 
 class Losses:
