@@ -172,7 +172,6 @@ class Export:
             "model_type": self.family_name,
             **keys,
             **ids,
-            **({"decoder_start_token_id": generation.get("decoder_start_token_id", 0)} if self.family.encoder else {}),
             "use_cache": True,
             "torch_dtype": _DTYPE_NAMES[self.dtype],
         }
@@ -231,7 +230,9 @@ def saved_config(reader: CheckpointReader) -> Config:
         raise CheckpointError(f"{reader.folder}: is a classifier, which has no counterpart in the conversion")
     if config.model.n_blocks > len(reader.manifest.tensors):
         n_tensors = len(reader.manifest.tensors)
-        raise CheckpointError(f"{reader.folder}: config: model.n_layer: {config.model.n_blocks}, but it has {n_tensors} tensors")
+        raise CheckpointError(
+            f"{reader.folder}: config: model.n_layer: {config.model.n_blocks}, but it has {n_tensors} tensors"
+        )
     return config
 
 

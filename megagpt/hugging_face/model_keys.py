@@ -211,7 +211,8 @@ MODEL_KEYS: dict[str, ModelKeys] = {
             FeedForward({name: ours for name, ours in ACTIVATIONS.items() if name != "gelu_pytorch_tanh"}),
             TiedAndScaled(),
             Always("is_encoder_decoder", (True,)),
-            Unused(("initializer_factor", "decoder_start_token_id", "output_past")),
+            Renamed("decoder_start_token_id", "decoder_start", 0),
+            Unused(("initializer_factor", "output_past")),
         ),
         {
             "position_embedding": "relative",
