@@ -50,7 +50,7 @@ SMALLER = {
     "evaluate": ["--device", "cpu", "--max-documents", "4"],
 }
 """Arguments that make a tool's work small, and possible without a GPU; they override those before them."""
-ON_RANKS = ("pretrain", "find_learning_rate")
+ON_RANKS = ("pretrain", "pretrain_t5", "find_learning_rate")
 
 
 Run = tuple[str, int, str]
