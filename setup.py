@@ -23,6 +23,7 @@ def console_script(name: str) -> str:
 
 COMMANDS = (
     "pretrain",
+    "pretrain-t5",
     "preprocess-data",
     "merge-datasets",
     "inspect-dataset",

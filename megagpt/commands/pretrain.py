@@ -22,19 +22,25 @@ docs/config.md describes every key of a config, with its unit and default."""
 def create_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's arguments."""
     parser = shell.command_parser("pretrain_gpt.py", __doc__, EXAMPLE)
+    add_arguments(parser)
+    return parser
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a training run."""
     job.add_arguments(parser)
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and DeepSpeed's, then exit")
-    return parser
 
 
 @report_unwritable
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     args = job.parse_arguments(create_parser(), argv)
-    return job.run(lambda launcher: _pretrain(args, launcher), args.debug)
+    return job.run(lambda launcher: pretrain(args, launcher), args.debug)
 
 
-def _pretrain(args: argparse.Namespace, launcher: Launcher) -> int:
+def pretrain(args: argparse.Namespace, launcher: Launcher) -> int:
+    """Train the model of a config, or print the config; return the exit code."""
     if args.print_config:
         return _print_config(args, launcher)
     with lossy_output(), job.open_trainer(args.config, args.set, launcher) as trainer:

@@ -16,7 +16,16 @@ from megagpt.data.indexed import IndexedWriter
 from support.chat import chat_tokenizer
 from support.commands import BIN, ENVIRONMENT, ROOT
 
-LINKS = ("megagpt", "tools", "examples", "benchmarks", "pretrain_gpt.py", "finetune_classifier.py", "setup.py")
+LINKS = (
+    "megagpt",
+    "tools",
+    "examples",
+    "benchmarks",
+    "pretrain_gpt.py",
+    "pretrain_t5.py",
+    "finetune_classifier.py",
+    "setup.py",
+)
 SMALL_MODEL = ("model.n_embd=32", "model.n_head=8", "model.n_positions=32", "model.ffn_hidden=null")
 QUICK_RUN = (
     "model.n_layer=2",
