@@ -185,7 +185,7 @@ def with_tokenizer(config: Config, path: str) -> Config:
     if config.model.vocab_size is None:
         return with_vocab_size(config, size)
     if config.model.vocab_size < size:
-        sentinels = " and its sentinels" if config.data.task == "span_corruption" else ""
+        sentinels = " and its sentinels" if config.data.needs_encoder else ""
         raise ConfigError(
             f"{path}: model.vocab_size: {config.model.vocab_size} is below the {size} tokens of data.tokenizer "
             f"{config.data.tokenizer}{sentinels}; leave it out, or set at least {size}"

@@ -203,6 +203,11 @@ class ModelConfig(Section):
         return self.encoder_positions or self.n_positions
 
     @property
+    def sample_tokens(self) -> int:
+        """Tokens of a sample that the model reads: those of the decoder, and of the encoder if there is one."""
+        return self.n_positions + (self.source_length if self.encoder_layers else 0)
+
+    @property
     def ffn_hidden_size(self) -> int:
         """Hidden size of the MLP."""
         return self.ffn_hidden or 4 * self.n_embd

@@ -155,8 +155,11 @@ def sentinel_ids(data: DataConfig, tokenizer: Tokenizer) -> Tokens:
 
 
 def required_vocab_size(data: DataConfig, tokenizer: Tokenizer) -> int:
-    """Return the number of ids that samples of `data` can have."""
-    sentinels = sentinel_ids(data, tokenizer).max() + 1 if data.task == "span_corruption" else 0
+    """Return the number of ids in the vocabulary: those of the tokenizer, and sentinels if the model has an encoder.
+
+    Fine-tuning on pairs uses no sentinel, but continues a model that has them.
+    """
+    sentinels = sentinel_ids(data, tokenizer).max() + 1 if data.needs_encoder else 0
     return max(tokenizer.vocab_size, int(sentinels))
 
 
