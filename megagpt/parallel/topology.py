@@ -25,6 +25,8 @@ class Coordinates(NamedTuple):
     tensor: int = 0
 
 
+SHARED = "shared parameters"
+"""Description of the groups of pipeline ranks that share parameters."""
 AXES = Coordinates._fields
 """Names of the axes, slowest first."""
 
@@ -175,7 +177,6 @@ def _group_of_members(members: list[int], rank: int, timeout: timedelta) -> Proc
     torch names a group by its ranks and the number of groups that a rank has. So the other ranks create a group, too: of
     themselves, which is not used.
     """
-    if rank in members:
-        return _new_group(members, timeout)
-    dist.new_group([rank], timeout=timeout, use_local_synchronization=True)
-    return None
+    own = members if rank in members else [rank]
+    group = dist.new_group(own, timeout=timeout, use_local_synchronization=True, group_desc=SHARED)
+    return group if rank in members else None

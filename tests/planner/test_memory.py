@@ -1,7 +1,10 @@
 """The estimate of a rank's memory, compared with published formulas and with the bytes that a real forward saves."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from support.encoder_decoder import T5
 from support.runs import Tree, full_model, tiny_config
 
 from megagpt.config import Config
@@ -23,8 +26,12 @@ def bytes_saved_by_a_real_forward(config: Config) -> int:
         return saved
 
     tokens = torch.zeros(config.training.micro_batch_size, config.model.n_positions, dtype=torch.int64)
+    batch = MicroBatch(tokens, tokens, samples=torch.arange(len(tokens)))
+    if config.model.encoder_layers:
+        source = torch.zeros(len(tokens), config.model.source_length, dtype=torch.int64)
+        batch = replace(batch, source=source, source_lengths=torch.full((len(tokens),), source.shape[1]))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        model(None, MicroBatch(tokens, tokens, samples=torch.arange(len(tokens))))
+        model(None, batch)
     return sum(saved.untyped_storage().nbytes() for saved in saved_tensors.values())
 
 
@@ -50,6 +57,7 @@ MODELS: dict[str, Tree] = {
         "qk_norm": "width",
         "parallel_branches": "no",
     },
+    "an encoder": T5,
     "parallel branches": {"parallel_branches": "two_norms", "position_embedding": "rotary", "rotary": {"fraction": 0.5}},
 }
 

@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from support.encoder_decoder import T5
 from support.pool import Pool
 from support.products import MatrixProducts
 from support.runs import Tree, create_engine, tiny_config, train_step
@@ -59,6 +60,10 @@ FAMILIES: dict[str, tuple[int, Tree]] = {
         {"parallel": {"tensor": 2, "pipeline": 2}, "model": {"norm": "rmsnorm_plus_one", "parallel_branches": "two_norms"}},
     ),
 }
+FAMILIES["an encoder, pipeline 4, sequence parallel"] = (
+    8,
+    {"parallel": {"tensor": 2, "pipeline": 4, "sequence_parallel": True}, "model": T5, "zero": {"stage": 0}},
+)
 LARGE: dict[str, tuple[int, Tree]] = {
     "GPT-3 175B on 512 ranks": (
         512,
