@@ -159,8 +159,12 @@ def _write_targets(trained: TrainedModel, texts: Sequence[str], args: argparse.N
     for name in ("stream", "stop", "logprobs"):
         if getattr(args, name):
             raise ConfigError(f"--{name}: does not work with a model with an encoder; leave it out")
-    how = BeamSearch(args.beams or 1, args.max_tokens, args.length_penalty, args.early_stopping)
-    written = TargetWriter(trained, how).write(texts, args.batch)
+    writer = TargetWriter(trained, BeamSearch(args.beams or 1, args.max_tokens, args.length_penalty, args.early_stopping))
+    longest, limit = max(len(trained.tokenizer.encode(text)) + 1 for text in texts), trained.config.model.source_length
+    if longest > limit and is_first:
+        message = f"the source has {longest} tokens; the model reads its first {limit} (model.encoder_positions)"
+        print(f"note: {message}", file=sys.stderr)
+    written = writer.write(texts, args.batch)
     if args.prompts is None:
         print(next(written).text)
         return

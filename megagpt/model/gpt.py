@@ -115,7 +115,7 @@ class GPTChunk(nn.Module):
     def _hidden_of(self, tokens: Tensor) -> Tensor:
         length = tokens.shape[1]
         ctx = ForwardContext(
-            rotary=self._rotary(torch.arange(length, device=tokens.device)),
+            rotary=self._rotary_table(torch.arange(length, device=tokens.device)),
             attention_masks=self._masks(None, length, tokens.device),
         )
         return self._final_hidden(tokens, ctx)
@@ -130,7 +130,7 @@ class GPTChunk(nn.Module):
         masks = {window: mask for window in windows if (mask := cached_mask(rows, window, dtype)) is not None}
         ctx = ForwardContext(
             positions=rows.positions,
-            rotary=self._rotary(rows.positions),
+            rotary=self._rotary_table(rows.positions),
             attention_masks=masks,
             cached_rows=rows,
             caches=caches,
@@ -157,7 +157,7 @@ class GPTChunk(nn.Module):
             token_keys=dropout_keys(self.config, micro_batch, length) if self.training else None,
             positions=micro_batch.positions,
             attention_masks=self._masks(micro_batch.documents, length, device),
-            rotary=self._rotary(positions),
+            rotary=self._rotary_table(positions),
         )
 
     def _masks(self, documents: Tensor | None, length: int, device: torch.device) -> dict[int | None, Tensor | BlockMask]:
@@ -175,5 +175,5 @@ class GPTChunk(nn.Module):
                 masks[window] = mask
         return masks
 
-    def _rotary(self, positions: Tensor) -> RotaryTable | None:
+    def _rotary_table(self, positions: Tensor) -> RotaryTable | None:
         return rotary_table_of(self.config.model, positions, activation_dtype(self.config))
