@@ -50,7 +50,7 @@ SMALLER = {
     "evaluate": ["--device", "cpu", "--max-documents", "4"],
 }
 """Arguments that make a tool's work small, and possible without a GPU; they override those before them."""
-ON_RANKS = ("pretrain", "find_learning_rate")
+ON_RANKS = ("pretrain", "pretrain_t5", "find_learning_rate")
 
 
 Run = tuple[str, int, str]
@@ -283,7 +283,8 @@ def small_run(config: Config, world: int) -> list[str]:
         f"training.steps={step + 2}",
     ]
     if config.data.tokenizer is not None:
-        small.append(f"model.vocab_size={load_tokenizer(config.data.tokenizer).vocab_size}")
+        sentinels = config.data.span_corruption.sentinels if config.model.encoder_layers else 0
+        small.append(f"model.vocab_size={load_tokenizer(config.data.tokenizer).vocab_size + sentinels}")
     return small
 
 
