@@ -43,11 +43,12 @@ SMALL_RUN = (
     "lr_schedule.decay_steps=null",
     "logging.interval=1",
 )
+SMALL_ENCODER = ("model.encoder_layers=2", "model.encoder_positions=64", "model.head_dim=null")
 SMALLER = {
     "train_tokenizer": ["--vocab-size", "400"],
     "find_learning_rate": ["--steps", "30"],
     "generate_text": ["--device", "cpu", "--max-tokens", "10"],
-    "evaluate": ["--device", "cpu", "--max-documents", "4"],
+    "evaluate": ["--device", "cpu"],
 }
 """Arguments that make a tool's work small, and possible without a GPU; they override those before them."""
 ON_RANKS = ("pretrain", "pretrain_t5", "find_learning_rate")
@@ -278,6 +279,7 @@ def small_run(config: Config, world: int) -> list[str]:
         step = read_manifest(resolve_checkpoint(checkpoints.dir)).step
     small = [
         *SMALL_RUN,
+        *(SMALL_ENCODER if config.model.encoder_layers else ()),
         f"model.n_layer={max(2, stages)}",
         f"training.global_batch_size={data * parallel.pipeline}",
         f"training.steps={step + 2}",
