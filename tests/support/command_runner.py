@@ -99,7 +99,7 @@ class CommandRunner:
                 self._train(ranks, command)
                 return
             self._remove_outputs(ranks.arguments)
-            result = self._call_on(ranks._replace(arguments=[*ranks.arguments, *SMALLER.get(ranks.module, [])]))
+            result = self._call_on(ranks._replace(arguments=[*ranks.arguments, *smaller(ranks.module, ranks.arguments)]))
             assert result.code == 0, f"{command}\n{result.output}"
             if redirected:
                 Path(redirected).write_text(result.output)
@@ -190,7 +190,7 @@ class CommandRunner:
         if (ranks.module, world, run) in self.trained:
             return
         self.trained.add((ranks.module, world, run))
-        arguments = [*ranks.arguments, *SMALLER.get(ranks.module, []), "--set", *small]
+        arguments = [*ranks.arguments, *smaller(ranks.module, ranks.arguments), "--set", *small]
         processes = Job(world, arguments, self.scratch / "logs", enter_here(), ranks.module)
         codes = processes.finish(timeout=300)
         assert codes == [0] * world, f"{command}\n{codes}\n{processes.output()}"
@@ -243,6 +243,12 @@ def module_of(script: str) -> str:
     """Return the module of megagpt.commands that a script runs."""
     assert (ROOT / script).is_file(), script
     return "pretrain" if Path(script).name == "pretrain_gpt.py" else Path(script).stem
+
+
+def smaller(module: str, arguments: list[str]) -> list[str]:
+    """Return arguments that make a tool's work small."""
+    few = ["--max-documents", "4"] if module == "evaluate" and "--data" in arguments else []
+    return [*SMALLER.get(module, []), *few]
 
 
 def own_overrides(module: str, args: argparse.Namespace) -> list[str]:
