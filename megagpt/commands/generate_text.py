@@ -26,7 +26,7 @@ EXAMPLE = """examples:
   python tools/generate_text.py --checkpoint runs/quickstart/checkpoints --prompt "def main(" --max-tokens 60
   python tools/generate_text.py --checkpoint runs/6B/checkpoints --prompt "The" --device cuda --dtype bf16 --top-k 50
   python tools/generate_text.py --checkpoint runs/6B/checkpoints --prompts data/prompts.txt --output texts.jsonl
-  python tools/generate_text.py --checkpoint runs/t5/checkpoints --prompt "A text to summarise." --beams 4
+  python tools/generate_text.py --checkpoint runs/quickstart_t5/checkpoints --prompt "A text to summarise." --beams 4
   torchrun --nproc-per-node 2 tools/generate_text.py --checkpoint runs/6B/checkpoints --prompt "The" --temperature 0
 The text goes to standard output, notes to standard error. Every token is predicted from the last model.n_positions tokens, so
 the text can be longer than the model's context. It ends early at an end-of-document token. Memory is needed for the weights

@@ -63,7 +63,7 @@ def test_data_without_a_text_is_an_error(checkpoint: Path, tmp_path: Path, capsy
 def test_the_scores_of_pairs_are_those_of_what_the_model_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The references are what the model writes."""
     pytest.importorskip("rouge_score")
-    checkpoint = write_random(tmp_path, "byte", 257, 32, T5)
+    checkpoint = write_random(tmp_path, "byte", 257, 32, **T5)
     writer = TargetWriter(load_trained(checkpoint), BeamSearch(beams=2, max_tokens=8))
     sources = ["one", "a second source", "three"]
     written = [target.text for target in writer.write(sources)]
