@@ -32,6 +32,7 @@ pytestmark = pytest.mark.launch
 
 NOT_RUN = {
     r"make (setup|lint|test)$": "set up and check a clone; .ci/run does",
+    r"make quickstart-t5": "makes .venv; tests/commands/test_quickstart_t5.py runs its steps",
     r"make quickstart": "makes .venv; the steps of the quickstart run in the fixture `clone`",
     r"source \.venv/bin/activate$": "changes the shell only",
     r"python tools/get_gpt2_tokenizer\.py": "needs a network; tests/commands/test_get_gpt2_tokenizer.py has substitutes",

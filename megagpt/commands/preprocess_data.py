@@ -32,11 +32,11 @@ EXAMPLE = r"""examples:
   python tools/preprocess_data.py --input corpus.jsonl --tokenizer data/gpt2 --output-prefix data/corpus --append-eod
   python tools/preprocess_data.py --input novel.txt --text-separator '\n\n' --tokenizer byte --output-prefix data/novel
   python tools/preprocess_data.py --task chat --input chats.jsonl --tokenizer models/base --output-prefix data/chats
-  python tools/preprocess_data.py --task pairs --input summaries.jsonl --tokenizer models/t5 --output-prefix data/summaries
+  python tools/preprocess_data.py --task pairs --input summaries.jsonl --tokenizer data/gpt2 --output-prefix data/pairs
 The first writes data/corpus_text_document.bin and .idx. The prefix data/corpus_text_document goes into a config, as
 data.train or data.paths. Training splits data by documents, so divide long text files with --text-separator. Speed is
 printed in MB/s, of 10^6 bytes of text. The third writes data/chats_chat.bin, .idx and a mask, for
-data.task "chat", and the last data/summaries_pairs.bin, for data.task "pairs"."""
+data.task "chat", and the last data/pairs_pairs.bin, for data.task "pairs"."""
 FEW_DOCUMENTS = 20
 """Fewer documents than this may leave a share of data.split without any."""
 MIN_BYTES_FOR_WORKERS = 2**21

@@ -11,8 +11,7 @@ from megagpt.errors import ConfigError
 from megagpt.output import report_unwritable
 
 EXAMPLE = """examples:
-  deepspeed --num_gpus 8 pretrain_t5.py --config configs/t5-v1.1-base.json --set data.paths=data/corpus_text_document \
-data.tokenizer=data/tokenizer.model
+  deepspeed --num_gpus 8 pretrain_t5.py --config configs/t5-v1.1-base.json --set data.tokenizer=data/tokenizer.model
   python pretrain_t5.py --config configs/t5-v1.1-base.json --set parallel.tensor=2 parallel.pipeline=2 --print-config
 docs/encoder-decoder.md describes the model and its data, docs/config.md every key of a config."""
 

@@ -49,6 +49,12 @@ a step failed, and 130 after Ctrl-C."""
 def create_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's arguments."""
     parser = shell.command_parser("quickstart", __doc__, EXAMPLE)
+    add_text_argument(parser)
+    return parser
+
+
+def add_text_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the option for the user's own text."""
     parser.add_argument(
         "--text",
         type=Path,
@@ -56,7 +62,6 @@ def create_parser() -> argparse.ArgumentParser:
         help=f"file or folder of UTF-8 text, at least {MIN_CHARACTERS:,} characters (default: the source code of Python's "
         "standard library)",
     )
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -291,6 +291,10 @@ class ZeroConfig(Section):
     """"cpu" stores the optimizer states in host memory (stages 1 to 3)."""
     offload_param: Literal["none", "cpu"] = "none"
     """"cpu" stores the parameter shards in host memory (stage 3)."""
+    reduce_bucket_mib: float = Field(default=64.0, gt=0, le=2**20)
+    """Stages 1 and 2: gradients of consecutive blocks, of at least so many MiB in fp32, are summed over the ranks as soon as
+    the backward of the last micro-batch has passed these blocks, beside the backward of the others. What is left is summed at
+    the end. Schedules with a split backward sum at the end of a stage."""
 
 
 class FillInTheMiddleConfig(Section):

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -39,6 +40,7 @@ from megagpt.engine.optimizer import (
     set_learning_rate,
     set_weight_decay,
 )
+from megagpt.engine.reduction import Bucket, ChunkReduction, make_buckets
 from megagpt.errors import ConfigError
 from megagpt.model.chunk import Chunk, build_chunk, join_copies, message_tensors, shared_parameters
 from megagpt.model.forward_context import MicroBatch
@@ -114,7 +116,8 @@ class Engine:
         self.deepspeed = self._initialize_deepspeed()
         if config.optimizer.type == "muon":
             self._attach_matrices()
-        self._zero = build_zero_steps(self.deepspeed, list(self._sync.by_stage.values()))
+        self._reduction = ChunkReduction(self._sync, self._buckets(), partial(build_zero_steps, self.deepspeed), self.phase)
+        self._zero = self._reduction.zero
         self._executors: dict[tuple[str | None, int, torch.Size, int], Executor] = {}
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], n_tokens: int | Tensor) -> Tensor | None:
@@ -131,7 +134,7 @@ class Engine:
         self.model.train()
         self._zero.begin()
         executor = self._executor(self.config.parallel.schedule, micro_batches)
-        loss_sum = executor.step(micro_batches, self._loss_gradient(n_tokens, self.loss_scale * shards), self._reduce_stage)
+        loss_sum = executor.step(micro_batches, self._loss_gradient(n_tokens, self.loss_scale * shards), self._reduction)
         self.phase.enter("reduction of the last gradients")
         with self.phase.waiting():
             self._sync.sum_shared()
@@ -290,11 +293,13 @@ class Engine:
             return (scale / n_tokens.clamp(min=1)).to(torch.float32)
         return torch.tensor(scale / max(1, n_tokens), dtype=torch.float32, device=self.device)
 
-    def _reduce_stage(self, stage: int) -> None:
-        """Reduce a chunk's gradients while other chunks still compute. Shared parameters wait for the other stages."""
-        self.phase.enter(f"gradient reduction of stage {stage}")
-        with self.phase.waiting():
-            self._zero.reduce(self._sync.sum_stage(stage))
+    def _buckets(self) -> dict[int, list[Bucket]]:
+        """Return the buckets of each stage; none where the gradients of a stage are not summed in parts."""
+        zero, by_stage = self.config.zero, self._sync.by_stage
+        if self.topology.layout.dp_cp == 1 or zero.stage not in (1, 2) or zero.offload_optimizer != "none":
+            return {stage: [] for stage in by_stage}
+        n_bytes = zero.reduce_bucket_mib * 2**20
+        return {stage: make_buckets(self.chunks[stage].blocks, trained, n_bytes) for stage, trained in by_stage.items()}
 
     def _executor(self, schedule: str | None, micro_batches: Sequence[MicroBatch]) -> Executor:
         """Return the executor for these micro-batches, built on first use. Schedule None runs forwards only."""

@@ -54,13 +54,13 @@ class GradientSync:
     def sum_stage(self, stage: int) -> list[nn.Parameter]:
         """Sum the gradients of a stage whose backwards are done; return its parameters. Collective."""
         parameters = self.by_stage[stage]
-        self._sum(parameters)
+        self.sum(parameters)
         return parameters
 
     def sum_shared(self) -> None:
         """Sum the gradients of the shared parameters, after all backwards. Collective."""
         self.sum_over_stages()
-        self._sum([shared.parameter for shared in self.shared if shared.parameter.requires_grad])
+        self.sum([shared.parameter for shared in self.shared if shared.parameter.requires_grad])
 
     def sum_over_stages(self) -> None:
         """Sum the gradients of the shared parameters over the ranks of the stages that have them. Collective."""
@@ -68,7 +68,8 @@ class GradientSync:
             if parameter.requires_grad:
                 sum_gradients([parameter], group)
 
-    def _sum(self, parameters: Sequence[nn.Parameter]) -> None:
+    def sum(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Sum complete gradients of this rank. Collective."""
         sum_partial_gradients(parameters, self._topology.tensor_group)
         if self._zero_stage == 0:
             sum_gradients(parameters, self._topology.dp_cp_group)

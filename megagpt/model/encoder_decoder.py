@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megagpt.config.schema import Config
 from megagpt.model.adapters import add_adapters
+from megagpt.model.block import PreNormBlock
 from megagpt.model.ends import TOKEN_EMBEDDING, build_embedding, build_output, scaled_output
 from megagpt.model.forward_context import MicroBatch
 from megagpt.model.memory_cache import MemoryCache
@@ -69,6 +70,12 @@ class EncoderDecoderChunk(nn.Module):
         if not self.is_last:
             return memory, hidden
         return self.objective(self.loss, scaled_output(hidden, self.config.model), micro_batch)
+
+    @property
+    def blocks(self) -> list[PreNormBlock]:
+        """The blocks of this chunk, in the order of their forwards."""
+        encoder = [] if self.encoder is None else self.encoder.blocks
+        return [*encoder, *([] if self.decoder is None else self.decoder.blocks)]
 
     def encode(self, source: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Return the encoder's output, for a model in one chunk. [batch, encoder seq] -> [batch, encoder seq, hidden]"""

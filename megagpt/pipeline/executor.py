@@ -1,6 +1,7 @@
 """Run one rank's list of actions: compute, send, receive, deferred weight gradients. Works for every schedule."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,6 +30,16 @@ class Chunk(Protocol):
 
         x is None on the first stage; the last stage returns the sum of the losses.
         """
+
+
+class Reduction(Protocol):
+    """What sums the weight gradients of the stages over the replicas."""
+
+    def during_backward_of(self, stage: int) -> AbstractContextManager[None]:
+        """Return a context for a forward whose backward is the last of its stage and completes all of its gradients."""
+
+    def stage_done(self, stage: int) -> None:
+        """Start the sums of a stage whose gradients are complete."""
 
 
 @dataclass(frozen=True)
@@ -67,33 +78,43 @@ class Executor:
         last_action_of_stage = {action.stage: index for index, action in enumerate(self.actions)}
         self.last_actions = frozenset(last_action_of_stage.values())
         """Indices of the actions after which a stage has nothing left to do."""
+        last = [self.actions[index] for index in self.last_actions]
+        self.last_backwards = {(action.stage, action.micro_batch) for action in last if action.kind is ActionKind.BACKWARD}
+        """(stage, micro-batch) of the backwards that complete all gradients of a stage."""
 
     def step(
         self,
         micro_batches: Sequence[Any],
         loss_gradient: Tensor | None,
-        on_stage_done: Callable[[int], None] | None = None,
+        reduction: Reduction | None = None,
     ) -> Tensor | None:
         """Run the plan over the micro-batches of this data-parallel rank.
 
         `loss_gradient`: scalar gradient of the sum of the token losses, which each backward of the last stage starts from
         (loss scale / number of tokens for a mean loss); None for a plan without backwards.
-        `on_stage_done`: called with a stage of this rank when its weight gradients are complete.
+        `reduction`: is informed when weight gradients are complete.
         Returns the sum of the token losses (fp32 scalar) on the last stage's rank, None on the others.
         Raises ValueError if the plan is for another number of micro-batches.
         """
         if len(micro_batches) != self.plan.n_micro_batches:
             raise ValueError(f"the plan is for {self.plan.n_micro_batches} micro-batches, not {len(micro_batches)}")
-        return _Step(self, micro_batches, loss_gradient).run(on_stage_done)
+        return _Step(self, micro_batches, loss_gradient, reduction).run()
 
 
 class _Step:
     """One execution of the plan: saved activations and pending work between the actions."""
 
-    def __init__(self, executor: Executor, micro_batches: Sequence[Any], loss_gradient: Tensor | None) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        micro_batches: Sequence[Any],
+        loss_gradient: Tensor | None,
+        reduction: Reduction | None,
+    ) -> None:
         self.executor = executor
         self.micro_batches = micro_batches
         self.loss_gradient = loss_gradient
+        self.reduction = reduction
         self.ranks = executor.plan.rank_of_stage
         self.last_stage = executor.plan.n_stages - 1
         self.transfers = Transfers(executor.topology, executor.expected_messages, executor.likes, executor.phase)
@@ -101,7 +122,7 @@ class _Step:
         self.deferred: dict[tuple[int, int], list[GradientJob]] = {}
         self.losses: list[Tensor] = []
 
-    def run(self, on_stage_done: Callable[[int], None] | None) -> Tensor | None:
+    def run(self) -> Tensor | None:
         for index, action in enumerate(self.executor.actions):
             stage, micro_batch = action.stage, action.micro_batch
             self.executor.phase.enter(f"{PHASES[action.kind]} of stage {stage}, micro-batch {micro_batch}")
@@ -116,10 +137,16 @@ class _Step:
                     self.deferred[stage, micro_batch] = jobs
                 case ActionKind.BACKWARD_WEIGHT:
                     self.backward_weight(stage, micro_batch)
-            if on_stage_done is not None and index in self.executor.last_actions:
-                on_stage_done(stage)
+            if self.reduction is not None and index in self.executor.last_actions:
+                self.reduction.stage_done(stage)
         self.transfers.finish()
         return torch.stack(self.losses).sum() if self.losses else None
+
+    def watched(self, stage: int, micro_batch: int) -> AbstractContextManager[None]:
+        """Return the context of a forward."""
+        if self.reduction is None or (stage, micro_batch) not in self.executor.last_backwards:
+            return nullcontext()
+        return self.reduction.during_backward_of(stage)
 
     def forward(self, stage: int, micro_batch: int) -> None:
         inputs: Tensors = ()
@@ -128,7 +155,8 @@ class _Step:
             received = self.transfers.receive(ActionKind.FORWARD, stage, micro_batch, self.ranks[stage - 1])
             inputs = tuple(tensor.detach().requires_grad_(train) for tensor in received)
         x = inputs if len(inputs) > 1 else next(iter(inputs), None)
-        out = self.executor.chunks[stage](x, self.micro_batches[micro_batch])
+        with self.watched(stage, micro_batch):
+            out = self.executor.chunks[stage](x, self.micro_batches[micro_batch])
         outputs = out if isinstance(out, tuple) else (out,)
         if train:
             self.saved[stage, micro_batch] = Activations(inputs, outputs)

@@ -1,5 +1,7 @@
 """The executor runs any plan: weight gradients may wait, nothing is computed twice, and each stage reports when it is done."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -124,13 +126,23 @@ def test_a_stage_is_reported_done_once_and_only_when_its_gradient_is_complete(na
     executor, chunks = single_process(plan)
     reported: list[tuple[int, Tensor]] = []
 
-    def on_stage_done(stage: int) -> None:
-        gradient = chunks[stage].weight.grad
-        assert gradient is not None
-        reported.append((stage, gradient.clone()))
+    watched: list[int] = []
 
-    executor.step([torch.ones(1, 1, 1)] * 4, torch.tensor(1.0), on_stage_done)
+    class Recorder:
+        @contextmanager
+        def during_backward_of(self, stage: int) -> Iterator[None]:
+            watched.append(stage)
+            yield
+
+        def stage_done(self, stage: int) -> None:
+            gradient = chunks[stage].weight.grad
+            assert gradient is not None
+            reported.append((stage, gradient.clone()))
+
+    executor.step([torch.ones(1, 1, 1)] * 4, torch.tensor(1.0), Recorder())
     assert sorted(stage for stage, _ in reported) == sorted(chunks)
+    splits = any(action.kind is ActionKind.BACKWARD_WEIGHT for action in plan.actions[0])
+    assert splits or sorted(watched) == sorted(chunks)  # each stage once
     assert all(torch.equal(gradient, chunks[stage].weight.grad) for stage, gradient in reported)
 
 

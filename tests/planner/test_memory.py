@@ -97,7 +97,7 @@ def activations_by_stage(schedule: str, n_micro_batches: int = 8, **parallel: in
     config = tiny_config(
         model={"n_layer": 8, "vocab_size": 16},
         parallel={"pipeline": 4, "schedule": schedule, **parallel},
-        training={"global_batch_size": 2 * n_micro_batches},
+        training={"micro_batch_size": 2, "global_batch_size": 2 * n_micro_batches},
     )
     return [rank_memory(config, Layout(pipeline=4), rank).activations for rank in range(4)]
 

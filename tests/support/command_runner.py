@@ -43,11 +43,12 @@ SMALL_RUN = (
     "lr_schedule.decay_steps=null",
     "logging.interval=1",
 )
+SMALL_ENCODER = ("model.encoder_layers=2", "model.encoder_positions=64", "model.head_dim=null")
 SMALLER = {
     "train_tokenizer": ["--vocab-size", "400"],
     "find_learning_rate": ["--steps", "30"],
     "generate_text": ["--device", "cpu", "--max-tokens", "10"],
-    "evaluate": ["--device", "cpu", "--max-documents", "4"],
+    "evaluate": ["--device", "cpu"],
 }
 """Arguments that make a tool's work small, and possible without a GPU; they override those before them."""
 ON_RANKS = ("pretrain", "pretrain_t5", "find_learning_rate")
@@ -98,7 +99,7 @@ class CommandRunner:
                 self._train(ranks, command)
                 return
             self._remove_outputs(ranks.arguments)
-            result = self._call_on(ranks._replace(arguments=[*ranks.arguments, *SMALLER.get(ranks.module, [])]))
+            result = self._call_on(ranks._replace(arguments=[*ranks.arguments, *smaller(ranks.module, ranks.arguments)]))
             assert result.code == 0, f"{command}\n{result.output}"
             if redirected:
                 Path(redirected).write_text(result.output)
@@ -189,7 +190,7 @@ class CommandRunner:
         if (ranks.module, world, run) in self.trained:
             return
         self.trained.add((ranks.module, world, run))
-        arguments = [*ranks.arguments, *SMALLER.get(ranks.module, []), "--set", *small]
+        arguments = [*ranks.arguments, *smaller(ranks.module, ranks.arguments), "--set", *small]
         processes = Job(world, arguments, self.scratch / "logs", enter_here(), ranks.module)
         codes = processes.finish(timeout=300)
         assert codes == [0] * world, f"{command}\n{codes}\n{processes.output()}"
@@ -244,6 +245,12 @@ def module_of(script: str) -> str:
     return "pretrain" if Path(script).name == "pretrain_gpt.py" else Path(script).stem
 
 
+def smaller(module: str, arguments: list[str]) -> list[str]:
+    """Return arguments that make a tool's work small."""
+    few = ["--max-documents", "4"] if module == "evaluate" and "--data" in arguments else []
+    return [*SMALLER.get(module, []), *few]
+
+
 def own_overrides(module: str, args: argparse.Namespace) -> list[str]:
     """Return the overrides with which a command loads its config."""
     if module == "find_learning_rate":
@@ -278,6 +285,7 @@ def small_run(config: Config, world: int) -> list[str]:
         step = read_manifest(resolve_checkpoint(checkpoints.dir)).step
     small = [
         *SMALL_RUN,
+        *(SMALL_ENCODER if config.model.encoder_layers else ()),
         f"model.n_layer={max(2, stages)}",
         f"training.global_batch_size={data * parallel.pipeline}",
         f"training.steps={step + 2}",

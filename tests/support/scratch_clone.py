@@ -58,6 +58,8 @@ def build_clone(folder: Path) -> None:
     write_base_model(folder / "models" / "base")
     for name in ("chats", "held_out"):
         (folder / f"{name}.jsonl").write_text('{"prompt": "the fox?", "response": "yes"}\n' * 20)
+    for path in (folder / "summaries.jsonl", folder / "data" / "held_out.jsonl"):
+        path.write_text('{"source": "the quick fox jumps", "target": "a fox"}\n' * 20)
 
 
 def write_base_model(folder: Path, n_positions: int = 32) -> None:

@@ -126,7 +126,10 @@ def cases(draw: st.DrawFn) -> tuple[int, Tree, Tree]:
             parallel["virtual_stages"] = draw(st.integers(2, run["model"]["n_layer"] // pipeline))
     layout: Tree = {
         "parallel": parallel,
-        "zero": {"stage": draw(st.integers(0, 3 if pipeline == 1 and run["optimizer"]["type"] != "muon" else 2))},
+        "zero": {
+            "stage": draw(st.integers(0, 3 if pipeline == 1 and run["optimizer"]["type"] != "muon" else 2)),
+            "reduce_bucket_mib": draw(st.sampled_from([64.0, 1e-3])),
+        },
         "training": {
             "recompute": draw(st.sampled_from(["none", "selective", "full"])),
             "micro_batch_size": micro * draw(st.sampled_from([split for split in (1, 2) if per_rank % split == 0])),
