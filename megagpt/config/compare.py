@@ -5,7 +5,9 @@ from typing import Any
 
 from megagpt.config.schema import ModelConfig
 
-FREE = frozenset({"vocab_multiple", "clf_pdrop", "embd_pdrop", "attn_pdrop", "resid_pdrop", "init_std", "init_scheme"})
+FREE = frozenset(
+    {"vocab_multiple", "clf_pdrop", "embd_pdrop", "attn_pdrop", "resid_pdrop", "mlp_pdrop", "init_std", "init_scheme"}
+)
 """Keys that may change on resume: the saved weights mean the same with any value."""
 
 

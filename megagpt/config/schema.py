@@ -171,11 +171,13 @@ class ModelConfig(Section):
     logit_softcap: float | None = Field(default=None, gt=0)
     """Limit the logits to +-cap by cap * tanh(logit / cap) (Gemma 2)."""
     embd_pdrop: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout probability after the embeddings."""
+    """Dropout probability after the embeddings, and with an encoder after the final norm of both stacks (T5)."""
     attn_pdrop: float = Field(default=0.0, ge=0, lt=1)
     """Dropout probability of the attention weights. Above 0, attention takes memory quadratic in the sequence length."""
     resid_pdrop: float = Field(default=0.0, ge=0, lt=1)
     """Dropout probability before each residual addition."""
+    mlp_pdrop: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout probability of the hidden channels of the MLP (T5)."""
     clf_pdrop: float = Field(default=0.0, ge=0, lt=1)
     """Dropout probability before the classification head of finetune_classifier.py. Without that head it has no effect."""
     tie_embeddings: bool = True

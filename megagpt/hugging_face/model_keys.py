@@ -207,7 +207,7 @@ MODEL_KEYS: dict[str, ModelKeys] = {
             Renamed("relative_attention_num_buckets", "relative_buckets", 32),
             Renamed("relative_attention_max_distance", "relative_max_distance", 128),
             Renamed("layer_norm_epsilon", "layer_norm_epsilon", 1e-6),
-            Shared("dropout_rate", ("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.1),
+            Shared("dropout_rate", ("embd_pdrop", "attn_pdrop", "resid_pdrop", "mlp_pdrop"), 0.1),
             FeedForward({name: ours for name, ours in ACTIVATIONS.items() if name != "gelu_pytorch_tanh"}),
             TiedAndScaled(),
             Always("is_encoder_decoder", (True,)),

@@ -66,7 +66,7 @@ class PreNormBlock(_Block):
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         branch = self.attention(self.attention_norm(x), ctx)
         x, normed = self.mlp_norm(x, self.attention_dropout.branch(branch, self.attention.proj.pending_bias, ctx))
-        branch = self.mlp(normed)
+        branch = self.mlp(normed, ctx)
         return fused.add(self.kernels, x, self.mlp_dropout.branch(branch, self.mlp.down.pending_bias, ctx))
 
 
@@ -96,7 +96,7 @@ class Block(_Block):
         return self.attention_dropout(self.attention_output_norm(self.attention(self.attention_norm(x), ctx)), ctx)
 
     def _mlp_branch(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        return self.mlp_dropout(self.mlp_output_norm(self.mlp(self.mlp_norm(x))), ctx)
+        return self.mlp_dropout(self.mlp_output_norm(self.mlp(self.mlp_norm(x), ctx)), ctx)
 
 
 def build_block(index: int, config: Config, parallel: ParallelContext) -> PreNormBlock | Block:

@@ -39,6 +39,25 @@ class ResidualDropout(nn.Module):
         return site_keys(ctx, self.site_key).narrow(1, self.range_index * length, length)
 
 
+class ChannelDropout(nn.Module):
+    """Dropout of channels that are split over the tensor ranks, [batch, seq, channels / ranks], of all positions of a context
+    rank."""
+
+    def __init__(self, probability: float, channels: int, parallel: ParallelContext, *site: int | str) -> None:
+        """`channels`: of all tensor ranks; `site`: layer and position in the layer."""
+        super().__init__()
+        self.probability = probability
+        self.first = parallel.tp_rank * (channels // parallel.tp_size)
+        self.site_key = stable_seed("dropout", *site)
+        self.context_rank = parallel.context.rank
+
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        if not self.training or self.probability == 0:
+            return x
+        keys = site_keys(ctx, self.site_key).narrow(1, self.context_rank * x.shape[1], x.shape[1])
+        return drop(x, keys, self.probability, self.first)
+
+
 class WeightDropout(nn.Module):
     """Dropout of attention weights, [batch, heads, queries, keys]."""
 

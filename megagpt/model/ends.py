@@ -46,7 +46,7 @@ def scaled_output(x: Tensor, model: ModelConfig) -> Tensor:
 def dropout_keys(config: Config, micro_batch: MicroBatch, length: int) -> Tensor | None:
     """Return the keys of the dropout masks of `length` positions, [batch, length]; None without dropout."""
     model = config.model
-    probabilities = (model.embd_pdrop, model.attn_pdrop, model.resid_pdrop, model.clf_pdrop)
+    probabilities = (model.embd_pdrop, model.attn_pdrop, model.resid_pdrop, model.mlp_pdrop, model.clf_pdrop)
     if micro_batch.samples is None or not any(probabilities):
         return None
     return token_keys(stable_seed(config.training.seed, "dropout"), micro_batch.samples, length)

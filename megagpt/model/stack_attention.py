@@ -113,6 +113,7 @@ class CrossAttention(nn.Module):
         name = f"{place.name}.cross_attention"
         self.index = place.index
         self.context = parallel.context
+        self.n_heads = model.n_head // parallel.tp_size
         self.recompute_core = recompute_core
         self.qkv = GroupedQKV(name, model, parallel)
         n_in = model.n_head * model.head_size
@@ -143,12 +144,18 @@ class CrossAttention(nn.Module):
         if cache is not None and cache.source is not None:
             return cache.source
         assert ctx.memory is not None, "the decoder's stages get the encoder's output"
-        key, value = self.qkv.keys_and_values(ctx.memory)
-        if key.shape[2] % self.context.size:  # too few to split: each query head gets a copy of its keys and values
-            n_repeats = self.qkv.q.n_out // self.qkv.head_size // self.qkv.q.parallel.tp_size // key.shape[2]
-            key, value = key.repeat_interleave(n_repeats, 2), value.repeat_interleave(n_repeats, 2)
-        both = self.context.heads_for_sequence(torch.cat((key, value), -1)).transpose(1, 2)
-        key, value = both.chunk(2, -1)
+        key, value = self._all_positions(*self.qkv.keys_and_values(ctx.memory))
+        pair = key.transpose(1, 2), value.transpose(1, 2)
         if cache is not None:
-            cache.source = key, value
+            cache.source = pair
+        return pair
+
+    def _all_positions(self, key: Tensor, value: Tensor) -> Pair:
+        """Exchange the heads of this rank's positions for some heads of all positions, under context parallelism."""
+        if self.context.size == 1:
+            return key, value
+        if key.shape[2] % self.context.size:  # too few to split: each query head gets a copy of its keys and values
+            n_repeats = self.n_heads // key.shape[2]
+            key, value = key.repeat_interleave(n_repeats, 2), value.repeat_interleave(n_repeats, 2)
+        key, value = self.context.heads_for_sequence(torch.cat((key, value), -1)).chunk(2, -1)
         return key, value

@@ -45,7 +45,7 @@ class DecoderBlock(PreNormBlock):
         x, normed = self.cross_norm(x, self.attention_dropout.branch(branch, self.attention.proj.pending_bias, ctx))
         branch = self.cross_attention(normed, ctx)
         x, normed = self.mlp_norm(x, self.cross_dropout.branch(branch, self.cross_attention.proj.pending_bias, ctx))
-        branch = self.mlp(normed)
+        branch = self.mlp(normed, ctx)
         return fused.add(self.kernels, x, self.mlp_dropout.branch(branch, self.mlp.down.pending_bias, ctx))
 
     def flops(self, source_length: int, sequence_length: int) -> int:
@@ -78,6 +78,7 @@ class _Stack(nn.Module):
         self.layers = nn.ModuleDict({str(index): self._block(Place(index, self.prefix)) for index in layers})
         if self.is_last:
             self.norm = build_norm(f"{self.prefix}final_norm", model, parallel)
+            self.output_dropout = ResidualDropout(model.embd_pdrop, parallel, f"{self.prefix}output")
 
     def _block(self, place: Place) -> PreNormBlock:
         raise NotImplementedError
@@ -87,7 +88,7 @@ class _Stack(nn.Module):
         if self.is_first:
             x = self.dropout(self.positions(x, ctx), ctx)
         x = run_stack(list(self.layers.values()), x, ctx, self.config.training)
-        return self.norm(x) if self.is_last else x
+        return self.output_dropout(self.norm(x), ctx) if self.is_last else x
 
     def _scores(self, queries: int, keys: int, mask: Tensor | None, like: Tensor) -> Tensor | None:
         """Return what self-attention adds to its scores. The queries are the last positions of the keys."""

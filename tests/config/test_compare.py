@@ -44,6 +44,7 @@ OTHER = {
     "embd_pdrop": 0.1,
     "attn_pdrop": 0.1,
     "resid_pdrop": 0.1,
+    "mlp_pdrop": 0.1,
     "tie_embeddings": False,
     "init_std": 0.1,
     "init_scheme": "plain",

@@ -15,7 +15,7 @@ from megagpt.schedules.registry import SCHEDULES
 
 DRAWS = int(os.environ.get("MEGAGPT_LAYOUT_DRAWS", "8"))
 STEPS = 2
-DROPOUTS: list[Tree] = [{}, {"embd_pdrop": 0.2, "attn_pdrop": 0.2, "resid_pdrop": 0.2}]
+DROPOUTS: list[Tree] = [{}, {"embd_pdrop": 0.2, "attn_pdrop": 0.2, "resid_pdrop": 0.2, "mlp_pdrop": 0.2}]
 
 
 @st.composite

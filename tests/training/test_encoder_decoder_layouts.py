@@ -55,7 +55,7 @@ def test_a_layout_trains_as_one_process_does(name: str, ranks: Pool, one_process
     )
 
 
-DROPOUT: Tree = {"embd_pdrop": 0.1, "attn_pdrop": 0.2, "resid_pdrop": 0.1}
+DROPOUT: Tree = {"embd_pdrop": 0.1, "attn_pdrop": 0.2, "resid_pdrop": 0.1, "mlp_pdrop": 0.2}
 UNLIKE: dict[str, tuple[Tree, Tree, Tree]] = {
     "dropout, selective recompute": ({"model": DROPOUT}, {"pipeline": 2, "tensor": 2}, {"recompute": "selective"}),
     "dropout, full recompute, context": ({"model": DROPOUT}, {"pipeline": 2, "context": 2}, {"recompute": "full"}),
