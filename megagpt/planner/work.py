@@ -1,0 +1,84 @@
+"""What a part of the model does on one rank: floating-point operations, bytes of device memory, kernels and collectives.
+
+Times follow from it in `timing.py`. The records add up, so a stage is the sum of its layers.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Call(NamedTuple):
+    """Collectives of one kind over one axis."""
+
+    axis: str
+    """"tensor", "context", "dp_cp", "pipeline" or "embedding", as in docs/communication.md."""
+    kind: str
+    """"all-reduce", "reduce-scatter", "all-gather", "reduce", "all-to-all" or "send"."""
+    bytes: float
+    """Bytes of the full tensor of one call."""
+    count: float = 1
+
+
+@dataclass(frozen=True)
+class Work:
+    """One pass over a part of the model."""
+
+    flops: float = 0
+    """Of matrix products."""
+    core_flops: float = 0
+    """Of attention scores and weighted values."""
+    moved: float = 0
+    """Bytes read from and written to device memory."""
+    kernels: float = 0
+    """Kernels that are launched."""
+    calls: tuple[Call, ...] = ()
+    """Collectives that the computation waits for."""
+    overlaps: tuple["Overlap", ...] = ()
+    """Collectives that run while other work of this pass is computed."""
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(
+            self.flops + other.flops,
+            self.core_flops + other.core_flops,
+            self.moved + other.moved,
+            self.kernels + other.kernels,
+            self.calls + other.calls,
+            self.overlaps + other.overlaps,
+        )
+
+    def without_overlap(self) -> "Work":
+        """Return the same work, with collectives that all wait."""
+        calls = self.calls + tuple(overlap.call for overlap in self.overlaps)
+        return Work(self.flops, self.core_flops, self.moved, self.kernels, calls)
+
+    def traffic(self) -> dict[tuple[str, str], tuple[float, float]]:
+        """Return calls and bytes of all collectives, by axis and kind."""
+        counts: Counter[tuple[str, str]] = Counter()
+        sizes: Counter[tuple[str, str]] = Counter()
+        for call in self.without_overlap().calls:
+            counts[call.axis, call.kind] += call.count  # type: ignore[assignment]
+            sizes[call.axis, call.kind] += call.count * call.bytes  # type: ignore[assignment]
+        return {key: (counts[key], sizes[key]) for key in counts if counts[key]}
+
+
+class Overlap(NamedTuple):
+    """A collective, and the work of the same pass that is computed while it runs."""
+
+    call: Call
+    cover: Work
+
+
+def product(tokens: float, n_in: float, n_out: float, itemsize: int) -> Work:
+    """Return the product [tokens, n_in] x [n_in, n_out]: each tensor is read or written once."""
+    return Work(2 * tokens * n_in * n_out, 0, itemsize * (tokens * (n_in + n_out) + n_in * n_out), 1)
+
+
+def weight_gradient(tokens: float, n_in: float, n_out: float, itemsize: int) -> Work:
+    """Return the product for a weight gradient, which is added to fp32 sums in memory."""
+    return Work(2 * tokens * n_in * n_out, 0, itemsize * tokens * (n_in + n_out) + 8 * n_in * n_out, 1)
+
+
+def elementwise(n_bytes: float, kernels: float = 1) -> Work:
+    """Return memory-bound work that moves `n_bytes`."""
+    return Work(0, 0, n_bytes, kernels)
