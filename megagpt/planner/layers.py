@@ -109,8 +109,6 @@ def block_cost(config: Config, strategy: Strategy, window: int | None = None) ->
     elif full:
         input_backward += _repeated(forward, sizes)
     working = 2 * sizes.itemsize * sizes.tokens * sizes.inner * sizes.parts
-    if sizes.sequence_parallel:
-        working += 2 * sizes.itemsize * sizes.tokens * sizes.width
     if full:
         working += inside * strategy.recompute_layers
     return LayerCost(
@@ -239,7 +237,11 @@ def _saved_by_attention(sizes: _Sizes, selective: bool) -> int:
         total += (8 if sizes.itemsize == 2 else 4) * sizes.tokens * (sizes.query + sizes.kv) + 8 * sizes.tokens
     if normed == "head":
         total += query + 2 * kv
-        total += 0 if sizes.compiled else _eager_norm_bytes(sizes) * sizes.tokens * (sizes.heads + sizes.kv // model.head_size)
+        if not sizes.compiled:
+            total += _eager_norm_bytes(sizes) * sizes.tokens * (sizes.heads + sizes.kv // model.head_size)
+            if model.norm != "layernorm":  # see `_saved_by_norm`
+                fp32 = 4 * sizes.tokens * (sizes.query + sizes.kv)
+                total += 2 * fp32 - query if sizes.itemsize == 2 else fp32
     if sizes.strategy.context > 1:
         exchanged = _exchanged_kv(sizes)  # queries, keys and values are parts of one tensor
         copies = query + exchanged if rotary else query * sizes.grouped
@@ -444,7 +446,7 @@ def output_cost(config: Config, strategy: Strategy) -> LayerCost:
         norm if sizes.sequence_parallel else 0,
         sizes.stream + _saved_by_norm(sizes) + size,
         4 * entries * sizes.width,
-        -(-tokens // chunks) * entries * e + (size if sizes.sequence_parallel else 0),
+        -(-tokens // chunks) * entries * e,
         forward,
         backward,
         elementwise(12 * entries * sizes.width),

@@ -1,0 +1,103 @@
+"""Time and peak memory of a step by simulating its schedule; long steps follow from shorter ones. Does not import torch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from megagpt.schedules.plan import Action, ActionKind, Plan
+from megagpt.schedules.registry import SCHEDULES, make_plan
+from megagpt.schedules.simulate import Cost, finish_times
+
+ROUNDING = 1 + 1e-9
+"""Tolerance for sums of the same times in another order."""
+FILL = 4
+"""Micro-batches, in multiples of the ranks, after which a step is expected to repeat itself."""
+
+
+@dataclass(frozen=True)
+class StepSimulation:
+    """One step of all pipeline ranks."""
+
+    finish: tuple[float, ...]
+    """When each rank ends its last action, in the unit of the costs."""
+    peaks: tuple[float, ...]
+    """Largest sum of the weights of the (stage, micro-batch) pairs in flight, for each rank."""
+    last_stages: tuple[int, ...]
+    """The stage that each rank ends with."""
+
+    @property
+    def makespan(self) -> float:
+        """Time of the step."""
+        return max(self.finish)
+
+
+def simulate_step(
+    name: str,
+    virtual_stages: int,
+    ranks: int,
+    micro_batches: int,
+    cost: Cost,
+    transfer: float,
+    weights: Sequence[float] | None = None,
+) -> StepSimulation:
+    """Simulate one schedule. `cost` must not depend on the micro-batch.
+
+    `weights`: of a micro-batch in flight on each stage, for the peaks; 1 if absent.
+
+    With many micro-batches a step repeats itself: `ranks` more of them add a constant time. So the shortest steps that show
+    this, with the same remainder of micro-batches, are simulated, and the full step follows from them.
+    """
+
+    def measure(count: int) -> StepSimulation:
+        plan = make_plan(name, ranks, count, virtual_stages)
+        return measure_plan(plan, cost, transfer, weights)
+
+    remainder = micro_batches % ranks
+    # The rounds of interleaved schedules share the remainder, one micro-batch each.
+    rounds = FILL + remainder if SCHEDULES[name].interleaved else FILL
+    while (rounds + 3) * ranks + remainder < micro_batches:
+        steps = [measure((rounds + more) * ranks + remainder) for more in range(3)]
+        if _repeats(steps, lambda step: step.finish) and _repeats(steps, lambda step: step.peaks):
+            periods = (micro_batches - remainder) // ranks - rounds - 2
+            return StepSimulation(
+                _continued(steps, lambda step: step.finish, periods),
+                _continued(steps, lambda step: step.peaks, periods),
+                steps[2].last_stages,
+            )
+        rounds *= 2
+    return measure(micro_batches)
+
+
+def measure_plan(plan: Plan, cost: Cost, transfer: float, weights: Sequence[float] | None = None) -> StepSimulation:
+    """Simulate all micro-batches of a plan."""
+    weights = weights or [1.0] * plan.n_stages
+    peaks = tuple(peak_weight(order, weights) for order in plan.actions)
+    return StepSimulation(tuple(finish_times(plan, cost, transfer)), peaks, tuple(order[-1].stage for order in plan.actions))
+
+
+def peak_weight(actions: Sequence[Action], weights: Sequence[float]) -> float:
+    """Return the largest sum of weights in flight over a rank's actions: from each forward to its (weight) backward."""
+    live = peak = 0.0
+    for action in actions:
+        if action.kind is ActionKind.FORWARD:
+            live += weights[action.stage]
+            peak = max(peak, live)
+        elif action.kind is not ActionKind.BACKWARD_INPUT:
+            live -= weights[action.stage]
+    return peak
+
+
+Values = Callable[[StepSimulation], tuple[float, ...]]
+
+
+def _repeats(steps: Sequence[StepSimulation], values: Values) -> bool:
+    """Return whether the values of three steps grow by equal differences, but for rounding."""
+    return all(
+        abs((third - second) - (second - first)) <= (ROUNDING - 1) * third
+        for first, second, third in zip(*map(values, steps), strict=True)
+    )
+
+
+def _continued(steps: Sequence[StepSimulation], values: Values, periods: int) -> tuple[float, ...]:
+    return tuple(
+        third + periods * (third - second) for second, third in zip(values(steps[1]), values(steps[2]), strict=True)
+    )
