@@ -4,7 +4,7 @@ The modules in megagpt/model/ define all of it; tests compare these formulas wit
 configs/. A new kind of layer is one function that returns a `LayerCost`. Does not import torch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megagpt.config.schema import Config, ModelConfig
 from megagpt.planner.strategy import Strategy
@@ -14,7 +14,7 @@ ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes of a weight or an activation, by `training.weight_precision`."""
 LOSS_CHUNK_MIB = {True: 1024, False: 32}
 """Default memory of the logits that exist at a time, on a GPU and on a CPU; megagpt/parallel/embedding.py has the same."""
-EAGER_PASSES = 2.0
+EAGER_PASSES = 4.0
 """Bytes that functions between matrix products move when they are not compiled, in multiples of those of the compiled ones."""
 EXPLICIT_PASSES = (12.0, 16.0)
 """Times that attention whose scores exist in memory reads or writes them: forward, and backward. Counted for the scores before
@@ -295,9 +295,12 @@ def _core(sizes: _Sizes, attended: int, backward: bool) -> Work:
     if is_explicit(sizes.model, sizes.compiled):
         scores = sizes.itemsize * sizes.heads * sizes.tokens * seen
         passes = EXPLICIT_PASSES[backward]
-        return Work((2 if backward else 1) * flops, 0, passes * scores + (2 if backward else 1) * operands, 8)
+        times = 2 if backward else 1
+        return Work(flops=times * flops, loaded=times * operands, moved=passes * scores, kernels=8)
     # The backward computes the scores again: five products instead of two (Dao et al., arXiv 2205.14135).
-    return Work(0, (2.5 if backward else 1) * flops, (3 if backward else 1) * operands, 2 if backward else 1)
+    if backward:
+        return Work(core_flops=2.5 * flops, loaded=3 * operands, kernels=2)
+    return Work(core_flops=flops, loaded=operands, kernels=1)
 
 
 def _block_forward(sizes: _Sizes, attended: int) -> Work:
@@ -337,7 +340,7 @@ def _context_calls(sizes: _Sizes) -> Work:
     query = sizes.tokens * sizes.query * sizes.itemsize
     inputs = query + 2 * _exchanged_kv(sizes)
     calls = (Call("context", "all-to-all", inputs), Call("context", "all-to-all", query))
-    return Work(0, 0, 3 * (inputs + query), 6, calls)
+    return Work(moved=3 * (inputs + query), kernels=6, calls=calls)
 
 
 def _block_backward(sizes: _Sizes, attended: int) -> tuple[Work, Work]:
@@ -382,7 +385,7 @@ def _repeated(forward: Work, sizes: _Sizes) -> Work:
         call._replace(count=call.count - 1 / layers) if call.kind == kind and call.bytes > 4 * sizes.tokens else call
         for call in forward.calls
     )
-    return Work(forward.flops, forward.core_flops, forward.moved, forward.kernels, calls)
+    return replace(forward, calls=calls)
 
 
 def embedding_cost(config: Config, strategy: Strategy) -> LayerCost:

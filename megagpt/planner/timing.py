@@ -17,13 +17,15 @@ from megagpt.planner.work import Call, Work
 class Efficiency:
     """Shares of the peaks that are reached, the same for all GPUs. docs/planner.md describes how they were fitted."""
 
-    products: float = 0.75
+    products: float = 0.72
     """Of the peak, by matrix products without the time of their bytes."""
-    attention: float = 0.45
+    attention: float = 0.35
     """Of the peak, by fused attention."""
-    memory: float = 0.8
+    unhidden: float = 0.25
+    """Share of the bytes of products and of attention whose time is not hidden behind their operations."""
+    memory: float = 0.77
     """Of the memory bandwidth."""
-    link: float = 0.75
+    link: float = 0.65
     """Of the bandwidth within a node."""
     network: float = 0.7
     """Of the bandwidth between nodes."""
@@ -60,7 +62,7 @@ class Clock:
         return (
             work.flops / (share.products * self._peak)
             + work.core_flops / (share.attention * self._core_peak)
-            + work.moved / (share.memory * self._memory)
+            + (work.moved + share.unhidden * work.loaded) / (share.memory * self._memory)
             + work.kernels * share.kernel_seconds
         )
 

@@ -4,7 +4,7 @@ Times follow from it in `timing.py`. The records add up, so a stage is the sum o
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 
@@ -28,8 +28,10 @@ class Work:
     """Of matrix products."""
     core_flops: float = 0
     """Of attention scores and weighted values."""
+    loaded: float = 0
+    """Bytes that matrix products and attention read and write, most of them while they compute."""
     moved: float = 0
-    """Bytes read from and written to device memory."""
+    """Bytes that other kernels read and write."""
     kernels: float = 0
     """Kernels that are launched."""
     calls: tuple[Call, ...] = ()
@@ -41,6 +43,7 @@ class Work:
         return Work(
             self.flops + other.flops,
             self.core_flops + other.core_flops,
+            self.loaded + other.loaded,
             self.moved + other.moved,
             self.kernels + other.kernels,
             self.calls + other.calls,
@@ -50,7 +53,7 @@ class Work:
     def without_overlap(self) -> "Work":
         """Return the same work, with collectives that all wait."""
         calls = self.calls + tuple(overlap.call for overlap in self.overlaps)
-        return Work(self.flops, self.core_flops, self.moved, self.kernels, calls)
+        return replace(self, calls=calls, overlaps=())
 
     def traffic(self) -> dict[tuple[str, str], tuple[float, float]]:
         """Return calls and bytes of all collectives, by axis and kind."""
@@ -71,14 +74,16 @@ class Overlap(NamedTuple):
 
 def product(tokens: float, n_in: float, n_out: float, itemsize: int) -> Work:
     """Return the product [tokens, n_in] x [n_in, n_out]: each tensor is read or written once."""
-    return Work(2 * tokens * n_in * n_out, 0, itemsize * (tokens * (n_in + n_out) + n_in * n_out), 1)
+    loaded = itemsize * (tokens * (n_in + n_out) + n_in * n_out)
+    return Work(flops=2 * tokens * n_in * n_out, loaded=loaded, kernels=1)
 
 
 def weight_gradient(tokens: float, n_in: float, n_out: float, itemsize: int) -> Work:
     """Return the product for a weight gradient, which is added to fp32 sums in memory."""
-    return Work(2 * tokens * n_in * n_out, 0, itemsize * tokens * (n_in + n_out) + 8 * n_in * n_out, 1)
+    loaded = itemsize * tokens * (n_in + n_out) + 8 * n_in * n_out
+    return Work(flops=2 * tokens * n_in * n_out, loaded=loaded, kernels=1)
 
 
 def elementwise(n_bytes: float, kernels: float = 1) -> Work:
     """Return memory-bound work that moves `n_bytes`."""
-    return Work(0, 0, n_bytes, kernels)
+    return Work(moved=n_bytes, kernels=kernels)
