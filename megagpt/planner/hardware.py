@@ -12,6 +12,9 @@ from typing import Any
 from megagpt.errors import ConfigError
 from megagpt.planner.hardware_table import GPUS, NETWORKS, GPUEntry
 
+RESERVE = 0.06
+"""Share of the device memory for the CUDA context, NCCL's buffers and what the allocator cannot use."""
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -25,6 +28,11 @@ class Hardware:
     def gpus_per_node(self) -> int:
         """GPUs that the fast links join."""
         return self.gpu.gpus_per_node
+
+    @property
+    def usable_bytes(self) -> int:
+        """Bytes of a GPU that a run can use."""
+        return int(self.gpu.memory_gib * 2**30 * (1 - RESERVE))
 
     def peak_flops(self, precision: str) -> float:
         """Return the dense peak of matrix products in FLOP/s. Raises ConfigError if the GPU has none for `precision`."""

@@ -47,6 +47,15 @@ def rank_memory(
     config: Config, strategy: Strategy, stages: Sequence[Stage], activations: float, n_parameters: int
 ) -> MemoryEstimate:
     """Return the memory of a rank with `n_parameters` on `stages`, with `activations` bytes saved at the peak."""
+    largest = max(cost.parameters for stage in stages for cost in stage.costs)
+    working = max(stage.working for stage in stages)
+    return estimate(config, strategy, n_parameters, activations, largest, working)
+
+
+def estimate(
+    config: Config, strategy: Strategy, n_parameters: int, activations: float, largest_layer: int, working: int
+) -> MemoryEstimate:
+    """Return the memory of a rank. `largest_layer`: parameters of its largest layer; `working`: bytes of temporary tensors."""
     zero, shards = strategy.zero_stage, strategy.shards
     itemsize = ITEMSIZE[config.training.weight_precision]
     states = 1 + OPTIMIZER_STATES[config.optimizer.type] + (config.optimizer.type == "sgd" and config.optimizer.momentum > 0)
@@ -60,8 +69,8 @@ def rank_memory(
         gradients=gradients,
         optimizer=0 if config.zero.offload_optimizer == "cpu" else optimizer,
         activations=int(activations),
-        communication=_communication(config, strategy, stages, itemsize),
-        working=max(stage.working for stage in stages),
+        communication=_communication(config, strategy, n_parameters, largest_layer),
+        working=working,
     )
 
 
@@ -72,15 +81,14 @@ def message_bytes(config: Config, strategy: Strategy) -> int:
     return tokens * config.model.n_embd * ITEMSIZE[config.training.weight_precision]
 
 
-def _communication(config: Config, strategy: Strategy, stages: Sequence[Stage], itemsize: int) -> int:
-    total = 0
+def _communication(config: Config, strategy: Strategy, n_parameters: int, largest_layer: int) -> int:
+    message, total = message_bytes(config, strategy), 0
     if strategy.pipeline > 1:
-        total += MESSAGES * message_bytes(config, strategy)
+        total += MESSAGES * message
     if strategy.sequence_parallel and strategy.tensor > 1:  # the input of a layer, gathered, and its gradient
-        total += 2 * strategy.tensor * message_bytes(config, strategy)
+        total += 2 * strategy.tensor * message
     if strategy.context > 1:  # queries, keys and values before and after the exchange
-        total += 6 * message_bytes(config, strategy)
+        total += 6 * message
     if strategy.zero_stage == 3:
-        largest = max(cost.parameters for stage in stages for cost in stage.costs)
-        total += itemsize * (largest + min(ZERO_3_PREFETCH, sum(stage.parameters for stage in stages)))
+        total += ITEMSIZE[config.training.weight_precision] * (largest_layer + min(ZERO_3_PREFETCH, n_parameters))
     return total

@@ -18,8 +18,6 @@ from megagpt.schedules.plan import Action, ActionKind
 from megagpt.schedules.registry import placement
 from megagpt.schedules.simulate import Cost
 
-RESERVE = 0.06
-"""Share of the device memory for the CUDA context, NCCL's buffers and what the allocator cannot use."""
 PARTS = (
     "matrix products",
     "attention",
@@ -170,7 +168,7 @@ class Planner:
             model_parameters(config, self.model),
             config.training.global_batch_size * config.model.n_positions,
             self.hardware.peak_flops(precision),
-            int(self.hardware.gpu.memory_gib * 2**30 * (1 - RESERVE)),
+            self.hardware.usable_bytes,
             {axis: link.between_nodes for axis, link in clock.links.items() if link.ranks > 1},
         )
 

@@ -1,5 +1,6 @@
 """Pipeline stages of a run: which layers each has, and the cost of one micro-batch on it. Does not import torch."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -53,6 +54,11 @@ class StageModel:
         """Return the layers of each stage, as the modules divide them (`megagpt/model/meta_model.py`)."""
         return self._split(n_stages)
 
+    @property
+    def window_counts(self) -> dict[int | None, int]:
+        """Number of layers with each attention window."""
+        return dict(Counter(self._windows))
+
     def costs(self, strategy: Strategy) -> tuple[LayerCost, LayerCost, dict[int | None, LayerCost]]:
         """Return the costs of embedding, output layer, and blocks by their window."""
         return self._costs(
@@ -77,7 +83,7 @@ class StageModel:
             first, last = index == 0, index == n_stages - 1
             costs = ([embedding] if first else []) + own + ([output] if last else [])
             tied = config.model.tie_embeddings and n_stages > 1 and (first or last)
-            saved = sum(cost.saved + cost.held for cost in costs) + self._shared_bytes(strategy, len(layers))
+            saved = sum(cost.saved + cost.held for cost in costs) + self.shared_bytes(strategy, len(layers))
             parameters = sum(cost.parameters for cost in costs)
             head = config.model.padded_vocab_size // strategy.tensor * config.model.n_embd
             if last and (not config.model.tie_embeddings or not first):
@@ -85,7 +91,7 @@ class StageModel:
             stages.append(Stage(layers, tuple(costs), parameters, head if tied else 0, saved))
         return stages
 
-    def _shared_bytes(self, strategy: Strategy, layers: int) -> int:
+    def shared_bytes(self, strategy: Strategy, layers: int) -> int:
         """Return the bytes that the blocks of a stage save together: inputs of recomputed groups, rotary tables."""
         config = self._config
         model, itemsize = config.model, 4 if config.training.weight_precision == "fp32" else 2
