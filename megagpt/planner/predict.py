@@ -272,6 +272,15 @@ def require_supported(config: Config) -> None:
         raise ConfigError(f'data.task: the planner covers "text" and "chat", not "{config.data.task}"')
 
 
+def is_supported(config: Config) -> bool:
+    """Return whether the closed formulas cover a config."""
+    try:
+        require_supported(config)
+    except ConfigError:
+        return False
+    return True
+
+
 def splits_backward(schedule: str) -> bool:
     """Return whether a schedule computes gradients of inputs and of weights at different times."""
     return schedule not in ("1f1b", "gpipe", "interleaved_1f1b")

@@ -212,6 +212,7 @@ def _largest_rank(layers: _Layers, n_layer: int, n_stages: int, chunks: int) -> 
     )
 
 
+@lru_cache(2**16)
 def _stage_limit(n_layer: int, n_stages: int, block: float, first: float, last: float) -> float:
     """Return the smallest possible time of the longest stage."""
     for limit in sorted({k * block + extra for k in range(1, n_layer + 1) for extra in (0.0, first, last)}):
