@@ -41,14 +41,14 @@ h1{font-size:1.35rem;margin:.2em 0}h2{font-size:1.1rem;margin:1.6em 0 .5em}p{mar
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(145px,1fr));gap:8px;margin:14px 0}
 .card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:8px 12px}
 .card b{display:block;font-size:1.25rem}.card span{color:var(--soft);font-size:.85rem}
-.row{display:grid;grid-template-columns:5.2em 1fr 5em;gap:8px;align-items:center;margin:4px 0;font-size:.9rem}
-.row.time{grid-template-columns:minmax(9em,15em) 1fr 7.5em}.row svg{width:100%;height:20px;display:block;border-radius:3px}
+.row{display:grid;grid-template-columns:5.2em 1fr 5.8em;gap:8px;align-items:center;margin:4px 0;font-size:.9rem}
+.row.time{grid-template-columns:minmax(9em,15em) 1fr 8.4em}.row svg{width:100%;height:20px;display:block;border-radius:3px}
 .row .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}.back{fill:var(--card)}.limit{fill:var(--c3)}
 .legend{display:flex;flex-wrap:wrap;gap:4px 14px;font-size:.85rem;margin:.4em 0}.legend i{display:inline-block;width:.8em;
 height:.8em;border-radius:2px;margin-right:.35em;vertical-align:-.05em}.wide{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:.88rem}th,td{text-align:left;padding:5px 10px 5px 0;
 border-bottom:1px solid var(--line);vertical-align:top}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-.bad{color:var(--c3);font-weight:600}@media (max-width:520px){.row.time{grid-template-columns:1fr 7.5em}.row.time svg{grid-column:1/3;
+.bad{color:var(--c3);font-weight:600}@media (max-width:520px){.row.time{grid-template-columns:1fr 8.4em}.row.time svg{grid-column:1/3;
 grid-row:2}}
 """
 KIND_COLOURS = {

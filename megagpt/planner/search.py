@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megagpt.config.rules import broken_rules, divisors
 from megagpt.config.schema import Config
 from megagpt.errors import ConfigError
+from megagpt.planner.layers import is_explicit
 from megagpt.planner.predict import PARTS, Planner, Prediction
 from megagpt.planner.quick_estimate import QuickEstimate, QuickEstimator
 from megagpt.planner.strategy import Strategy
@@ -22,7 +23,7 @@ SLACK = 1.05
 """Estimates of memory up to this much above the limit are predicted in full."""
 CLOSE = 1.08
 """Strategies whose estimated time is within this factor of the best predicted one are predicted in full."""
-MAX_PREDICTED = 40
+MAX_PREDICTED = 24
 """Predictions with a simulated schedule, which take most of the time of a search."""
 
 
@@ -55,8 +56,10 @@ def candidates(config: Config, gpus: int, gpus_per_node: int) -> Iterator[Strate
         for micro_batch in (size for size in divisors(per_rank) if size <= MAX_MICRO_BATCH):
             for zero in _zero_stages(config, pipeline, data * context):
                 for schedule, virtual_stages in _schedules(config.model.n_layer, pipeline):
-                    for recompute in ("none", "selective", "full"):
-                        compiled = zero < 3 if config.training.compile == "auto" else config.training.compile
+                    compiled = zero < 3 if config.training.compile == "auto" else config.training.compile
+                    # Fused attention saves nothing that grows with the square of the sequence.
+                    selective = ("selective",) if is_explicit(config.model, compiled) else ()
+                    for recompute in ("none", *selective, "full"):
                         yield Strategy(
                             tensor,
                             pipeline,
@@ -90,11 +93,13 @@ def _layouts(config: Config, gpus: int, gpus_per_node: int) -> Iterator[tuple[in
 
 
 def _zero_stages(config: Config, pipeline: int, shards: int) -> tuple[int, ...]:
+    """Return the ZeRO stages that are tried: 2 needs as much memory at the peak as 1, because the gradients of all chunks exist
+    until the last micro-batch, and 0 needs more."""
     if config.zero.offload_optimizer != "none":
         return (config.zero.stage,) if config.zero.stage < 3 or pipeline == 1 else ()
-    if shards == 1:
+    if shards == 1 or pipeline > 1 or config.optimizer.type == "muon" or config.training.compile is True:
         return (1,)
-    return (1, 3) if pipeline == 1 and config.optimizer.type != "muon" and config.training.compile is not True else (1, 2)
+    return (1, 3)
 
 
 def _schedules(n_layer: int, pipeline: int) -> Iterator[tuple[str, int]]:
@@ -102,6 +107,8 @@ def _schedules(n_layer: int, pipeline: int) -> Iterator[tuple[str, int]]:
         yield "1f1b", 1
         return
     for name, spec in SCHEDULES.items():
+        if name == "gpipe":  # takes as long as 1f1b and needs more memory
+            continue
         for virtual_stages in range(2, MAX_VIRTUAL_STAGES + 1) if spec.interleaved else (1,):
             chunks = virtual_stages if spec.interleaved else spec.fixed_chunks or 1
             if pipeline * chunks <= n_layer:
