@@ -199,7 +199,7 @@ def with_schedule(config: Config, dp_size: int) -> Config:
         if time.monotonic() - start > SILENT_SECONDS:
             note(f"parallel.schedule: {done} of {total} schedules simulated")
 
-    config, reason = resolve_schedule(config, n_micro_batches // dp_size, report)
+    config, reason = resolve_schedule(config, n_micro_batches // dp_size, report, dp_size)
     if reason:
         note(f"parallel.schedule: {reason}")
     return config

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 from megagpt.config.schema import Config
 from megagpt.planner.layers import ITEMSIZE
-from megagpt.planner.stages import Stage
+from megagpt.planner.stages import Stage, StageModel, stages_of_rank
+from megagpt.planner.step_simulation import peaks_in_flight
 from megagpt.planner.strategy import Strategy
+from megagpt.schedules.registry import placement
 
 GRADIENT_BYTES = 4
 """Gradients are summed in fp32."""
@@ -50,6 +52,37 @@ def rank_memory(
     largest = max(cost.parameters for stage in stages for cost in stage.costs)
     working = max(stage.working for stage in stages)
     return estimate(config, strategy, n_parameters, activations, largest, working)
+
+
+def memory_by_rank(
+    config: Config, strategy: Strategy, stages: Sequence[Stage], peaks: Sequence[float]
+) -> tuple[MemoryEstimate, ...]:
+    """Return the memory of each pipeline rank. `peaks`: largest sum of saved bytes on each."""
+    owners = placement(strategy.schedule, strategy.pipeline, strategy.virtual_stages)
+    result = []
+    for rank in range(strategy.pipeline):
+        own = stages_of_rank(owners, rank)
+        n_parameters = rank_parameters(stages, own)
+        result.append(rank_memory(config, strategy, [stages[stage] for stage in own], peaks[rank], n_parameters))
+    return tuple(result)
+
+
+def predict_memory(config: Config, strategy: Strategy) -> tuple[MemoryEstimate, ...]:
+    """Return the memory of each pipeline rank at the peak of a step. `model.vocab_size` must be known, the schedule named."""
+    stages = StageModel(config).stages(strategy)
+    weights = [float(stage.saved) for stage in stages]
+    peaks = peaks_in_flight(
+        strategy.schedule, strategy.virtual_stages, strategy.pipeline, strategy.micro_batches, weights
+    )
+    return memory_by_rank(config, strategy, stages, peaks)
+
+
+def rank_parameters(stages: Sequence[Stage], own: Sequence[int]) -> int:
+    """Return the parameters of a rank; a tied embedding that both ends of the model share on one rank counts once."""
+    total = sum(stages[stage].parameters for stage in own)
+    if len(stages) > 1 and 0 in own and len(stages) - 1 in own:
+        total -= stages[0].tied
+    return total
 
 
 def estimate(

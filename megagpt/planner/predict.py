@@ -8,7 +8,7 @@ from megagpt.config.schema import Config
 from megagpt.errors import ConfigError
 from megagpt.planner.hardware import Hardware
 from megagpt.planner.layers import ITEMSIZE
-from megagpt.planner.memory import GRADIENT_BYTES, MemoryEstimate, message_bytes, rank_memory
+from megagpt.planner.memory import GRADIENT_BYTES, MemoryEstimate, message_bytes, rank_memory, rank_parameters
 from megagpt.planner.stages import Stage, StageModel, stages_of_rank
 from megagpt.planner.step_simulation import StepSimulation, simulate_step
 from megagpt.planner.strategy import Strategy
@@ -185,7 +185,7 @@ class Planner:
         owners = placement(strategy.schedule, strategy.pipeline, strategy.virtual_stages)
         own = stages_of_rank(owners, rank)
         mine = [stages[stage] for stage in own]
-        n_parameters = rank_parameters(self.config, strategy, stages, own)
+        n_parameters = rank_parameters(stages, own)
         memory = rank_memory(self.config, strategy, mine, step.peaks[rank], n_parameters)
         splits = splits_backward(strategy.schedule)
         passes = [stage_work(self.config, strategy, stage) for stage in mine]
@@ -330,14 +330,6 @@ def cost_of(times: Sequence[StageTimes]) -> Cost:
         }[action.kind]
 
     return cost
-
-
-def rank_parameters(config: Config, strategy: Strategy, stages: Sequence[Stage], own: Sequence[int]) -> int:
-    """Return the parameters of a rank; a tied embedding that both ends of the model share on one rank counts once."""
-    total = sum(stages[stage].parameters for stage in own)
-    if len(stages) > 1 and 0 in own and len(stages) - 1 in own:
-        total -= stages[0].tied
-    return total
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,23 @@ def simulate_step(
     return measure(micro_batches)
 
 
+def peaks_in_flight(
+    name: str, virtual_stages: int, ranks: int, micro_batches: int, weights: Sequence[float]
+) -> tuple[float, ...]:
+    """Return the largest sum of weights in flight on each rank; of long steps it follows from two shorter ones."""
+    remainder = micro_batches % ranks
+    rounds = FILL + remainder % FILL
+
+    def measure(count: int) -> tuple[float, ...]:
+        return tuple(peak_weight(order, weights) for order in make_plan(name, ranks, count, virtual_stages).actions)
+
+    if (rounds + 2) * ranks + remainder >= micro_batches:
+        return measure(micro_batches)
+    first, second = (measure((rounds + more) * ranks + remainder) for more in range(2))
+    periods = (micro_batches - remainder) // ranks - rounds - 1
+    return tuple(after + periods * (after - before) for before, after in zip(first, second, strict=True))
+
+
 def measure_plan(plan: Plan, cost: Cost, transfer: float, weights: Sequence[float] | None = None) -> StepSimulation:
     """Simulate all micro-batches of a plan."""
     weights = weights or [1.0] * plan.n_stages
