@@ -65,7 +65,10 @@ def _run(args: argparse.Namespace) -> None:
     if args.write is not None and not args.search:
         raise ConfigError("--write: writes the layout that --search finds; add --search")
     hardware = find_hardware(args.gpu, args.network, args.hardware)
-    overrides = [*args.set, *([f"training.tokens={args.tokens}", *_without_length(args.config, args.set)] if args.tokens else [])]
+    overrides = [
+        *args.set,
+        *([f"training.tokens={args.tokens}", *_without_length(args.config, args.set)] if args.tokens else []),
+    ]
     config = load_config(args.config, overrides)
     if config.model.vocab_size is None:
         raise ConfigError(f"{args.config}: model.vocab_size: set it, because the planner reads no tokenizer")
@@ -146,7 +149,9 @@ KEYS = {
 
 def _changed_keys(old: Strategy, new: Strategy) -> str:
     """Return the overrides that lead from one strategy to another."""
-    changed = [f"{key}={json.dumps(getattr(new, name))}" for name, key in KEYS.items() if getattr(old, name) != getattr(new, name)]
+    changed = [
+        f"{key}={json.dumps(getattr(new, name))}" for name, key in KEYS.items() if getattr(old, name) != getattr(new, name)
+    ]
     return "--set " + " ".join(text.replace('"', "") for text in changed)
 
 
@@ -165,7 +170,9 @@ def _write(
     if args.write is not None:
         assert not broken_rules(config)
         text = json.dumps(json.loads(to_json(config)), indent=2)
-        args.write.write_text(f"// Layout for {args.gpus} {hardware.gpu.name}, by tools/plan.py --search.\n{text}\n", encoding="utf-8")
+        args.write.write_text(
+            f"// Layout for {args.gpus} {hardware.gpu.name}, by tools/plan.py --search.\n{text}\n", encoding="utf-8"
+        )
         print(f"{args.write}: written", file=sys.stderr)
 
 

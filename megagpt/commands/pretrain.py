@@ -29,13 +29,11 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="run the shapes of one step of one rank without memory and without other ranks: print its parameters, FLOPs, saved "
+        help="run the shapes of one step of one rank, without memory and other ranks: print its parameters, FLOPs, saved "
         "activations and collectives, then exit",
     )
     parser.add_argument("--rank", type=int, default=0, help="with --dry-run: the rank, from 0 (%(default)s)")
-    parser.add_argument(
-        "--world-size", type=int, help="with --dry-run: number of ranks; as few as the layout needs if absent"
-    )
+    parser.add_argument("--world-size", type=int, help="with --dry-run: number of ranks; as few as the layout needs if absent")
     return parser
 
 

@@ -26,7 +26,6 @@ from megagpt.pipeline.executor import Executor
 from megagpt.planner.fake_world import fake_world
 from megagpt.schedules.registry import make_plan, placement
 
-
 P = ParamSpec("P")
 R = TypeVar("R")
 

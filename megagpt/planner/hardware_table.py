@@ -39,9 +39,7 @@ GPUS: dict[str, GPUEntry] = {
         GPUEntry("H100", 989.4, 1978.9, 66.9, 80, 3352, 450, 8, 400, "NVIDIA H100 data sheet (SXM); DGX H100: 8 x 400 Gb/s"),
         GPUEntry("H200", 989.4, 1978.9, 66.9, 141, 4800, 450, 8, 400, "NVIDIA H200 data sheet; DGX H200: 8 x 400 Gb/s"),
         GPUEntry("B200", 2250, 4500, 75, 180, 8000, 900, 8, 400, "NVIDIA DGX B200 data sheet, an eighth of it; 8 x 400 Gb/s"),
-        GPUEntry(
-            "GB200", 2500, 5000, 80, 186, 8000, 900, 72, 3600, "NVIDIA GB200 NVL72 data sheet, 1/72 of it; 72 x 400 Gb/s"
-        ),
+        GPUEntry("GB200", 2500, 5000, 80, 186, 8000, 900, 72, 3600, "NVIDIA GB200 NVL72 data sheet, 1/72 of it; 72 x 400 Gb/s"),
         GPUEntry(
             "MI250X",
             191.5,

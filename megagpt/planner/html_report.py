@@ -47,8 +47,10 @@ h1{font-size:1.35rem;margin:.2em 0}h2{font-size:1.1rem;margin:1.6em 0 .5em}p{mar
 .legend{display:flex;flex-wrap:wrap;gap:4px 14px;font-size:.85rem;margin:.4em 0}.legend i{display:inline-block;width:.8em;
 height:.8em;border-radius:2px;margin-right:.35em;vertical-align:-.05em}.wide{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:.88rem}th,td{text-align:left;padding:5px 10px 5px 0;
-border-bottom:1px solid var(--line);vertical-align:top}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-.bad{color:var(--c3);font-weight:600}@media (max-width:520px){.row.time{grid-template-columns:1fr 8.4em}.row.time svg{grid-column:1/3;
+border-bottom:1px solid var(--line);vertical-align:top}td.n,th.n{text-align:right;
+font-variant-numeric:tabular-nums;white-space:nowrap}
+.bad{color:var(--c3);font-weight:600}@media (max-width:520px){.row.time{grid-template-columns:1fr 8.4em}
+.row.time svg{grid-column:1/3;
 grid-row:2}}
 """
 KIND_COLOURS = {
@@ -144,7 +146,9 @@ def _timeline(prediction: Prediction) -> Iterator[str]:
     micro_batches = min(strategy.micro_batches, most, max(2 * strategy.pipeline, 16))
     plan = make_plan(strategy.schedule, strategy.pipeline, micro_batches, strategy.virtual_stages)
     simulation = simulate(plan, cost_of(prediction.times), prediction.transfer, in_order=False)
-    shown = "" if micro_batches == strategy.micro_batches else f", a step of {micro_batches} instead of {strategy.micro_batches:,}"
+    shown = (
+        "" if micro_batches == strategy.micro_batches else f", a step of {micro_batches} instead of {strategy.micro_batches:,}"
+    )
     yield f"<h2>Pipeline timeline</h2><p class='soft'>{strategy.schedule}{shown} micro-batches; gaps are the bubble.</p>"
     kinds = [kind for kind in ActionKind if any(action.kind is kind for action in plan.actions[0])]
     yield _legend([(KIND_COLOURS[kind], KIND_NAMES[kind]) for kind in kinds])
@@ -182,7 +186,8 @@ def _traffic(prediction: Prediction) -> Iterator[str]:
 def _ranking(result: SearchResult) -> Iterator[str]:
     best = result.ranking[0]
     yield f"<h2>Search</h2><p class='soft'>{result.tried:,} strategies, {result.fitting:,} fit. The fastest of each kind:</p>"
-    yield '<div class="wide"><table><tr><th class="n">step</th><th class="n">MFU</th><th class="n">memory</th><th>layout</th></tr>'
+    heads = "".join(f'<th class="n">{head}</th>' for head in ("step", "MFU", "memory"))
+    yield f'<div class="wide"><table><tr>{heads}<th>layout</th></tr>'
     for one in result.ranking[:8]:
         why = ""
         if one is not best:

@@ -39,7 +39,7 @@ class LayerCost:
     input_backward: Work
     weight_backward: Work
     model_flops: float
-    """Forward FLOPs of the unsharded layer for all tokens of the micro-batch, as MFU counts them: attention as a full square."""
+    """Forward FLOPs of the unsharded layer for the micro-batch's tokens, as MFU counts them: attention as a full square."""
 
     @property
     def backward(self) -> Work:
@@ -382,7 +382,7 @@ def _repeated(forward: Work, sizes: _Sizes) -> Work:
         return forward
     kind = "reduce-scatter" if sizes.sequence_parallel else "all-reduce"
     calls = tuple(
-        call._replace(count=call.count - 1 / layers) if call.kind == kind and call.bytes > 4 * sizes.tokens else call
+        call._replace(times=call.times - 1 / layers) if call.kind == kind and call.bytes > 4 * sizes.tokens else call
         for call in forward.calls
     )
     return replace(forward, calls=calls)

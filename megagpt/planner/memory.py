@@ -71,9 +71,7 @@ def predict_memory(config: Config, strategy: Strategy) -> tuple[MemoryEstimate, 
     """Return the memory of each pipeline rank at the peak of a step. `model.vocab_size` must be known, the schedule named."""
     stages = StageModel(config).stages(strategy)
     weights = [float(stage.saved) for stage in stages]
-    peaks = peaks_in_flight(
-        strategy.schedule, strategy.virtual_stages, strategy.pipeline, strategy.micro_batches, weights
-    )
+    peaks = peaks_in_flight(strategy.schedule, strategy.virtual_stages, strategy.pipeline, strategy.micro_batches, weights)
     return memory_by_rank(config, strategy, stages, peaks)
 
 

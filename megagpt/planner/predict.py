@@ -206,7 +206,7 @@ class Planner:
         for one in passes:
             work += Work(
                 calls=tuple(
-                    call._replace(count=call.count * strategy.micro_batches)
+                    call._replace(times=call.times * strategy.micro_batches)
                     for call in (one.forward + one.input_backward + one.weight_backward).without_overlap().calls
                 )
             )

@@ -110,9 +110,7 @@ class QuickEstimator:
         times = _largest_rank(layers, config.model.n_layer, strategy.stages, strategy.chunks)
         transfer = clock.call_seconds(Call("pipeline", "send", message_bytes(config, strategy)))
         memory = self._memory(strategy, layers)
-        step = pipeline_seconds(
-            strategy.schedule, strategy.pipeline, strategy.micro_batches, strategy.chunks, times, transfer
-        )
+        step = pipeline_seconds(strategy.schedule, strategy.pipeline, strategy.micro_batches, strategy.chunks, times, transfer)
         return QuickEstimate(step + self._after_backward(strategy, clock, memory.parameters), memory)
 
     def _after_backward(self, strategy: Strategy, clock: Clock, n_parameters: int) -> float:

@@ -201,4 +201,3 @@ def _best_of_each(predictions: list[Prediction]) -> tuple[Prediction, ...]:
 
 def _node(planner: Planner) -> int:
     return min(planner.hardware.gpus_per_node, 8)
-

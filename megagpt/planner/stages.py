@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megagpt.config.schema import Config
+from megagpt.pipeline.partition import balance
 from megagpt.planner.layers import LayerCost, balanced_flops, block_cost, embedding_cost, output_cost
 from megagpt.planner.strategy import Strategy
-from megagpt.pipeline.partition import balance
 
 
 @dataclass(frozen=True)

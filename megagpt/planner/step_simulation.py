@@ -115,6 +115,4 @@ def _repeats(steps: Sequence[StepSimulation], values: Values) -> bool:
 
 
 def _continued(steps: Sequence[StepSimulation], values: Values, periods: int) -> tuple[float, ...]:
-    return tuple(
-        third + periods * (third - second) for second, third in zip(values(steps[1]), values(steps[2]), strict=True)
-    )
+    return tuple(third + periods * (third - second) for second, third in zip(values(steps[1]), values(steps[2]), strict=True))

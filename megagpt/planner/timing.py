@@ -79,7 +79,7 @@ class Clock:
             return 0.0
         others = (link.ranks - 1) / link.ranks
         passes = {"all-reduce": 2 * others, "reduce-scatter": others, "all-gather": others, "all-to-all": others}
-        return call.count * (call.bytes * passes.get(call.kind, 1.0) / link.bandwidth + self.efficiency.latency_seconds)
+        return call.times * (call.bytes * passes.get(call.kind, 1.0) / link.bandwidth + self.efficiency.latency_seconds)
 
 
 def links(hardware: Hardware, strategy: Strategy, efficiency: Efficiency) -> dict[str, Link]:

@@ -3,7 +3,6 @@
 Times follow from it in `timing.py`. The records add up, so a stage is the sum of its layers.
 """
 
-from collections import Counter
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ class Call(NamedTuple):
     """"all-reduce", "reduce-scatter", "all-gather", "reduce", "all-to-all" or "send"."""
     bytes: float
     """Bytes of the full tensor of one call."""
-    count: float = 1
+    times: float = 1
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,11 @@ class Work:
 
     def traffic(self) -> dict[tuple[str, str], tuple[float, float]]:
         """Return calls and bytes of all collectives, by axis and kind."""
-        counts: Counter[tuple[str, str]] = Counter()
-        sizes: Counter[tuple[str, str]] = Counter()
+        result: dict[tuple[str, str], tuple[float, float]] = {}
         for call in self.without_overlap().calls:
-            counts[call.axis, call.kind] += call.count  # type: ignore[assignment]
-            sizes[call.axis, call.kind] += call.count * call.bytes  # type: ignore[assignment]
-        return {key: (counts[key], sizes[key]) for key in counts if counts[key]}
+            times, size = result.get((call.axis, call.kind), (0.0, 0.0))
+            result[call.axis, call.kind] = (times + call.times, size + call.times * call.bytes)
+        return {key: value for key, value in result.items() if value[0]}
 
 
 class Overlap(NamedTuple):
