@@ -33,6 +33,8 @@ class LayerCost:
     """Bytes that the forward saves for the backward."""
     held: int
     """Bytes of weight gradients that the forward computes and the backward adds; the output layer has them."""
+    deferred: int
+    """Bytes that delayed weight gradients need after the backward of the inputs: the layers' inputs and outputs' gradients."""
     working: int
     """Bytes of the largest temporary tensors that exist at the same time, roughly."""
     forward: Work
@@ -116,12 +118,20 @@ def block_cost(config: Config, strategy: Strategy, window: int | None = None) ->
         partial,
         0 if full else inside,  # the input of a group is counted by the stage
         0,
+        _deferred(sizes),
         working,
         forward,
         input_backward,
         weight_backward,
         _model_flops(sizes, attended),
     )
+
+
+def _deferred(sizes: _Sizes) -> int:
+    inputs = (1 if sizes.model.parallel_branches == "one_norm" else 2) * sizes.stream
+    inputs += sizes.tokens * (sizes.query + sizes.inner) * sizes.itemsize
+    gradients = sum(n_out for _, n_out in sizes.columns() + sizes.rows())
+    return inputs + sizes.tokens * gradients * sizes.itemsize
 
 
 def _model_flops(sizes: _Sizes, attended: int) -> float:
@@ -233,6 +243,8 @@ def _saved_by_attention(sizes: _Sizes, selective: bool) -> int:
     query, kv = (sizes.tokens * width * sizes.itemsize for width in (sizes.query, sizes.kv))
     own_kv, rotary, normed = _own_kv(sizes), model.position_embedding == "rotary", model.qk_norm
     total = _saved_by_core(sizes, selective)
+    if sizes.kv_split != sizes.tensor:  # the numbers of the heads that are taken from all keys and values
+        total += 16 * own_kv // (sizes.tokens * model.head_size * sizes.itemsize)
     if normed == "width":  # in fp32
         total += (8 if sizes.itemsize == 2 else 4) * sizes.tokens * (sizes.query + sizes.kv) + 8 * sizes.tokens
     if normed == "head":
@@ -244,7 +256,7 @@ def _saved_by_attention(sizes: _Sizes, selective: bool) -> int:
                 total += 2 * fp32 - query if sizes.itemsize == 2 else fp32
     if sizes.strategy.context > 1:
         exchanged = _exchanged_kv(sizes)  # queries, keys and values are parts of one tensor
-        copies = query + exchanged if rotary else query * sizes.grouped
+        copies = query + exchanged if rotary else query * (exchanged != query)
         return total + query + 2 * exchanged + copies
     copied = rotary or normed != "none"
     if copied:
@@ -409,6 +421,7 @@ def embedding_cost(config: Config, strategy: Strategy) -> LayerCost:
         positions if sizes.sequence_parallel else 0,
         saved,
         0,
+        saved + size,
         entries * sizes.width * e,
         forward,
         backward,
@@ -448,6 +461,7 @@ def output_cost(config: Config, strategy: Strategy) -> LayerCost:
         norm,
         norm if sizes.sequence_parallel else 0,
         sizes.stream + _saved_by_norm(sizes) + size,
+        4 * entries * sizes.width,
         4 * entries * sizes.width,
         -(-tokens // chunks) * entries * e,
         forward,

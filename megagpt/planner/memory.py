@@ -70,9 +70,14 @@ def memory_by_rank(
 def predict_memory(config: Config, strategy: Strategy) -> tuple[MemoryEstimate, ...]:
     """Return the memory of each pipeline rank at the peak of a step. `model.vocab_size` must be known, the schedule named."""
     stages = StageModel(config).stages(strategy)
-    weights = [float(stage.saved) for stage in stages]
-    peaks = peaks_in_flight(strategy.schedule, strategy.virtual_stages, strategy.pipeline, strategy.micro_batches, weights)
+    held = [stage.held for stage in stages]
+    peaks = peaks_in_flight(strategy.schedule, strategy.virtual_stages, strategy.pipeline, strategy.micro_batches, held)
     return memory_by_rank(config, strategy, stages, peaks)
+
+
+def peak_memory(config: Config, strategy: Strategy) -> MemoryEstimate:
+    """Return the memory of the pipeline rank that needs most. Arguments as in `predict_memory`."""
+    return max(predict_memory(config, strategy), key=lambda memory: memory.total)
 
 
 def rank_parameters(stages: Sequence[Stage], own: Sequence[int]) -> int:

@@ -136,7 +136,6 @@ class Planner:
         stages = self.model.stages(strategy)
         times = stage_times(config, strategy, stages, clock)
         transfer = clock.call_seconds(Call("pipeline", "send", message_bytes(config, strategy)))
-        weights = [float(stage.saved) for stage in stages]
         step = simulate_step(
             strategy.schedule,
             strategy.virtual_stages,
@@ -144,7 +143,7 @@ class Planner:
             strategy.micro_batches,
             cost_of(times),
             transfer,
-            weights,
+            [stage.held for stage in stages],
         )
         ranks = [self._rank(strategy, stages, times, step, rank, clock) for rank in range(strategy.pipeline)]
         last = max(ranks, key=lambda rank: rank.end)

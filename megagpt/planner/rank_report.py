@@ -10,7 +10,7 @@ from megagpt.config.schema import Config
 from megagpt.parallel.topology import Layout
 from megagpt.planner.dry_run import DryRun, open_dry_run
 from megagpt.planner.layers import LOSS_CHUNK_MIB
-from megagpt.planner.step_simulation import peak_weight
+from megagpt.planner.step_simulation import Held, peak_held
 from megagpt.planner.traffic import Traffic, count_traffic
 from megagpt.schedules.registry import make_plan
 
@@ -86,7 +86,7 @@ def report_rank(config: Config, layout: Layout, rank: int, compiled: bool) -> Ra
         with counter:
             traffic = count_traffic(dry_run, n_micro_batches)
         saved = {stage: dry_run.saved_bytes(stage) for stage in dry_run.chunks}
-    weights = [float(saved.get(stage, 0)) for stage in range(plan.n_stages)]
+    held = [Held(saved.get(stage, 0), saved.get(stage, 0)) for stage in range(plan.n_stages)]
     attention, products = _flops(counter)
     return RankReport(
         rank,
@@ -96,7 +96,7 @@ def report_rank(config: Config, layout: Layout, rank: int, compiled: bool) -> Ra
         n_micro_batches * products,
         n_micro_batches * attention,
         saved,
-        int(peak_weight(plan.actions[layout.coordinates(rank).pipeline], weights)),
+        int(peak_held(plan.actions[layout.coordinates(rank).pipeline], held)),
         traffic,
     )
 

@@ -8,6 +8,7 @@ from functools import lru_cache
 from megagpt.config.schema import Config
 from megagpt.pipeline.partition import balance
 from megagpt.planner.layers import LayerCost, balanced_flops, block_cost, embedding_cost, output_cost
+from megagpt.planner.step_simulation import Held
 from megagpt.planner.strategy import Strategy
 
 
@@ -24,6 +25,13 @@ class Stage:
     """Those of the token embedding if the first and the last stage share it."""
     saved: int
     """Bytes that a micro-batch in flight keeps on the rank."""
+    deferred: int
+    """Bytes that it keeps for delayed weight gradients."""
+
+    @property
+    def held(self) -> Held:
+        """What is kept of a micro-batch, in bytes."""
+        return Held(self.saved, self.deferred)
 
     @property
     def partial(self) -> int:
@@ -88,7 +96,8 @@ class StageModel:
             head = config.model.padded_vocab_size // strategy.tensor * config.model.n_embd
             if last and (not config.model.tie_embeddings or not first):
                 parameters += head
-            stages.append(Stage(layers, tuple(costs), parameters, head if tied else 0, saved))
+            deferred = sum(cost.deferred for cost in costs)
+            stages.append(Stage(layers, tuple(costs), parameters, head if tied else 0, saved, deferred))
         return stages
 
     def shared_bytes(self, strategy: Strategy, layers: int) -> int:

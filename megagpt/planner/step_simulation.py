@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megagpt.schedules.plan import Action, ActionKind, Plan
 from megagpt.schedules.registry import SCHEDULES, make_plan
@@ -13,6 +14,18 @@ FILL = 4
 """Micro-batches, in multiples of the ranks, after which a step is expected to repeat itself."""
 
 
+class Held(NamedTuple):
+    """What a rank keeps of one micro-batch on one stage, in any unit."""
+
+    saved: float
+    """From its forward to its (input) backward."""
+    deferred: float
+    """From its input backward to its weight backward, if the schedule has both."""
+
+
+UNIT = Held(1.0, 1.0)
+
+
 @dataclass(frozen=True)
 class StepSimulation:
     """One step of all pipeline ranks."""
@@ -20,7 +33,7 @@ class StepSimulation:
     finish: tuple[float, ...]
     """When each rank ends its last action, in the unit of the costs."""
     peaks: tuple[float, ...]
-    """Largest sum of the weights of the (stage, micro-batch) pairs in flight, for each rank."""
+    """Largest sum over the (stage, micro-batch) pairs in flight, for each rank."""
     last_stages: tuple[int, ...]
     """The stage that each rank ends with."""
 
@@ -37,11 +50,11 @@ def simulate_step(
     micro_batches: int,
     cost: Cost,
     transfer: float,
-    weights: Sequence[float] | None = None,
+    held: Sequence[Held] | None = None,
 ) -> StepSimulation:
     """Simulate one schedule. `cost` must not depend on the micro-batch.
 
-    `weights`: of a micro-batch in flight on each stage, for the peaks; 1 if absent.
+    `held`: what each stage keeps of a micro-batch, for the peaks; 1 if absent.
 
     With many micro-batches a step repeats itself: `ranks` more of them add a constant time. So the shortest steps that show
     this, with the same remainder of micro-batches, are simulated, and the full step follows from them.
@@ -49,7 +62,7 @@ def simulate_step(
 
     def measure(count: int) -> StepSimulation:
         plan = make_plan(name, ranks, count, virtual_stages)
-        return measure_plan(plan, cost, transfer, weights)
+        return measure_plan(plan, cost, transfer, held)
 
     remainder = micro_batches % ranks
     # The rounds of interleaved schedules share the remainder, one micro-batch each.
@@ -68,14 +81,14 @@ def simulate_step(
 
 
 def peaks_in_flight(
-    name: str, virtual_stages: int, ranks: int, micro_batches: int, weights: Sequence[float]
+    name: str, virtual_stages: int, ranks: int, micro_batches: int, held: Sequence[Held]
 ) -> tuple[float, ...]:
-    """Return the largest sum of weights in flight on each rank; of long steps it follows from two shorter ones."""
+    """Return the largest sum in flight on each rank; of long steps it follows from two shorter ones."""
     remainder = micro_batches % ranks
     rounds = FILL + remainder % FILL
 
     def measure(count: int) -> tuple[float, ...]:
-        return tuple(peak_weight(order, weights) for order in make_plan(name, ranks, count, virtual_stages).actions)
+        return tuple(peak_held(order, held) for order in make_plan(name, ranks, count, virtual_stages).actions)
 
     if (rounds + 2) * ranks + remainder >= micro_batches:
         return measure(micro_batches)
@@ -84,22 +97,27 @@ def peaks_in_flight(
     return tuple(after + periods * (after - before) for before, after in zip(first, second, strict=True))
 
 
-def measure_plan(plan: Plan, cost: Cost, transfer: float, weights: Sequence[float] | None = None) -> StepSimulation:
+def measure_plan(plan: Plan, cost: Cost, transfer: float, held: Sequence[Held] | None = None) -> StepSimulation:
     """Simulate all micro-batches of a plan."""
-    weights = weights or [1.0] * plan.n_stages
-    peaks = tuple(peak_weight(order, weights) for order in plan.actions)
+    held = held or [UNIT] * plan.n_stages
+    peaks = tuple(peak_held(order, held) for order in plan.actions)
     return StepSimulation(tuple(finish_times(plan, cost, transfer)), peaks, tuple(order[-1].stage for order in plan.actions))
 
 
-def peak_weight(actions: Sequence[Action], weights: Sequence[float]) -> float:
-    """Return the largest sum of weights in flight over a rank's actions: from each forward to its (weight) backward."""
+def peak_held(actions: Sequence[Action], held: Sequence[Held]) -> float:
+    """Return the largest sum of what is held over a rank's actions."""
     live = peak = 0.0
     for action in actions:
+        saved, deferred = held[action.stage]
         if action.kind is ActionKind.FORWARD:
-            live += weights[action.stage]
-            peak = max(peak, live)
-        elif action.kind is not ActionKind.BACKWARD_INPUT:
-            live -= weights[action.stage]
+            live += saved
+        elif action.kind is ActionKind.BACKWARD:
+            live -= saved
+        elif action.kind is ActionKind.BACKWARD_INPUT:
+            live += deferred - saved
+        else:
+            live -= deferred
+        peak = max(peak, live)
     return peak
 
 

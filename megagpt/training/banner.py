@@ -15,7 +15,7 @@ from megagpt.engine.deepspeed_internals import local_size
 from megagpt.engine.freezing import has_frozen_weights, trained_names
 from megagpt.engine.optimizer import is_unrelated_apex, optimizer_name
 from megagpt.parallel.topology import Layout
-from megagpt.planner.memory import estimate, predict_memory
+from megagpt.planner.memory import estimate, peak_memory
 from megagpt.planner.parameters import parameter_count
 from megagpt.planner.predict import is_supported
 from megagpt.planner.strategy import Strategy
@@ -95,7 +95,7 @@ def memory_line(config: Config, layout: Layout, rank_parameters: int, compiled: 
             f"the largest rank has {rank_parameters:,} parameters: at most {_size(total)} of weights, gradients and optimizer "
             "states; activations come on top"
         )
-    peak = max(predict_memory(config, strategy), key=lambda memory: memory.total)
+    peak = peak_memory(config, strategy)
     return (
         f"predicted peak {_size(peak.total)} on the largest rank: weights {_size(peak.weights)}, gradients "
         f"{_size(peak.gradients)}, optimizer {_size(peak.optimizer)}, activations {_size(peak.activations)}, "
