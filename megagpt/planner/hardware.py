@@ -5,12 +5,12 @@ All bandwidths are for one direction. Does not import torch.
 
 import difflib
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from megagpt.errors import ConfigError
-from megagpt.planner.hardware_table import GPUS, NETWORKS, GPUEntry
+from megagpt.planner.hardware_table import DEVICE_NAMES, GPUS, NETWORKS, GPUEntry
 
 RESERVE = 0.06
 """Share of the device memory for the CUDA context, NCCL's buffers and what the allocator cannot use."""
@@ -58,6 +58,11 @@ def find_hardware(gpu: str, network: str | None = None, file: Path | None = None
     return Hardware(entry, entry.network if network is None else _network(network))
 
 
+def gpu_of_device(name: str) -> GPUEntry | None:
+    """Return the entry of a device by the name that its driver reports, such as "NVIDIA H100 80GB HBM3"; None if unknown."""
+    return next((GPUS[entry] for part, entry in DEVICE_NAMES.items() if part in name), None)
+
+
 def read_hardware(path: Path) -> dict[str, GPUEntry]:
     """Read GPUs from a JSON object: name -> keys of `GPUEntry`. `like` names a known GPU whose values are the defaults.
 
@@ -93,7 +98,8 @@ def _entry(path: Path, name: str, keys: Any) -> GPUEntry:
             raise ConfigError(f"--hardware {path}: {name}.{key}: expected a number above 0, not {json.dumps(value)[:40]}")
     if like is not None:
         return replace(GPUS[like], **{"source": str(path), **values, "name": name})
-    required = [field.name for field in fields(GPUEntry) if field.name not in ("name", "source", "fp8_tflops", "fp32_tflops")]
+    optional = ("name", "source", "fp8_tflops", "fp32_tflops")
+    required = [field.name for field in fields(GPUEntry) if field.default is MISSING and field.name not in optional]
     missing = [key for key in required if key not in values]
     if missing:
         raise ConfigError(f'--hardware {path}: {name}: {missing[0]} is missing; set it, or take it from a known GPU by "like"')

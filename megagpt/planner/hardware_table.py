@@ -29,6 +29,14 @@ class GPUEntry:
     network: float
     """Bandwidth of one node to the others in GB/s, one direction, all network cards together."""
     source: str
+    products_share: float | None = None
+    """Share of the peak that matrix products reach in training; the planner's own if None, as for the next three."""
+    memory_share: float | None = None
+    """Share of the memory bandwidth that other kernels reach."""
+    link_share: float | None = None
+    """Share of the bandwidth within a node that collectives reach."""
+    network_share: float | None = None
+    """Share of the bandwidth between nodes that collectives reach."""
 
 
 GPUS: dict[str, GPUEntry] = {
@@ -59,6 +67,19 @@ GPUS: dict[str, GPUEntry] = {
     )
 }
 """By name."""
+
+DEVICE_NAMES = {
+    "A100-SXM4-40GB": "A100-40GB",
+    "A100-PCIE-40GB": "A100-40GB",
+    "A100": "A100-80GB",
+    "H100 80GB HBM3": "H100",
+    "H200": "H200",
+    "GB200": "GB200",
+    "B200": "B200",
+    "MI250X": "MI250X",
+    "MI300X": "MI300X",
+}
+"""Part of the name that a driver reports -> GPU; the first match counts."""
 
 NETWORKS: dict[str, float] = {
     "25GbE": 3.125,

@@ -80,9 +80,7 @@ def simulate_step(
     return measure(micro_batches)
 
 
-def peaks_in_flight(
-    name: str, virtual_stages: int, ranks: int, micro_batches: int, held: Sequence[Held]
-) -> tuple[float, ...]:
+def peaks_in_flight(name: str, virtual_stages: int, ranks: int, micro_batches: int, held: Sequence[Held]) -> tuple[float, ...]:
     """Return the largest sum in flight on each rank; of long steps it follows from two shorter ones."""
     remainder = micro_batches % ranks
     rounds = FILL + remainder % FILL

@@ -6,7 +6,7 @@ efficient than large ones, and the same shares hold for GPUs with different rati
 time of a ring (Thakur et al., doi 10.1177/1094342005051521) at a share of the link's bandwidth, plus a latency.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megagpt.planner.hardware import Hardware
 from megagpt.planner.strategy import Strategy
@@ -35,6 +35,18 @@ class Efficiency:
     """Fixed time of a collective."""
 
 
+def calibrated(efficiency: Efficiency, hardware: Hardware) -> Efficiency:
+    """Return the shares with those that were measured on the hardware."""
+    gpu = hardware.gpu
+    measured = {
+        "products": gpu.products_share,
+        "memory": gpu.memory_share,
+        "link": gpu.link_share,
+        "network": gpu.network_share,
+    }
+    return replace(efficiency, **{name: share for name, share in measured.items() if share is not None})
+
+
 @dataclass(frozen=True)
 class Link:
     """What the ranks of a group are joined by."""
@@ -50,7 +62,7 @@ class Clock:
 
     def __init__(self, hardware: Hardware, strategy: Strategy, precision: str, efficiency: Efficiency | None = None) -> None:
         """`precision`: of the matrix products of the blocks, "fp32", "bf16", "fp16" or "fp8"."""
-        self.efficiency = efficiency or Efficiency()
+        self.efficiency = calibrated(efficiency or Efficiency(), hardware)
         self._peak = hardware.peak_flops(precision)
         self._core_peak = hardware.peak_flops("bf16" if precision == "fp8" else precision)
         self._memory = hardware.gpu.memory_bandwidth * 1e9
