@@ -201,19 +201,8 @@ class Planner:
         parts = {name: strategy.micro_batches * value for name, value in _parts(passes, clock, splits).items()}
         parts["pipeline bubble and messages"] = step.finish[rank] - busy
         parts["gradient sums"] = reduction
-        work = Work()
-        for one in passes:
-            work += Work(
-                calls=tuple(
-                    call._replace(times=call.times * strategy.micro_batches)
-                    for call in (one.forward + one.input_backward + one.weight_backward).without_overlap().calls
-                )
-            )
-        messages = message_count(owners, own) * strategy.micro_batches
-        calls = [call for calls in (*sums.by_stage, sums.tied) for call in calls]
         gather = parameter_gather(self.config, strategy, n_parameters)
-        message = message_bytes(self.config, strategy)
-        work += Work(calls=(*calls, *gather, Call("pipeline", "send", message, messages)))
+        work = rank_calls(self.config, strategy, stages, own)
         update = optimizer_work(self.config, strategy, n_parameters)
         return _Rank(
             memory,
@@ -329,6 +318,27 @@ def cost_of(times: Sequence[StageTimes]) -> Cost:
         }[action.kind]
 
     return cost
+
+
+def rank_traffic(config: Config, strategy: Strategy, rank: int) -> dict[tuple[str, str], tuple[float, float]]:
+    """Return calls and bytes of a pipeline rank's collectives and sends in a step, by axis and kind."""
+    owners = placement(strategy.schedule, strategy.pipeline, strategy.virtual_stages)
+    return rank_calls(config, strategy, StageModel(config).stages(strategy), stages_of_rank(owners, rank)).traffic()
+
+
+def rank_calls(config: Config, strategy: Strategy, stages: Sequence[Stage], own: Sequence[int]) -> Work:
+    """Return all collectives and sends of a rank with the stages `own` in a step."""
+    calls: list[Call] = []
+    for stage in own:
+        passes = stage_work(config, strategy, stages[stage])
+        work = (passes.forward + passes.input_backward + passes.weight_backward).without_overlap()
+        calls += [call._replace(times=call.times * strategy.micro_batches) for call in work.calls]
+    sums = gradient_sums(config, strategy, stages, own)
+    calls += [call for one in (*sums.by_stage, sums.tied) for call in one]
+    calls += parameter_gather(config, strategy, rank_parameters(stages, own))
+    owners = placement(strategy.schedule, strategy.pipeline, strategy.virtual_stages)
+    n_messages = message_count(owners, own) * strategy.micro_batches
+    return Work(calls=(*calls, Call("pipeline", "send", message_bytes(config, strategy), n_messages)))
 
 
 @dataclass(frozen=True)

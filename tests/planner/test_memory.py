@@ -152,8 +152,10 @@ def test_the_peak_on_one_h100_is_the_measured_one(
 
 
 def test_one_f_one_b_s_first_stage_has_the_activations_of_the_published_formula() -> None:
-    """Korthikanti et al., arXiv 2205.05198, equation 5 with selective recomputation: 34 s b h L / t. Dropout masks, a byte of the
-    34 for each of two, are not saved here."""
+    """Korthikanti et al., arXiv 2205.05198, equation 5 with selective recomputation: 34 s b h L / t.
+
+    Two of the 34 bytes are dropout masks, which are not saved here.
+    """
     config = load_config("175B")
     memory = predict_memory(config, Strategy.of(config, 64))[0]
     expected = 32 * 2048 * 1 * 12288 * 96 / 8
