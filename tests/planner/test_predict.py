@@ -36,7 +36,7 @@ def shortened(name: str, *overrides: str) -> Config:
 
 LAYOUTS = {
     "6B, no sequence parallelism": ("6B", ["parallel.sequence_parallel=false"]),
-    "6B, full recompute": ("6B", ["training.recompute=full", "training.recompute_layers=2"]),
+    "6B, full recompute": ("6B", ["training.recompute=full", "training.recompute_layers=2", "model.n_layer=4"]),
     "6B, full recompute, no sequence parallelism": ("6B", ["training.recompute=full", "parallel.sequence_parallel=false"]),
     "350M, context 2, ZeRO-0": ("350M", ["parallel.context=2", "zero.stage=0"]),
     "llama, context 2, full recompute": ("llama-3.2-1B", ["parallel.context=2", "training.recompute=full"]),
