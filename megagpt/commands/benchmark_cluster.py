@@ -30,7 +30,7 @@ GB/s (10^9 bytes) for one direction, products in TFLOP/s."""
 SUSTAINED = 0.88
 """Share of the speed in a short measurement that training reaches: on an H100 a product of 8192^3 runs at 802 TFLOP/s, and the
 planner's share, fitted on training runs, is 0.72 of 989."""
-REPEATS = 5
+REPEATS = 3
 """Measurements of each kind, of which the median counts."""
 
 

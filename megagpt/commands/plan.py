@@ -128,7 +128,7 @@ def _too_large(planner: Planner, prediction: Prediction) -> str:
         hint = f"the nearest layout that fits: {_changed_keys(prediction.strategy, nearest.strategy)}"
     return (
         f"the layout does not fit: pipeline rank {prediction.peak_rank} needs {prediction.peak.total / GIB:.1f} GiB, "
-        f"{excess:.1f} GiB more than a {planner.hardware.gpu.name} has for a run; {hint}"
+        f"{excess:.1f} GiB more than a run can use on {planner.hardware.gpu.name}; {hint}"
     )
 
 

@@ -14,6 +14,12 @@ from megagpt.planner.predict import Planner, StageTimes, optimizer_work, paramet
 from megagpt.planner.strategy import Strategy
 from megagpt.planner.timing import Clock
 from megagpt.planner.work import Call, Overlap, Work
+from megagpt.schedules.plan import ActionKind
+from megagpt.schedules.registry import make_plan
+
+
+DELAYED = ("zb_h1", "interleaved_zero_bubble")
+"""Schedules whose rank r delays weight gradients by r backwards."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,45 @@ def in_flight(name: str, ranks: int, micro_batches: int, chunks: int) -> int:
     return min(micro_batches * chunks, limits[name])
 
 
+def held_bytes(name: str, ranks: int, micro_batches: int, chunks: int, saved: float, deferred: float) -> float:
+    """Return the largest sum of what a rank holds: `saved` from F to I of a chunk, `deferred` from I to W."""
+    flying = in_flight(name, ranks, micro_batches, chunks)
+    if name in DELAYED:  # the last rank delays W by as many backwards as there are other ranks
+        delayed = min(ranks - 1, flying)
+        return max(flying * saved, (flying - delayed) * saved + delayed * deferred)
+    if not splits_backward(name):
+        return flying * saved
+    pairs = _held_pairs(name, ranks, min(micro_batches, 2 * ranks))
+    return max(first * saved + second * deferred for first, second in pairs)
+
+
+def _held_at_end(name: str, ranks: int, micro_batches: int, chunks: int, chunk: float, largest: float) -> float:
+    """Return what the rank of the last stage holds of its blocks; `largest`: what the first rank does, or what is delayed."""
+    if name in DELAYED or name == "gpipe":
+        return largest
+    if name == "interleaved_1f1b":
+        rounds = max(1, micro_batches // ranks)
+        return ((chunks - 1) * -(-micro_batches // rounds) + 1) * chunk
+    return chunk if chunks == 1 else largest / 2
+
+
+@lru_cache(256)
+def _held_pairs(name: str, ranks: int, micro_batches: int) -> tuple[tuple[int, int], ...]:
+    """Return the largest pairs of (chunks between F and I, chunks between I and W) of any rank."""
+    most: dict[int, int] = {}
+    for order in make_plan(name, ranks, micro_batches).actions:
+        first = second = 0
+        for action in order:
+            if action.kind is ActionKind.FORWARD:
+                first += 1
+            elif action.kind is ActionKind.BACKWARD_INPUT:
+                first, second = first - 1, second + 1
+            else:
+                second -= 1
+            most[first] = max(most.get(first, 0), second)
+    return tuple(most.items())
+
+
 def pipeline_seconds(name: str, ranks: int, micro_batches: int, chunks: int, times: StageTimes, transfer: float) -> float:
     """Return the time of a step of a pipeline with equal ranks; `times`: of one micro-batch on all chunks of a rank."""
     splits = splits_backward(name)
@@ -74,9 +119,10 @@ def pipeline_seconds(name: str, ranks: int, micro_batches: int, chunks: int, tim
         "v_half": others * total * 0.55,
         "v_min": others * total * 0.75,
     }[name]
-    if name == "v_half":  # its action lists fit equal times; others lengthen each round
+    # The action lists of these fit equal times; others lengthen each round.
+    if name == ("v_half" if ranks > 2 else "v_min"):
         period = max(period, 2 * forward + 4 * inputs)
-    if name == "v_min":
+    elif name == "v_min":
         period = max(period, 6 * max(forward, inputs))
     seconds = micro_batches * period + bubble + 2 * others * transfer
     if name == "1f1b":  # a rank waits for the answer to each micro-batch
@@ -127,7 +173,6 @@ class QuickEstimator:
         model = config.model
         per_chunk = -(-model.n_layer // strategy.stages)
         held = per_chunk * strategy.chunks if strategy.pipeline > 1 else model.n_layer
-        flying = in_flight(strategy.schedule, strategy.pipeline, strategy.micro_batches, strategy.chunks)
         chunk = per_chunk * layers.block_saved
         head = model.padded_vocab_size // strategy.tensor * model.n_embd
         blocks = held * layers.block_cost.parameters
@@ -139,13 +184,17 @@ class QuickEstimator:
             largest, working = max(head, layers.block_cost.parameters), max(working, layers.output.working)
             return estimate(config, strategy, n_parameters, chunk + last_saved, largest, working)
         largest = max(head, layers.block_cost.parameters)
-        first = estimate(config, strategy, blocks + layers.embedding.parameters, flying * chunk, largest, working)
-        few = 1 if strategy.schedule in ("1f1b",) else max(1, flying // 2)
+        name, ranks, micro_batches = strategy.schedule, strategy.pipeline, strategy.micro_batches
+        held_chunks = held_bytes(name, ranks, micro_batches, strategy.chunks, chunk, per_chunk * layers.block_cost.deferred)
+        first = estimate(config, strategy, blocks + layers.embedding.parameters, held_chunks, largest, working)
+        # Each delayed weight gradient of the output layer is as large as its weight.
+        n_delayed = min(ranks - 1, micro_batches) / strategy.chunks if name in DELAYED else 0
+        delayed = n_delayed * layers.output.deferred
         at_end = estimate(
             config,
             strategy,
             blocks + head + layers.output.parameters,
-            few * chunk + last_saved,
+            _held_at_end(name, ranks, micro_batches, strategy.chunks, chunk, held_chunks) + last_saved + delayed,
             largest,
             max(working, layers.output.working),
         )

@@ -131,7 +131,8 @@ def search(planner: Planner, gpus: int) -> SearchResult:
     if not predictions:
         smallest = min(found, key=lambda pair: pair[1].memory.total)
         raise ConfigError(
-            f"--gpus {gpus}: no layout fits in {limit / 2**30:.1f} GiB of a {planner.hardware.gpu.name}; the smallest, "
+            f"--gpus {gpus}: no layout fits in the {limit / 2**30:.1f} GiB that a run can use on {planner.hardware.gpu.name}; "
+            "the smallest, "
             f"{smallest[0]}, needs {smallest[1].memory.total / 2**30:.1f} GiB; use more GPUs or larger ones"
         )
     faster = [pair for pair in found if pair[1].memory.total > limit * SLACK and pair[1].seconds < predictions[0].step_seconds]

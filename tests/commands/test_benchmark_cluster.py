@@ -12,22 +12,22 @@ from megagpt.distributed.launcher import Launcher
 from megagpt.planner.hardware import find_hardware
 
 
-def measured_on_ranks() -> dict[str, float]:
+def measured_on_ranks(per_node: int) -> dict[str, float]:
     rank = torch.distributed.get_rank()
-    launcher = Launcher(rank, 4, rank % 2, 2)
-    return measure(torch.device("cpu"), launcher, 32, 2**14)
+    return measure(torch.device("cpu"), Launcher(rank, 2, rank % per_node, per_node), 32, 2**14)
 
 
 def test_ranks_measure_products_memory_and_links_and_the_planner_reads_them(ranks: Pool, tmp_path: Path) -> None:
-    """Two nodes of two ranks, on this machine."""
-    found = ranks.run(4, measured_on_ranks)[0]
-    assert found.keys() == {"products", "memory", "link", "network", "send"}
+    """One node of two ranks, and two nodes of one, on this machine."""
+    assert ranks.run(2, measured_on_ranks, 2)[0].keys() == {"products", "memory", "link", "send"}
+    found = ranks.run(2, measured_on_ranks, 1)[0]
+    assert found.keys() == {"products", "memory", "network", "send"}
     assert min(found.values()) > 0
-    entry = hardware_entry(torch.device("cpu"), Launcher(0, 4, 0, 2), found)
+    entry = hardware_entry(torch.device("cpu"), Launcher(0, 2, 0, 1), found)
     path = tmp_path / "cluster.json"
     path.write_text(json.dumps({"mine": entry}))
     gpu = find_hardware("mine", file=path).gpu
-    assert (gpu.memory_bandwidth, gpu.network, gpu.gpus_per_node) == (found["memory"], found["network"], 2)
+    assert (gpu.memory_bandwidth, gpu.network, gpu.gpus_per_node) == (found["memory"], found["network"], 1)
 
 
 def test_a_known_gpu_gets_shares_of_its_data_sheet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
