@@ -17,7 +17,6 @@ from megagpt.planner.work import Call, Overlap, Work
 from megagpt.schedules.plan import ActionKind
 from megagpt.schedules.registry import make_plan
 
-
 DELAYED = ("zb_h1", "interleaved_zero_bubble")
 """Schedules whose rank r delays weight gradients by r backwards."""
 
@@ -171,8 +170,9 @@ class QuickEstimator:
         """Return the memory of the first rank, or of the last one if it needs more."""
         config = self._planner.config
         model = config.model
-        per_chunk = -(-model.n_layer // strategy.stages)
-        held = per_chunk * strategy.chunks if strategy.pipeline > 1 else model.n_layer
+        # A rank with several chunks rarely has the largest number of layers in each.
+        per_chunk = model.n_layer / strategy.stages if strategy.chunks > 1 else -(-model.n_layer // strategy.stages)
+        held = math.ceil(per_chunk * strategy.chunks)
         chunk = per_chunk * layers.block_saved
         head = model.padded_vocab_size // strategy.tensor * model.n_embd
         blocks = held * layers.block_cost.parameters

@@ -40,15 +40,15 @@ def config_of(schedule: str = "1f1b", zero: int = 1, pipeline: int = 2) -> Confi
 class LiveStorages:
     """Bytes of the storages that are held, each counted once, and their peak."""
 
-    def __init__(self, excluded: set[int]) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.holders: Counter[int] = Counter()
         self.bytes = self.peak = 0
-        self.excluded = excluded
+        self.engine = engine
 
     def hold(self, owner: Any, tensor: Tensor) -> None:
-        """Count the storage of `tensor` until `owner` is gone."""
+        """Count the storage of `tensor` until `owner` is gone, unless a parameter has it now: ZeRO-3 moves parameters."""
         key, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
-        if key in self.excluded:
+        if key in storages(self.engine.parameters):
             return
         if not self.holders[key]:
             self.bytes += size
@@ -92,7 +92,7 @@ def measure(config: Config) -> tuple[int, int, int, int]:
     train_step(engine, 0)
     weights = storages(getattr(p, "ds_tensor", p.data) for p in engine.parameters)
     masters = storages(optimizer_tensors(engine))
-    live = LiveStorages({*storages(engine.parameters), *weights})
+    live = LiveStorages(engine)
     gradients: dict[int, int] = {}
     add = engine.deferred_gradients.add
 

@@ -82,7 +82,7 @@ def test_estimates_are_close_to_predictions() -> None:
         estimate, prediction = estimator.estimate(strategy), planner.predict(strategy)
         is_v = strategy.schedule in ("v_half", "v_min")  # depend most on the ratio of the times
         assert estimate.seconds == pytest.approx(prediction.step_seconds, rel=0.5 if is_v else 0.2), strategy
-        assert estimate.memory.total > 0.75 * prediction.peak.total, strategy  # what is too large is found by the prediction
+        assert estimate.memory.total > 0.6 * prediction.peak.total, strategy  # what is too large is found by the prediction
 
 
 def test_no_layout_and_no_room_are_one_sentence() -> None:
