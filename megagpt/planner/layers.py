@@ -73,6 +73,8 @@ class _Sizes:
         self.grouped = model.kv_heads != model.n_head
         self.inner = model.ffn_hidden_size // t
         self.parts = 2 if model.gated_mlp else 1
+        self.narrow = config.training.precision == "fp8"
+        """Whether the blocks' products, but for the weight gradients, have factors of 8 bits."""
         self.compiled = strategy.compiled
         self.passes = 1.0 if strategy.compiled else EAGER_PASSES
 
@@ -319,7 +321,7 @@ def _block_forward(sizes: _Sizes, attended: int) -> Work:
     e, model = sizes.itemsize, sizes.model
     work = Work()
     for n_in, n_out in sizes.columns() + sizes.rows():
-        work += product(sizes.tokens, n_in, n_out, e)
+        work += product(sizes.tokens, n_in, n_out, e, sizes.narrow)
     work += _core(sizes, attended, backward=False)
     streams = 2 * norms_of_block(model) + 5  # norms read and write; two residual additions
     work += elementwise(sizes.passes * streams * sizes.stream, 3)
@@ -361,7 +363,7 @@ def _block_backward(sizes: _Sizes, attended: int) -> tuple[Work, Work]:
     size = tokens * sizes.width * e
     inputs, weights = _core(sizes, attended, backward=True), Work()
     for n_in, n_out in sizes.columns():
-        grad_input, grad_weight = product(tokens, n_out, n_in, e), weight_gradient(tokens, n_in, n_out, e)
+        grad_input, grad_weight = product(tokens, n_out, n_in, e, sizes.narrow), weight_gradient(tokens, n_in, n_out, e)
         inputs += grad_input
         weights += grad_weight
         if sizes.sequence_parallel:
@@ -370,7 +372,7 @@ def _block_backward(sizes: _Sizes, attended: int) -> tuple[Work, Work]:
         elif sizes.tensor > 1:
             inputs += Work(overlaps=(Overlap(Call("tensor", "all-reduce", size), grad_weight),))
     for n_in, n_out in sizes.rows():
-        inputs += product(tokens, n_out, n_in, e)
+        inputs += product(tokens, n_out, n_in, e, sizes.narrow)
         weights += weight_gradient(tokens, n_in, n_out, e)
     if sizes.sequence_parallel:
         inputs += Work(calls=(Call("tensor", "all-gather", size, 2),))

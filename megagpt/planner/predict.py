@@ -413,7 +413,9 @@ def _parts(passes: Sequence[Passes], clock: Clock, splits: bool) -> dict[str, fl
         if splits:
             backward = [one.input_backward.without_overlap(), one.weight_backward.without_overlap()]
         for work in (one.forward, *backward):
-            parts["matrix products"] += clock.compute_seconds(Work(flops=work.flops, loaded=work.loaded))
+            parts["matrix products"] += clock.compute_seconds(
+                Work(flops=work.flops, narrow_flops=work.narrow_flops, loaded=work.loaded)
+            )
             parts["attention"] += clock.compute_seconds(Work(core_flops=work.core_flops))
             parts["other kernels"] += clock.compute_seconds(Work(moved=work.moved, kernels=work.kernels))
             for call in work.calls:

@@ -1,7 +1,7 @@
 """Time and memory of a strategy without simulating its schedule, for the search. Does not import torch.
 
 Bubbles come from closed formulas (Narayanan et al., arXiv 2104.04473; Qi et al., arXiv 2401.10241). They are exact for 1F1B and
-GPipe and close for the others; layers are assumed to be spread evenly. `tests/planner/test_quick_estimate.py` has the errors.
+GPipe and close for the others; layers are assumed to be spread evenly. `tests/planner/test_search.py` has the errors.
 """
 
 import math

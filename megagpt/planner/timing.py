@@ -63,8 +63,8 @@ class Clock:
     def __init__(self, hardware: Hardware, strategy: Strategy, precision: str, efficiency: Efficiency | None = None) -> None:
         """`precision`: of the matrix products of the blocks, "fp32", "bf16", "fp16" or "fp8"."""
         self.efficiency = calibrated(efficiency or Efficiency(), hardware)
-        self._peak = hardware.peak_flops(precision)
-        self._core_peak = hardware.peak_flops("bf16" if precision == "fp8" else precision)
+        self._peak = hardware.peak_flops("bf16" if precision == "fp8" else precision)
+        self._narrow_peak = hardware.peak_flops(precision)
         self._memory = hardware.gpu.memory_bandwidth * 1e9
         self.links = links(hardware, strategy, self.efficiency)
 
@@ -73,7 +73,8 @@ class Clock:
         share = self.efficiency
         return (
             work.flops / (share.products * self._peak)
-            + work.core_flops / (share.attention * self._core_peak)
+            + work.narrow_flops / (share.products * self._narrow_peak)
+            + work.core_flops / (share.attention * self._peak)
             + (work.moved + share.unhidden * work.loaded) / (share.memory * self._memory)
             + work.kernels * share.kernel_seconds
         )

@@ -24,7 +24,9 @@ class Work:
     """One pass over a part of the model."""
 
     flops: float = 0
-    """Of matrix products."""
+    """Of matrix products in the type of the weights."""
+    narrow_flops: float = 0
+    """Of matrix products whose factors have 8 bits."""
     core_flops: float = 0
     """Of attention scores and weighted values."""
     loaded: float = 0
@@ -41,6 +43,7 @@ class Work:
     def __add__(self, other: "Work") -> "Work":
         return Work(
             self.flops + other.flops,
+            self.narrow_flops + other.narrow_flops,
             self.core_flops + other.core_flops,
             self.loaded + other.loaded,
             self.moved + other.moved,
@@ -48,6 +51,11 @@ class Work:
             self.calls + other.calls,
             self.overlaps + other.overlaps,
         )
+
+    @property
+    def product_flops(self) -> float:
+        """FLOPs of all matrix products."""
+        return self.flops + self.narrow_flops
 
     def without_overlap(self) -> "Work":
         """Return the same work, with collectives that all wait."""
@@ -70,8 +78,15 @@ class Overlap(NamedTuple):
     cover: Work
 
 
-def product(tokens: float, n_in: float, n_out: float, itemsize: int) -> Work:
-    """Return the product [tokens, n_in] x [n_in, n_out]: each tensor is read or written once."""
+def product(tokens: float, n_in: float, n_out: float, itemsize: int, narrow: bool = False) -> Work:
+    """Return the product [tokens, n_in] x [n_in, n_out]: each tensor is read or written once.
+
+    `narrow`: both factors are rounded to 8 bits first: read once for the scales, once for the values, and written.
+    """
+    if narrow:
+        factors = tokens * n_in + n_in * n_out
+        loaded = factors + itemsize * tokens * n_out
+        return Work(narrow_flops=2 * tokens * n_in * n_out, loaded=loaded, moved=(2 * itemsize + 1) * factors, kernels=3)
     loaded = itemsize * (tokens * (n_in + n_out) + n_in * n_out)
     return Work(flops=2 * tokens * n_in * n_out, loaded=loaded, kernels=1)
 

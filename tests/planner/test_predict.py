@@ -73,7 +73,7 @@ def test_flops_of_matrix_products_are_those_that_the_modules_compute(name: str, 
     with open_dry_run(config, layout, 0, compiled=True) as dry_run, FlopCounterMode(display=False) as counter:
         dry_run.forward_backward()
     work = stage_work(config, strategy, StageModel(config).stages(strategy)[0])
-    products = work.forward.flops + work.input_backward.flops + work.weight_backward.flops
+    products = sum(one.product_flops for one in (work.forward, work.input_backward, work.weight_backward))
     assert counter.get_total_flops() == products
 
 
@@ -158,6 +158,16 @@ def test_the_bubble_is_that_of_the_published_formula() -> None:
     """Narayanan et al., arXiv 2104.04473, section 2.2: (p - 1) / (m + p - 1) of the step; here the last stage is longer."""
     prediction = predict(4, parallel={"pipeline": 4})
     assert prediction.bubble == pytest.approx(3 / (64 + 3), abs=0.02)
+
+
+def test_fp8_makes_the_blocks_products_faster_but_not_their_weight_gradients() -> None:
+    """Of six FLOPs per weight four have 8 bits; a GPU without such products is refused."""
+    wide, narrow = (predict(1, training={"precision": precision}) for precision in ("bf16", "fp8"))
+    ratio = narrow.parts["matrix products"] / wide.parts["matrix products"]
+    assert 4 / 6 < ratio < 1
+    assert narrow.mfu > wide.mfu and narrow.memory == wide.memory
+    with pytest.raises(ConfigError, match="A100-80GB has no fp8 matrix products"):
+        predict(1, find_hardware("A100-80GB"), training={"precision": "fp8"})
 
 
 def test_what_is_not_covered_is_refused() -> None:
