@@ -15,7 +15,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 # One thread a rank: several ranks share the cores. The hub is never asked: tests run without a network.
 RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline
 
-.PHONY: help setup quickstart test test-gpu lint clean
+.PHONY: help setup quickstart quickstart-t5 test test-gpu lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ $(STAMP): requirements.txt requirements-dev.txt setup.py pyproject.toml
 
 quickstart: $(STAMP) ## train a small GPT on 8 CPU ranks, start to end, in minutes; TEXT=path for your own text
 	$(RUN) $(BIN)/python tools/quickstart.py $(if $(TEXT),--text "$(TEXT)")
+
+quickstart-t5: $(STAMP) ## the same for an encoder and a decoder: span corruption, then summaries
+	$(RUN) $(BIN)/python tools/quickstart_t5.py $(if $(TEXT),--text "$(TEXT)")
 
 test: $(STAMP) ## run the whole test suite
 	$(RUN) $(BIN)/python -m pytest

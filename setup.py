@@ -23,6 +23,7 @@ def console_script(name: str) -> str:
 
 COMMANDS = (
     "pretrain",
+    "pretrain-t5",
     "preprocess-data",
     "merge-datasets",
     "inspect-dataset",
@@ -77,7 +78,7 @@ setup(
     extras_require={
         "tensorboard": ["tensorboard>=2.16"],
         "serve": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"],
-        "eval": ["lm_eval>=0.4.9"],
+        "eval": ["lm_eval>=0.4.9", "rouge-score>=0.1.2", "sacrebleu>=2.3"],
         "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.10", "transformers>=4.50"],
     },
     entry_points={"console_scripts": ["megagpt = megagpt.__main__:main", *map(console_script, COMMANDS)]},

@@ -103,7 +103,7 @@ def _measure(topology: Topology, plan: Plan, seconds: float) -> float:
     deferred = DeferredGradients()
     local_stages = plan.stages_of(topology.pp_rank)
     chunks = {stage: SleepingChunk(seconds / plan.chunks_per_rank, deferred) for stage in local_stages}
-    executor = Executor(plan, chunks, topology, deferred, torch.empty(1, 1, 1), PhaseTracker())
+    executor = Executor(plan, chunks, topology, deferred, [(torch.empty(1, 1, 1),)] * plan.n_stages, PhaseTracker())
     micro_batches = [None] * plan.n_micro_batches
     executor.step(micro_batches, torch.ones(1, 1, 1))  # opens the connections
     dist.barrier()

@@ -47,6 +47,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         ours, _ = load_hugging_face(Path(folder))
+    assert isinstance(ours, GPTChunk)
     print(f"{sum(p.numel() for p in ours.parameters()) / 1e6:.0f}M parameters, {args.threads} thread(s), tokens per second")
     for batch in args.batches:
         prompts = torch.randint(0, 8192, (batch, PROMPT_TOKENS), generator=torch.Generator().manual_seed(1))

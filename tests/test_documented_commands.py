@@ -22,7 +22,9 @@ from support.documented import (
     page_files,
     page_sessions,
 )
+from support.encoder_decoder import T5
 from support.scratch_clone import build_clone
+from support.trained import write_random
 
 from megagpt.commands import quickstart
 
@@ -30,6 +32,7 @@ pytestmark = pytest.mark.launch
 
 NOT_RUN = {
     r"make (setup|lint|test)$": "set up and check a clone; .ci/run does",
+    r"make quickstart-t5": "makes .venv; tests/commands/test_quickstart_t5.py runs its steps",
     r"make quickstart": "makes .venv; the steps of the quickstart run in the fixture `clone`",
     r"source \.venv/bin/activate$": "changes the shell only",
     r"python tools/get_gpt2_tokenizer\.py": "needs a network; tests/commands/test_get_gpt2_tokenizer.py has substitutes",
@@ -53,7 +56,8 @@ SOURCES = {
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clone in which the quickstart has run, with its own 8 ranks. There is another run of the same model, runs/6B."""
+    """A clone in which the quickstart has run, with its own 8 ranks. There is another run of the same model, runs/6B,
+    and one of a model with an encoder."""
     scratch = tmp_path_factory.mktemp("documented")
     folder = scratch / "clone"
     folder.mkdir()
@@ -68,6 +72,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         quickstart.run_all_steps(Path("notes"), run_step)
     shutil.copytree(folder / "runs" / "quickstart", folder / "runs" / "6B")
+    write_random(folder / "runs" / "quickstart_t5" / "checkpoints", "byte", 257, **T5)
     return folder
 
 

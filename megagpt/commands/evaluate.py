@@ -1,4 +1,4 @@
-"""tools/evaluate.py: perplexity of texts, and tasks of lm-evaluation-harness, with a trained model."""
+"""tools/evaluate.py: perplexity of texts, tasks of lm-evaluation-harness, and scores of written texts, with a trained model."""
 
 import argparse
 import json
@@ -11,12 +11,16 @@ from typing import Any
 from megagpt.commands import model_options
 from megagpt.commands.chat import add_template_argument, load_template
 from megagpt.commands.model_options import Ranks
+from megagpt.commands.progress import progress
 from megagpt.commands.shell import command_parser
 from megagpt.distributed.launcher import Launcher
 from megagpt.distributed.object_collectives import all_gather_object
 from megagpt.errors import ConfigError, DataError, listed
+from megagpt.inference.beam_search import BeamSearch
 from megagpt.inference.perplexity import Totals, documents_of, measure
 from megagpt.inference.source import TrainedModel
+from megagpt.inference.targets import TargetWriter
+from megagpt.inference.text_scores import read_pairs, require_scorers, text_scores
 
 EXAMPLE = """examples:
   python tools/evaluate.py --checkpoint runs/quickstart/checkpoints --data data/web.jsonl.zst --stride 16
@@ -24,7 +28,9 @@ EXAMPLE = """examples:
   python tools/evaluate.py --checkpoint runs/6B/checkpoints --data data/web.jsonl.zst --output perplexity.json
 With --tasks, for example --tasks hellaswag,lambada_openai, it runs tasks of EleutherAI's lm-evaluation-harness (the package
 lm_eval: pip install megagpt[eval]). --include-path names a folder with tasks of your own; others are read from the Hugging
-Face hub. Losses are in nats. docs/evaluation.md describes the numbers."""
+Face hub. With --pairs FILE, JSON lines with "source" and "target", a model with an encoder writes a text for each source,
+which is compared with the target: ROUGE, BLEU and chrF from 0 to 100. Losses are in nats. docs/evaluation.md describes the
+numbers."""
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -34,6 +40,7 @@ def create_parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", metavar="PATH", help="prefix of a .bin/.idx pair, or a file or folder of texts: its perplexity")
     what.add_argument("--tasks", metavar="NAMES", help="tasks of lm-evaluation-harness, separated by commas")
+    what.add_argument("--pairs", metavar="FILE", help="sources and targets: ROUGE, BLEU and chrF of what the model writes")
     parser.add_argument(
         "--stride",
         type=int,
@@ -46,6 +53,12 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, metavar="N", help="with --tasks: only the first questions of each task")
     parser.add_argument("--apply-chat-template", action="store_true", help="with --tasks: ask in a dialogue")
     add_template_argument(parser)
+    parser.add_argument("--beams", type=int, metavar="N", help="with --pairs: beam search with N beams (default: greedy)")
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", help="with --pairs: maximum length of a text (default: the model's context)"
+    )
+    parser.add_argument("--max-pairs", type=int, metavar="N", help="with --pairs: only the first pairs")
+    parser.add_argument("--batch", type=int, metavar="N", help="with --pairs: sources at a time (default: 16)")
     parser.add_argument("--tensor", type=int, metavar="N", help="ranks that share one copy of the model (default: all)")
     parser.add_argument("--output", metavar="FILE", help="also write the results here, as JSON")
     return parser
@@ -60,9 +73,14 @@ def _evaluate(args: argparse.Namespace, launcher: Launcher) -> None:
     _check(args)
     if args.tasks is not None:
         require_harness()
+    if args.pairs is not None:
+        require_scorers()
     with model_options.connected(args, launcher, args.tensor) as ranks:
         trained = model_options.load(args, ranks)
-        results = _perplexity(args, trained, ranks) if args.tasks is None else _tasks(args, trained, ranks)
+        if args.tasks is not None:
+            results = _tasks(args, trained, ranks)
+        else:
+            results = (_perplexity if args.pairs is None else _pairs)(args, trained, ranks)
         if results is not None and ranks.is_first:
             _print(results)
             if args.output is not None:
@@ -87,6 +105,24 @@ def _perplexity(args: argparse.Namespace, trained: TrainedModel, ranks: Ranks) -
     if not totals.tokens:
         raise DataError(f"--data {args.data}: has no text")
     return {"data": args.data, "stride": stride, **totals.report()}
+
+
+def _pairs(args: argparse.Namespace, trained: TrainedModel, ranks: Ranks) -> dict[str, Any]:
+    """Return the scores of what the model writes for --pairs; each copy of the model writes its share."""
+    pairs, topology = read_pairs(Path(args.pairs), args.max_pairs), ranks.topology
+    writer = TargetWriter(trained, BeamSearch(args.beams or 1, args.max_tokens or trained.config.model.n_positions))
+    share = slice(topology.dp_rank, None, topology.layout.data)
+    sources, own = [pair.source for pair in pairs[share]], {}
+    with progress("sources", sum(map(len, sources))) as bar:
+        for number, source, text in zip(
+            range(len(pairs))[share], sources, writer.write(sources, args.batch or 16), strict=True
+        ):
+            own[number] = text.text
+            bar.update(len(source))
+    if topology.layout.world_size > 1:
+        own = {number: text for part in all_gather_object(own) for number, text in part.items()}
+    written = [own[number] for number in range(len(pairs))]
+    return {"pairs": args.pairs, "examples": len(pairs), **text_scores(written, [pair.target for pair in pairs])}
 
 
 def _tasks(args: argparse.Namespace, trained: TrainedModel, ranks: Ranks) -> dict[str, Any] | None:
@@ -148,6 +184,10 @@ def _check(args: argparse.Namespace) -> None:
         ("include_path", "tasks"),
         ("num_fewshot", "tasks"),
         ("limit", "tasks"),
+        ("beams", "pairs"),
+        ("max_tokens", "pairs"),
+        ("max_pairs", "pairs"),
+        ("batch", "pairs"),
     ):
         value, name = getattr(args, option), option.replace("_", "-")
         if value is not None and getattr(args, only_with) is None:

@@ -14,24 +14,30 @@ from megagpt.config import Config
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.distributed.launcher import Launcher
 from megagpt.errors import ConfigError
+from megagpt.inference.beam_search import BeamSearch
 from megagpt.inference.generate import Completion, TextGenerator
 from megagpt.inference.prompts import TASKS, TaskPrompt, read_prompts
 from megagpt.inference.sampling import Draw, Sampling
 from megagpt.inference.source import TrainedModel
+from megagpt.inference.targets import TargetWriter
 from megagpt.model.kv_cache import PAGE_TOKENS, pages_for
 
 EXAMPLE = """examples:
   python tools/generate_text.py --checkpoint runs/quickstart/checkpoints --prompt "def main(" --max-tokens 60
   python tools/generate_text.py --checkpoint runs/6B/checkpoints --prompt "The" --device cuda --dtype bf16 --top-k 50
   python tools/generate_text.py --checkpoint runs/6B/checkpoints --prompts data/prompts.txt --output texts.jsonl
+  python tools/generate_text.py --checkpoint runs/quickstart_t5/checkpoints --prompt "A text to summarise." --beams 4
   torchrun --nproc-per-node 2 tools/generate_text.py --checkpoint runs/6B/checkpoints --prompt "The" --temperature 0
 The text goes to standard output, notes to standard error. Every token is predicted from the last model.n_positions tokens, so
 the text can be longer than the model's context. It ends early at an end-of-document token. Memory is needed for the weights
 in --dtype (4 bytes per parameter in fp32, 2 in bf16 and fp16), on the host for the largest one in fp32, and for the keys and
-values of all texts that are continued at a time (--batch). Several ranks share the model (tensor parallel)."""
+values of all texts that are continued at a time (--batch). Several ranks share the model (tensor parallel).
+A model with an encoder (T5) reads the prompt as its source and writes the most likely target, by greedy search or with --beams;
+options of sampling have no effect on it. Of a source that is longer than model.encoder_positions the first tokens are used."""
 MAX_TOKENS = 10**9
 MAX_SEED = 2**63 - 1
 MAX_BATCH = 4096
+MAX_BEAMS = 1000
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -62,6 +68,17 @@ def create_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--batch", type=int, default=16, metavar="N", help="prompts that are continued at a time (default: %(default)s)"
+    )
+    parser.add_argument("--beams", type=int, metavar="N", help="with an encoder: beam search with N beams (default: greedy)")
+    parser.add_argument(
+        "--length-penalty",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="with --beams: log probabilities are divided by length ** P; above 0 prefers long targets (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--early-stopping", action="store_true", help="with --beams: end with as many finished targets as beams"
     )
     return parser
 
@@ -115,6 +132,11 @@ def _generate(args: argparse.Namespace, launcher: Launcher) -> None:
     stop = [*args.stop, *([] if task is None else [task.stop])]
     with model_options.connected(args, launcher) as ranks:
         trained = model_options.load(args, ranks)
+        if trained.has_encoder:
+            _write_targets(trained, texts if task is None else [task.around(text) for text in texts], args, ranks.is_first)
+            return
+        if args.beams is not None:
+            raise ConfigError("--beams: needs a model with an encoder; leave it out to sample, or use --temperature 0")
         prompts = [trained.encode(text if task is None else task.around(text)) for text in texts]
         for note in _notes(trained, max(map(len, prompts)), args.max_tokens):
             if ranks.is_first:
@@ -130,6 +152,34 @@ def _generate(args: argparse.Namespace, launcher: Launcher) -> None:
             for _ in generator.run():
                 pass
             print(args.prompt + added[0].text)
+
+
+def _write_targets(trained: TrainedModel, texts: Sequence[str], args: argparse.Namespace, is_first: bool) -> None:
+    """Print what a model with an encoder writes for each text."""
+    for name in ("stream", "stop", "logprobs"):
+        if getattr(args, name):
+            raise ConfigError(f"--{name}: does not work with a model with an encoder; leave it out")
+    writer = TargetWriter(trained, BeamSearch(args.beams or 1, args.max_tokens, args.length_penalty, args.early_stopping))
+    longest, limit = max(len(trained.tokenizer.encode(text)) + 1 for text in texts), trained.config.model.source_length
+    if longest > limit and is_first:
+        message = f"the source has {longest} tokens; the model reads its first {limit} (model.encoder_positions)"
+        print(f"note: {message}", file=sys.stderr)
+    written = writer.write(texts, args.batch)
+    if args.prompts is None:
+        print(next(written).text)
+        return
+    records = (
+        {
+            "index": index,
+            "prompt": text,
+            "text": target.text,
+            "finish_reason": "stop" if target.ended else "length",
+            "tokens": target.n_tokens,
+            "score": target.score,
+        }
+        for index, (text, target) in enumerate(zip(texts, written, strict=True))
+    )
+    _write_lines(records, args.output if is_first else os.devnull)
 
 
 def open_generator(
@@ -222,6 +272,10 @@ def _check(args: argparse.Namespace) -> None:
     """Raise ConfigError for options that do not go together or are no text."""
     if not 1 <= args.batch <= MAX_BATCH:
         raise ConfigError(f"--batch {args.batch}: expected 1 to {MAX_BATCH}")
+    if args.beams is not None and not 1 <= args.beams <= MAX_BEAMS:
+        raise ConfigError(f"--beams {args.beams}: expected 1 to {MAX_BEAMS}")
+    if not abs(args.length_penalty) < MAX_BEAMS:
+        raise ConfigError(f"--length-penalty {args.length_penalty:g}: expected a number such as 1 or 0.6")
     if args.logprobs is not None and not 0 <= args.logprobs <= 100:
         raise ConfigError(f"--logprobs {args.logprobs}: expected 0 to 100")
     for name in ("output", "logprobs"):

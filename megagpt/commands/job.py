@@ -16,6 +16,8 @@ import megagpt
 from megagpt.commands.shell import INTERRUPTED, USER_ERROR
 from megagpt.config import Config, build_config, config_hash, data_parallel_size, load_config, to_json, with_vocab_size
 from megagpt.data.blend import build_datasets, check_vocabulary
+from megagpt.data.encoder_samples import encoder_format
+from megagpt.data.span_corruption import required_vocab_size
 from megagpt.data.tokenizer import load_tokenizer
 from megagpt.distributed.launcher import Launcher, read_launcher
 from megagpt.errors import ConfigError, MegagptError, ReportedError
@@ -109,7 +111,7 @@ def open_trainer(path: str, overrides: Sequence[str], launcher: Launcher) -> Ite
             require_same_code(Path(megagpt.__file__).parent, library_versions())
             config = _broadcast_config(config, device)
             parallel = config.parallel
-            datasets = build_datasets(config.data, config.model.n_positions)
+            datasets = build_datasets(config.data, config.model.n_positions, encoder_format(config.model))
             timeout = parallel.timeout_seconds + SECONDS_AFTER_WATCHDOG
             topology = Topology.create(parallel.tensor, parallel.pipeline, timeout, parallel.context)
             phase = PhaseTracker(device)
@@ -170,7 +172,7 @@ def checked_config(path: str, overrides: Sequence[str], world_size: int) -> Conf
         raise ConfigError(f"{path}: model.vocab_size: set it, or set data.tokenizer to take it from the tokenizer")
     vocab_size = config.model.vocab_size
     config = with_schedule(config, data_parallel_size(config, world_size))
-    build_datasets(config.data, config.model.n_positions)
+    build_datasets(config.data, config.model.n_positions, encoder_format(config.model))
     check_vocabulary(config.data, vocab_size)
     check_loggers(config)
     return config
@@ -180,13 +182,14 @@ def with_tokenizer(config: Config, path: str) -> Config:
     """Return the config with the vocabulary size of its tokenizer. Raises ConfigError if model.vocab_size is smaller."""
     if config.data.tokenizer is None:
         return config
-    size = load_tokenizer(config.data.tokenizer).vocab_size
+    size = required_vocab_size(config.data, load_tokenizer(config.data.tokenizer))
     if config.model.vocab_size is None:
         return with_vocab_size(config, size)
     if config.model.vocab_size < size:
+        sentinels = " and its sentinels" if config.data.needs_encoder else ""
         raise ConfigError(
             f"{path}: model.vocab_size: {config.model.vocab_size} is below the {size} tokens of data.tokenizer "
-            f"{config.data.tokenizer}; leave it out, or set at least {size}"
+            f"{config.data.tokenizer}{sentinels}; leave it out, or set at least {size}"
         )
     return config
 

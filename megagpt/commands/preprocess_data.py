@@ -10,7 +10,6 @@ from pathlib import Path
 
 from megagpt.commands import shell
 from megagpt.commands.progress import progress
-from megagpt.data.chat_template import ChatTemplate
 from megagpt.data.chat_tokens import ParsingTokenizer, parsing_special_tokens
 from megagpt.data.examples import mask_prefix
 from megagpt.data.indexed import files_of
@@ -18,8 +17,11 @@ from megagpt.data.offline.documents import TEXT_KEY, select_input_files, stop, u
 from megagpt.data.offline.preprocess import Counts, PreprocessJob, preprocess
 from megagpt.data.offline.preprocess_examples import (
     CONVERSATIONS,
+    ChatEncoder,
     ExampleCounts,
+    ExampleEncoder,
     ExamplesJob,
+    PairEncoder,
     output_prefix,
     preprocess_examples,
 )
@@ -30,9 +32,11 @@ EXAMPLE = r"""examples:
   python tools/preprocess_data.py --input corpus.jsonl --tokenizer data/gpt2 --output-prefix data/corpus --append-eod
   python tools/preprocess_data.py --input novel.txt --text-separator '\n\n' --tokenizer byte --output-prefix data/novel
   python tools/preprocess_data.py --task chat --input chats.jsonl --tokenizer models/base --output-prefix data/chats
+  python tools/preprocess_data.py --task pairs --input summaries.jsonl --tokenizer data/gpt2 --output-prefix data/pairs
 The first writes data/corpus_text_document.bin and .idx. The prefix data/corpus_text_document goes into a config, as
 data.train or data.paths. Training splits data by documents, so divide long text files with --text-separator. Speed is
-printed in MB/s, of 10^6 bytes of text. The last writes data/chats_chat.bin, .idx and a mask, for data.task "chat"."""
+printed in MB/s, of 10^6 bytes of text. The third writes data/chats_chat.bin, .idx and a mask, for
+data.task "chat", and the last data/pairs_pairs.bin, for data.task "pairs"."""
 FEW_DOCUMENTS = 20
 """Fewer documents than this may leave a share of data.split without any."""
 MIN_BYTES_FOR_WORKERS = 2**21
@@ -59,10 +63,11 @@ def create_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--task",
-        choices=("text", *CONVERSATIONS),
+        choices=("text", *CONVERSATIONS, "pairs"),
         default="text",
         help='text: documents for pretraining; chat: JSON lines with "messages", or "prompt" and "response"; '
-        'preference: JSON lines with "prompt", "chosen" and "rejected" (default: %(default)s)',
+        'preference: JSON lines with "prompt", "chosen" and "rejected"; pairs: JSON lines with "source" and "target", for a '
+        "model with an encoder (default: %(default)s)",
     )
     parser.add_argument(
         "--chat-template",
@@ -144,8 +149,10 @@ def _run(args: argparse.Namespace) -> None:
 def _preprocess_examples(args: argparse.Namespace) -> None:
     start = time.monotonic()
     _check_examples(args)
-    load = partial(ChatTemplate.load, args.tokenizer, args.chat_template)
-    template = load()
+    load: Callable[[], ExampleEncoder] = partial(PairEncoder.load, args.tokenizer)
+    if args.task in CONVERSATIONS:
+        load = partial(ChatEncoder.load, args.task, args.tokenizer, args.chat_template)
+    encoder = load()
     files = select_input_files(args.input).files
     # A process takes a second to start.
     workers = args.workers if sum(path.stat().st_size for path in files) > MIN_BYTES_FOR_WORKERS else 1
@@ -155,7 +162,7 @@ def _preprocess_examples(args: argparse.Namespace) -> None:
         counts = preprocess_examples(job, bar, stop if args.on_error == "stop" else _warn)
     print(_examples_summary(prefix, counts, time.monotonic() - start))
     print(f'written: {prefix}.bin and .idx, and their mask; in a config: data.train = {prefix}, data.task = "{args.task}"')
-    if missing := template.text_tokens():
+    if isinstance(encoder, ChatEncoder) and (missing := encoder.template.text_tokens()):
         print(
             f"note: the tokenizer has no token {listed(missing)}, so the chat template writes them as text; a template with "
             "tokens of the tokenizer is shorter and safer"
@@ -168,7 +175,10 @@ def _check_examples(args: argparse.Namespace) -> None:
         if getattr(args, key) != defaults.get_default(key):
             raise ConfigError(f"--{key.replace('_', '-')}: is for --task text; leave it out with --task {args.task}")
     if args.tokenizer is None:
-        raise ConfigError("--tokenizer: is needed; name a tokenizer with a chat template, or set --chat-template")
+        wanted = "; name a tokenizer with a chat template, or set --chat-template" if args.task in CONVERSATIONS else ""
+        raise ConfigError(f"--tokenizer: is needed{wanted}")
+    if args.task not in CONVERSATIONS and args.chat_template is not None:
+        raise ConfigError(f"--chat-template: is for --task chat and preference; leave it out with --task {args.task}")
     prefix = output_prefix(args.output_prefix, args.task)
     _require_absent([*files_of(prefix), *files_of(mask_prefix(prefix))], args.overwrite)
 

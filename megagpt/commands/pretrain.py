@@ -24,6 +24,12 @@ docs/config.md describes every key of a config, with its unit and default."""
 def create_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's arguments."""
     parser = shell.command_parser("pretrain_gpt.py", __doc__, EXAMPLE)
+    add_arguments(parser)
+    return parser
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a training run."""
     job.add_arguments(parser)
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and DeepSpeed's, then exit")
     parser.add_argument(
@@ -34,17 +40,17 @@ def create_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rank", type=int, default=0, help="with --dry-run: the rank, from 0 (%(default)s)")
     parser.add_argument("--world-size", type=int, help="with --dry-run: number of ranks; as few as the layout needs if absent")
-    return parser
 
 
 @report_unwritable
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     args = job.parse_arguments(create_parser(), argv)
-    return job.run(lambda launcher: _pretrain(args, launcher), args.debug)
+    return job.run(lambda launcher: pretrain(args, launcher), args.debug)
 
 
-def _pretrain(args: argparse.Namespace, launcher: Launcher) -> int:
+def pretrain(args: argparse.Namespace, launcher: Launcher) -> int:
+    """Train the model of a config, or print the config; return the exit code."""
     if args.print_config:
         return _print_config(args, launcher)
     if args.dry_run:

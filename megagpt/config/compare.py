@@ -5,7 +5,9 @@ from typing import Any
 
 from megagpt.config.schema import ModelConfig
 
-FREE = frozenset({"vocab_multiple", "clf_pdrop", "embd_pdrop", "attn_pdrop", "resid_pdrop", "init_std", "init_scheme"})
+FREE = frozenset(
+    {"vocab_multiple", "clf_pdrop", "embd_pdrop", "attn_pdrop", "resid_pdrop", "mlp_pdrop", "init_std", "init_scheme"}
+)
 """Keys that may change on resume: the saved weights mean the same with any value."""
 
 
@@ -51,6 +53,7 @@ def _effective_values(model: ModelConfig) -> dict[str, object]:
         "head_dim": model.head_size,
         "n_kv_head": model.kv_heads,
         "n_positions": model.n_positions if model.position_embedding == "learned" else None,
+        "encoder_positions": model.source_length if model.position_embedding == "learned" else None,
         "attention_scale": model.attention_scale or max(1, model.head_size) ** -0.5,
         "full_attention_every": model.full_attention_every if model.n_layer >= (model.full_attention_every or 0) else None,
     }

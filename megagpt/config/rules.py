@@ -77,9 +77,9 @@ class Problem:
 
 def broken_rules(config: Config) -> list[Problem]:
     """Return all rules that `config` breaks, for any number of ranks."""
-    layout = (_shape, _tensor_parallel, _fp8, _context, _pipeline, _zero)
+    layout = (_shape, _encoder, _tensor_parallel, _fp8, _context, _pipeline, _zero)
     batches = (_batch, _ramp, _noise_scale, _length)
-    tasks = (_data, _samples, _fill_in_the_middle, _classification, _preference)
+    tasks = (_data, _samples, _fill_in_the_middle, _encoder_tasks, _classification, _preference)
     other = (_checkpoint, _lr_schedule, _optimizer, _deepspeed)
     return [problem for rule in (*layout, *batches, *tasks, *other) for problem in rule(config)]
 
@@ -167,6 +167,44 @@ def _rotary(config: Config) -> Iterator[Problem]:
         )
 
 
+WITH_ENCODER = {
+    "norm_placement": ("before",),
+    "parallel_branches": ("no",),
+    "qk_norm": ("none",),
+    "position_embedding": ("relative", "learned", "rotary", "none"),
+    "attention_window": (None,),
+    "attention_softcap": (None,),
+    "attention_sinks": (False,),
+}
+"""Keys of the model -> the values that work with an encoder."""
+
+
+def _encoder(config: Config) -> Iterator[Problem]:
+    model = config.model
+    if not model.encoder_layers:
+        if model.encoder_positions is not None:
+            yield Problem(
+                ("model.encoder_positions", "model.encoder_layers"),
+                "model.encoder_positions: has no effect without an encoder; set model.encoder_layers, or leave this key out",
+            )
+        return
+    for key, values in WITH_ENCODER.items():
+        value = getattr(model, key)
+        if value not in values:
+            yield Problem(
+                (f"model.{key}", "model.encoder_layers"),
+                f"model.{key}: {json.dumps(value)} does not work with model.encoder_layers {model.encoder_layers}; "
+                f"expected {' or '.join(map(json.dumps, values))}",
+            )
+    buckets = model.relative_buckets
+    if model.position_embedding == "relative" and (buckets % 4 or model.relative_max_distance <= buckets // 2):
+        yield Problem(
+            ("model.relative_buckets", "model.encoder_layers"),
+            f"model.relative_buckets: {buckets} with an encoder, which has half of them for each direction; expected a "
+            f"multiple of 4, for example {max(4, buckets // 4 * 4)}",
+        )
+
+
 def _tensor_parallel(config: Config) -> Iterator[Problem]:
     tensor, model = config.parallel.tensor, config.model
     sharded = {
@@ -176,6 +214,8 @@ def _tensor_parallel(config: Config) -> Iterator[Problem]:
     }
     if config.parallel.sequence_parallel:
         sharded["model.n_positions"] = model.n_positions
+        if model.encoder_layers:
+            sharded["model.encoder_positions"] = model.source_length
     for key, size in sharded.items():
         if size % tensor:
             yield Problem(
@@ -225,16 +265,21 @@ def _context(config: Config) -> Iterator[Problem]:
             f"parallel.context: {parallel.context} x parallel.tensor {parallel.tensor} does not divide model.n_head "
             f"{model.n_head}, and each rank needs the same number of heads; valid products: {_sizes(divisors(model.n_head))}",
         )
-    if model.n_positions % shards:
-        yield Problem(
-            ("parallel.context", "parallel.tensor", "parallel.sequence_parallel", "model.n_positions"),
-            f"parallel.context: {shards} shards (with sequence parallelism) do not divide model.n_positions "
-            f"{model.n_positions}; nearest model.n_positions: {_nearest_multiple(model.n_positions, shards)}",
-        )
+    lengths = {"n_positions": model.n_positions}
+    if model.encoder_layers:
+        lengths["encoder_positions"] = model.source_length
+    for key, length in lengths.items():
+        if length % shards:
+            yield Problem(
+                ("parallel.context", "parallel.tensor", "parallel.sequence_parallel", f"model.{key}"),
+                f"parallel.context: {shards} shards (with sequence parallelism) do not divide model.{key} "
+                f"{length}; nearest model.{key}: {_nearest_multiple(length, shards)}",
+            )
 
 
 def _pipeline(config: Config) -> Iterator[Problem]:
-    parallel, layers = config.parallel, config.model.n_layer
+    parallel, layers = config.parallel, config.model.n_blocks
+    key = "model.encoder_layers + n_layer" if config.model.encoder_layers else "model.n_layer"
     chunks = 1
     if parallel.schedule == "auto":
         valid = parallel.virtual_stages == 1
@@ -256,7 +301,7 @@ def _pipeline(config: Config) -> Iterator[Problem]:
         product = f" ({parallel.pipeline} ranks x {chunks} chunks)" if chunks > 1 else ""
         yield Problem(
             ("parallel.pipeline", "parallel.virtual_stages", "parallel.schedule", "model.n_layer"),
-            f"parallel.pipeline: {stages} stages{product} for model.n_layer {layers}; each stage needs a layer, "
+            f"parallel.pipeline: {stages} stages{product} for {key} {layers}; each stage needs a layer, "
             f"so there can be at most {layers}",
         )
 
@@ -427,6 +472,8 @@ def _samples(config: Config) -> Iterator[Problem]:
         yield Problem(
             (key, "zero.stage"), f"{key}: the output layer's weights are not in one place under zero.stage 3; use 0, 1 or 2"
         )
+    if config.model.encoder_layers:
+        yield Problem((key, "model.encoder_layers"), f"{key}: does not work with an encoder yet; leave it out")
     if config.data.task == "classification":
         yield Problem((key, "data.task"), f'{key}: a model of data.task "classification" writes no text; leave it out')
     if evaluation.sample_tokens >= config.model.n_positions:
@@ -447,6 +494,29 @@ def _fill_in_the_middle(config: Config) -> Iterator[Problem]:
         yield Problem((key, "data.task"), f'{key}: has no meaning for data.task "{data.task}"; leave it out')
     if len(set(data.fill_in_the_middle.tokens)) < 3:
         yield Problem(("data.fill_in_the_middle.tokens",), "data.fill_in_the_middle.tokens: expected three different tokens")
+
+
+def _encoder_tasks(config: Config) -> Iterator[Problem]:
+    """Yield what does not fit together in the task of a model with an encoder."""
+    data, keys = config.data, ("data.task", "model.encoder_layers")
+    if data.needs_encoder and not config.model.encoder_layers:
+        yield Problem(keys, f'data.task: "{data.task}" needs a model with an encoder; set model.encoder_layers')
+    if config.model.encoder_layers and data.sources and not data.needs_encoder:
+        tasks = '"span_corruption", "prefix_lm" or "pairs"'
+        yield Problem(keys, f'data.task: "{data.task}" has no source for the encoder (model.encoder_layers); expected {tasks}')
+    if not data.needs_encoder:
+        return
+    if data.task != "pairs" and data.sources and data.tokenizer is None:
+        yield Problem(("data.tokenizer",), f'data.tokenizer: is needed by data.task "{data.task}"; set it')
+    for key in ("reset_positions", "reset_attention", "mask_document_ends"):
+        if getattr(data, key):
+            yield Problem((f"data.{key}",), f'data.{key}: has no meaning for data.task "{data.task}"; leave it out')
+    if config.model.decoder_start >= (config.model.vocab_size or 2**31):
+        yield Problem(
+            ("model.decoder_start", "model.vocab_size"),
+            f"model.decoder_start: {config.model.decoder_start} is outside of the vocabulary; expected below "
+            f"{config.model.vocab_size}",
+        )
 
 
 def _classification(config: Config) -> Iterator[Problem]:

@@ -105,7 +105,14 @@ class ModelConfig(Section):
     n_head: int = Field(ge=1, le=2**16)
     """Number of attention heads; must divide n_embd, unless head_dim is set."""
     n_positions: int = Field(ge=1, le=2**27)
-    """Sequence length in tokens."""
+    """Sequence length in tokens; that of the decoder in a model with an encoder."""
+    encoder_layers: int = Field(default=0, ge=0, le=10_000)
+    """Transformer blocks of the encoder, before the n_layer of the decoder (T5, Raffel et al., arXiv 1910.10683); 0 for a model
+    without an encoder."""
+    encoder_positions: int | None = Field(default=None, ge=1, le=2**27)
+    """Sequence length of the encoder's input in tokens; n_positions if absent."""
+    decoder_start: int = Field(default=0, ge=0, le=2**31 - 1)
+    """Token that the input of the decoder begins with (T5: 0, its padding)."""
     vocab_size: int | None = Field(default=None, ge=2, le=2**31 - 1)
     """Number of tokens in the vocabulary; taken from data.tokenizer if absent."""
     vocab_multiple: int = Field(default=128, ge=1, le=2**20)
@@ -128,10 +135,11 @@ class ModelConfig(Section):
     """Norm of queries and keys: each head (Qwen3), or all heads together (OLMo 2)."""
     position_embedding: Literal["learned", "rotary", "alibi", "relative", "relative_vectors", "none"] = "learned"
     """learned: vectors that are added to the token embeddings; rotary: rotary embeddings in attention; alibi: a fixed bias of
-    the attention scores (Press et al., arXiv 2108.12409); relative: a learned bias (T5, arXiv 1910.10683); relative_vectors:
-    learned vectors of distances that are added to keys and values (Shaw et al., arXiv 1803.02155)."""
+    the attention scores (Press et al., arXiv 2108.12409); relative: a learned bias (T5, arXiv 1910.10683), one for each layer,
+    or in a model with an encoder one for the encoder and one for the decoder, as in T5; relative_vectors: learned vectors of
+    distances that are added to keys and values (Shaw et al., arXiv 1803.02155)."""
     relative_buckets: int = Field(default=32, ge=2, le=2**16)
-    """relative: number of buckets of distances, an even number."""
+    """relative: number of buckets of distances, an even number; with an encoder a multiple of 4."""
     relative_max_distance: int = Field(default=128, ge=2, le=2**27)
     """relative: all distances from here on share the last bucket; relative_vectors: they share the last vector (Shaw et al.:
     16)."""
@@ -158,14 +166,18 @@ class ModelConfig(Section):
     """Biases of the MLP."""
     embedding_scale: float = Field(default=1.0, gt=0)
     """Factor of the token embeddings (Gemma: sqrt(n_embd))."""
+    output_scale: float = Field(default=1.0, gt=0)
+    """Factor of the input of the output layer (T5 with a tied embedding: 1 / sqrt(n_embd))."""
     logit_softcap: float | None = Field(default=None, gt=0)
     """Limit the logits to +-cap by cap * tanh(logit / cap) (Gemma 2)."""
     embd_pdrop: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout probability after the embeddings."""
+    """Dropout probability after the embeddings, and with an encoder after the final norm of both stacks (T5)."""
     attn_pdrop: float = Field(default=0.0, ge=0, lt=1)
     """Dropout probability of the attention weights. Above 0, attention takes memory quadratic in the sequence length."""
     resid_pdrop: float = Field(default=0.0, ge=0, lt=1)
     """Dropout probability before each residual addition."""
+    mlp_pdrop: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout probability of the hidden channels of the MLP (T5)."""
     clf_pdrop: float = Field(default=0.0, ge=0, lt=1)
     """Dropout probability before the classification head of finetune_classifier.py. Without that head it has no effect."""
     tie_embeddings: bool = True
@@ -181,6 +193,21 @@ class ModelConfig(Section):
     head_dim, or set attention_scale in proportion to 1 / head_dim."""
     layer_norm_epsilon: float = Field(default=1e-5, gt=0)
     """Added to the variance, or the mean square, in each norm."""
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of transformer blocks of encoder and decoder."""
+        return self.encoder_layers + self.n_layer
+
+    @property
+    def source_length(self) -> int:
+        """Sequence length of the encoder's input in tokens."""
+        return self.encoder_positions or self.n_positions
+
+    @property
+    def sample_tokens(self) -> int:
+        """Tokens of a sample that the model reads: those of the decoder, and of the encoder if there is one."""
+        return self.n_positions + (self.source_length if self.encoder_layers else 0)
 
     @property
     def ffn_hidden_size(self) -> int:
@@ -267,6 +294,10 @@ class ZeroConfig(Section):
     """"cpu" stores the optimizer states in host memory (stages 1 to 3)."""
     offload_param: Literal["none", "cpu"] = "none"
     """"cpu" stores the parameter shards in host memory (stage 3)."""
+    reduce_bucket_mib: float = Field(default=64.0, gt=0, le=2**20)
+    """Stages 1 and 2: gradients of consecutive blocks, of at least so many MiB in fp32, are summed over the ranks as soon as
+    the backward of the last micro-batch has passed these blocks, beside the backward of the others. What is left is summed at
+    the end. Schedules with a split backward sum at the end of a stage."""
 
 
 class FillInTheMiddleConfig(Section):
@@ -279,6 +310,19 @@ class FillInTheMiddleConfig(Section):
     """Share of the transformed documents in the order suffix, prefix, middle; the others have prefix, suffix, middle."""
     tokens: tuple[str | int, str | int, str | int] = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
     """The special tokens of prefix, middle and suffix: texts of tokens of data.tokenizer, or ids."""
+
+
+class SpanCorruptionConfig(Section):
+    """Span corruption (T5, Raffel et al., arXiv 1910.10683), for task span_corruption. The piece of text of a sample is as long
+    as its source and its target allow: 568 tokens for 512 encoder positions, which need 114 positions of the decoder."""
+
+    density: float = Field(default=0.15, gt=0, lt=1)
+    """Share of the tokens that are replaced."""
+    mean_length: float = Field(default=3.0, ge=1)
+    """Mean length of a replaced span, in tokens."""
+    sentinels: int = Field(default=100, ge=1, le=2**16)
+    """Number of different sentinels, at least the number of spans in a source. They are data.tokenizer's tokens <extra_id_0>,
+    <extra_id_1>, ...; if it has none, the ids that follow those of the tokenizer, the first sentinel last, as in T5."""
 
 
 class DataConfig(Section):
@@ -299,15 +343,17 @@ class DataConfig(Section):
     tokenizer: PathText | None = None
     """A SentencePiece .model file, a Hugging Face tokenizer.json, a folder with vocab.json and merges.txt, or "byte".
     GPT-2's vocab.json and merges.txt: https://huggingface.co/openai-community/gpt2."""
-    task: Literal["text", "chat", "preference", "classification"] = "text"
+    task: Literal["text", "chat", "preference", "classification", "span_corruption", "prefix_lm", "pairs"] = "text"
     """What the data is for. text: every token of the stream is learned. chat: examples made by preprocess_data.py --task chat;
     the answers are learned, several examples share a sample, and attention and positions restart at each. preference: pairs of
-    answers made by --task preference, learned by DPO (section dpo). classification: set by finetune_classifier.py."""
+    answers made by --task preference, learned by DPO (section dpo). classification: set by finetune_classifier.py. For a model
+    with an encoder: span_corruption and prefix_lm read the same files as text; pairs: sources and targets made by
+    preprocess_data.py --task pairs."""
     classes: list[str] = []
     """task classification: names of the classes."""
     long_examples: Literal["drop", "truncate"] = "drop"
-    """task chat: what happens to an example of more than n_positions + 1 tokens. Their number is in the first lines of the
-    run. Pairs are always dropped: both answers together must fit."""
+    """task chat and pairs: what happens to an example that is longer than its positions. Their number is in the first lines of
+    the run. Preferences are always dropped: both answers together must fit."""
     seed: int = Field(default=1234, ge=0, le=MAX_SEED)
     """Seed for the shuffle order of documents and samples."""
     cache_dir: PathText | None = None
@@ -320,6 +366,8 @@ class DataConfig(Section):
     Needs a mask of micro_batch_size x n_positions^2 numbers and is slower than plain causal attention."""
     fill_in_the_middle: FillInTheMiddleConfig = FillInTheMiddleConfig()
     """Fill-in-the-middle."""
+    span_corruption: SpanCorruptionConfig = SpanCorruptionConfig()
+    """Span corruption."""
     mask_document_ends: bool = False
     """Mask the loss on the first token of each document, which cannot be predicted from the previous document (Megatron:
     eod-mask-loss)."""
@@ -327,12 +375,27 @@ class DataConfig(Section):
     @property
     def separates_positions(self) -> bool:
         """Whether position numbers restart at each document."""
-        return self.reset_positions or self.task != "text"
+        return self.reset_positions or self.packs_examples
 
     @property
     def separates_attention(self) -> bool:
         """Whether attention stays inside each document."""
-        return self.reset_attention or self.task != "text"
+        return self.reset_attention or self.packs_examples
+
+    @property
+    def packs_examples(self) -> bool:
+        """Whether a sample has several examples."""
+        return self.task in ("chat", "preference", "classification")
+
+    @property
+    def has_examples(self) -> bool:
+        """Whether the data has examples, with a mask, not documents."""
+        return self.packs_examples or self.task == "pairs"
+
+    @property
+    def needs_encoder(self) -> bool:
+        """Whether samples have a source for an encoder."""
+        return self.task in ("span_corruption", "prefix_lm", "pairs")
 
     @property
     def valid_sets(self) -> dict[str, Source]:

@@ -8,11 +8,14 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from megagpt.config.schema import DataConfig, Source
+from megagpt.data.encoder_samples import EncoderFormat
 from megagpt.data.examples import ExampleCorpus, LabelledExamples, PackedExamples
 from megagpt.data.fill_in_the_middle import build_fill_in_the_middle
 from megagpt.data.gpt_dataset import PackedCorpus, Sample, TooShortError, Transform
 from megagpt.data.indexed import MAX_CHECKED_BYTES, IndexedCorpus, check_corpus
 from megagpt.data.interleave import Interleave
+from megagpt.data.pairs import SEQUENCES_PER_PAIR, Pairs
+from megagpt.data.span_corruption import build_prefix_lm, build_span_corruption
 from megagpt.errors import DataError
 
 PARTS = ("train", "valid", "test")
@@ -92,6 +95,39 @@ class TaskCorpus:
         return self._packed(self._corpus, documents, sequence_length, self._data)
 
 
+class EncoderTextCorpus:
+    """A corpus whose tokens are one stream, of which a transform makes sources and targets."""
+
+    def __init__(
+        self,
+        prefix: str,
+        data: DataConfig,
+        encoder: EncoderFormat,
+        build: Callable[[DataConfig, int, EncoderFormat], tuple[Transform, int]],
+    ) -> None:
+        """`build`: returns the transform, and the length of the pieces that it gets."""
+        self._corpus = TextCorpus(prefix, data)
+        self._build = lambda length: build(data, length, encoder)
+        self.n_documents = self._corpus.n_documents
+
+    def dataset(self, documents: range, sequence_length: int, transform: Transform | None = None) -> Dataset:
+        corrupted, piece = self._build(sequence_length)
+        return self._corpus.dataset(documents, piece, corrupted)
+
+
+class PairCorpus:
+    """A corpus of sources and targets."""
+
+    def __init__(self, prefix: str, data: DataConfig, encoder: EncoderFormat) -> None:
+        self._corpus = ExampleCorpus(prefix, SEQUENCES_PER_PAIR)
+        self._data = data
+        self._encoder = encoder
+        self.n_documents = len(self._corpus.lengths)
+
+    def dataset(self, documents: range, sequence_length: int, transform: Transform | None = None) -> Dataset:
+        return Pairs(self._corpus, documents, sequence_length, self._data, self._encoder)
+
+
 CORPORA: dict[str, Callable[[str, DataConfig], OpenCorpus]] = {
     "text": TextCorpus,
     "chat": TaskCorpus,
@@ -99,6 +135,12 @@ CORPORA: dict[str, Callable[[str, DataConfig], OpenCorpus]] = {
     "classification": partial(TaskCorpus, packed=LabelledExamples),
 }
 """data.task -> how a prefix is opened."""
+ENCODER_CORPORA: dict[str, Callable[[str, DataConfig, EncoderFormat], OpenCorpus]] = {
+    "span_corruption": partial(EncoderTextCorpus, build=build_span_corruption),
+    "prefix_lm": partial(EncoderTextCorpus, build=build_prefix_lm),
+    "pairs": PairCorpus,
+}
+"""The same for the tasks of a model with an encoder."""
 
 
 class Blend:
@@ -130,23 +172,23 @@ class Blend:
         return self.corpora[corpus].sample(corpus_index)
 
 
-def build_datasets(data: DataConfig, sequence_length: int) -> Datasets:
-    """Open the datasets of `data`.
+def build_datasets(data: DataConfig, sequence_length: int, encoder: EncoderFormat | None = None) -> Datasets:
+    """Open the datasets of `data`. `encoder`: for the tasks of a model with an encoder.
 
     Raises DataError if files are missing, damaged or too short, and if there is no training data.
     """
     transforms = (build_fill_in_the_middle(data), None, None)  # evaluations read the text as it is
     if data.paths is not None and data.split is not None:
-        corpora = _open(data, data.paths)  # once: an index of many documents takes a while to check
+        corpora = _open(data, data.paths, encoder)  # once: an index of many documents takes a while to check
         parts = [_split_dataset(data.paths, corpora, data.split, part, sequence_length, transforms[part]) for part in range(3)]
         train, test = parts[0], parts[2]
         valid = {} if parts[1] is None else {"eval": parts[1]}
     else:
         train, test = (
-            None if source is None else _full_dataset(data, source, sequence_length, transform)
+            None if source is None else _full_dataset(data, source, sequence_length, encoder, transform)
             for source, transform in ((data.train, transforms[0]), (data.test, transforms[2]))
         )
-        valid = {name: _full_dataset(data, source, sequence_length, transforms[1]) for name, source in data.valid_sets.items()}
+        valid = {name: _full_dataset(data, source, sequence_length, encoder) for name, source in data.valid_sets.items()}
     if train is None:
         raise DataError("data.train: no training data; set it to the prefix of a .bin/.idx pair, or set data.paths and split")
     return Datasets(train, valid, test)
@@ -194,12 +236,20 @@ def _split_dataset(
     return _blend(packed, source)
 
 
-def _full_dataset(data: DataConfig, source: Source, sequence_length: int, transform: Transform | None) -> Dataset:
-    corpora = _open(data, source)
+def _full_dataset(
+    data: DataConfig,
+    source: Source,
+    sequence_length: int,
+    encoder: EncoderFormat | None,
+    transform: Transform | None = None,
+) -> Dataset:
+    corpora = _open(data, source, encoder)
     return _blend([corpus.dataset(range(corpus.n_documents), sequence_length, transform) for corpus in corpora], source)
 
 
-def _open(data: DataConfig, source: Source) -> list[OpenCorpus]:
+def _open(data: DataConfig, source: Source, encoder: EncoderFormat | None) -> list[OpenCorpus]:
+    if encoder is not None:
+        return [ENCODER_CORPORA[data.task](prefix, data, encoder) for prefix in _prefixes(source)]
     return [CORPORA[data.task](prefix, data) for prefix in _prefixes(source)]
 
 

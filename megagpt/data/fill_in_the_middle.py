@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from megagpt.config.schema import DataConfig
 from megagpt.data.gpt_dataset import Sample
-from megagpt.data.tokenizer import Tokenizer, load_tokenizer
+from megagpt.data.tokenizer import Tokenizer, load_tokenizer, special_token_id
 from megagpt.errors import ConfigError
 
 MIN_TOKENS = 8
@@ -77,11 +77,9 @@ def build_fill_in_the_middle(data: DataConfig) -> FillInTheMiddle | None:
 
 
 def _id_of(text: str, tokenizer: Tokenizer, name: str) -> int:
-    found = tokenizer.control_tokens.get(text)
+    found = special_token_id(tokenizer, text)
     if found is not None:
         return found
-    if text in tokenizer.special_tokens and len(ids := tokenizer.encode(text)) == 1:
-        return ids[0]
     raise ConfigError(
         f"data.fill_in_the_middle.tokens: {text} is not a special token of data.tokenizer {name}; name its tokens for prefix, "
         "middle and suffix, or three ids that the data does not use, below model.vocab_size"

@@ -29,6 +29,10 @@ class Sample(NamedTuple):
     """What each position of the inputs predicts, [seq]; the next token if absent."""
     references: npt.NDArray[np.float32] | None = None
     """For preferences: the reference model's log p(chosen) - log p(rejected) of each pair, [pairs]."""
+    source: npt.NDArray[np.int64] | None = None
+    """For a model with an encoder: its input, [encoder positions], filled up with 0."""
+    source_length: int = 0
+    """Tokens of the source; no position of encoder or decoder attends to those from there on."""
 
 
 Transform = Callable[[Sample, int], Sample]

@@ -4,6 +4,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from megagpt.config.schema import DataConfig, Source
+from megagpt.data.encoder_samples import EncoderFormat
 from megagpt.data.examples import mask_prefix
 from megagpt.data.index_cache import content_fingerprint
 from megagpt.data.indexed import IndexedCorpus
@@ -40,19 +41,22 @@ class DataIdentity(BaseModel):
     seed: int
     split: str | None
     sequence_length: int
+    source_length: int | None = None
+    """That of the encoder, if there is one."""
     parts: dict[str, list[CorpusIdentity]]
     """"train", "valid", "valid.NAME", "test" or "paths" -> its corpora."""
 
 
-def data_identity(data: DataConfig, sequence_length: int) -> DataIdentity:
+def data_identity(data: DataConfig, sequence_length: int, encoder: EncoderFormat | None = None) -> DataIdentity:
     """Return the identity of the data that a config names. Raises DataError if files are missing or damaged."""
-    parts = {part: _corpora(source, data.task) for part, source in data.sources.items()}
+    parts = {part: _corpora(source, data.has_examples) for part, source in data.sources.items()}
     return DataIdentity(
         task=data.task,
         long_examples=data.long_examples,
         seed=data.seed,
         split=data.split,
         sequence_length=sequence_length,
+        source_length=None if encoder is None else encoder.positions,
         parts=parts,
     )
 
@@ -70,22 +74,23 @@ def training_data_changes(saved: DataIdentity, current: DataIdentity) -> list[st
         ("seed", "data.seed"),
         ("split", "data.split"),
         ("sequence_length", "model.n_positions"),
+        ("source_length", "model.encoder_positions"),
     ):
         if getattr(saved, key) != getattr(current, key):
             changes.append(f"{name} was {getattr(saved, key)} and is {getattr(current, key)}")
     return changes
 
 
-def _corpora(source: Source, task: str) -> list[CorpusIdentity]:
+def _corpora(source: Source, has_mask: bool) -> list[CorpusIdentity]:
     weights = {source: 1.0} if isinstance(source, str) else source
-    return [_corpus(prefix, weight, task) for prefix, weight in weights.items()]
+    return [_corpus(prefix, weight, has_mask) for prefix, weight in weights.items()]
 
 
-def _corpus(prefix: str, weight: float, task: str) -> CorpusIdentity:
+def _corpus(prefix: str, weight: float, has_mask: bool) -> CorpusIdentity:
     corpus = IndexedCorpus(prefix)
     tokens = int(np.sum(corpus.sizes, dtype=np.int64))
     fingerprint = content_fingerprint(corpus)
-    if task != "text":
+    if has_mask:
         fingerprint += f" {content_fingerprint(IndexedCorpus(mask_prefix(prefix)))}"
     return CorpusIdentity(prefix=prefix, weight=weight, sequences=len(corpus.sizes), tokens=tokens, fingerprint=fingerprint)
 

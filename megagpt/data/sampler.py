@@ -4,12 +4,14 @@ The global batch of `size` samples that starts at sample `first` holds the sampl
 layout. Data-parallel rank d of D gets the d-th of D equal ranges.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from megagpt.data.blend import Dataset
+from megagpt.data.gpt_dataset import Sample
 from megagpt.data.indexed import check_ids
 
 
@@ -27,6 +29,10 @@ class TokenBatch:
     """What each position of the inputs predicts, [batch, seq]; the next token if absent."""
     references: tuple[npt.NDArray[np.float32], ...] = ()
     """For preferences: those of each sample, each [pairs]."""
+    source: npt.NDArray[np.int64] | None = None
+    """Input of the encoder, [batch, encoder positions]; absent without an encoder."""
+    source_lengths: npt.NDArray[np.int64] | None = None
+    """Tokens of each source, the rest is padding, [batch]; goes with `source`."""
 
 
 class GlobalBatches:
@@ -59,5 +65,16 @@ class GlobalBatches:
             given = [sample.labels for sample in samples if sample.labels is not None]
             labels = np.stack(given) if given else None
             references = tuple(sample.references for sample in samples if sample.references is not None)
-            batches.append(TokenBatch(first_sample + row, tokens, starts, labels, references))
+            source, source_lengths = _sources(samples)
+            if source is not None:
+                check_ids(source, self._vocab_size, f"source of sample {first_sample + row}")
+            batches.append(TokenBatch(first_sample + row, tokens, starts, labels, references, source, source_lengths))
         return batches
+
+
+def _sources(samples: Sequence[Sample]) -> tuple[npt.NDArray[np.int64] | None, npt.NDArray[np.int64] | None]:
+    """Return the sources of the samples, [batch, encoder positions], and their lengths, [batch]; None without an encoder."""
+    sources = [sample.source for sample in samples if sample.source is not None]
+    if not sources:
+        return None, None
+    return np.stack(sources), np.array([sample.source_length for sample in samples], np.int64)

@@ -218,6 +218,14 @@ def load_tokenizer(path: str) -> Tokenizer:
     return SentencePieceTokenizer(files[SENTENCEPIECE], eod_token)
 
 
+def special_token_id(tokenizer: Tokenizer, text: str) -> int | None:
+    """Return the id of a special token; None if the tokenizer has no such token."""
+    found = tokenizer.control_tokens.get(text)
+    if found is None and text in tokenizer.special_tokens and len(ids := tokenizer.encode(text)) == 1:
+        return ids[0]
+    return found
+
+
 def tokenizer_files(path: str) -> dict[str, Path]:
     """Return the files that `load_tokenizer` reads for a path, by the names that they have in a folder; none for "byte".
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -27,7 +28,7 @@ from megagpt.engine.deepspeed_internals import (
     mark_for_gradient_norm,
 )
 from megagpt.engine.freezing import add_placeholder_parameters, check_scales, freeze
-from megagpt.engine.gradient_sync import GradientSync, sum_gradients, sum_partial_gradients
+from megagpt.engine.gradient_sync import GradientSync, SharedParameter, sum_gradients, sum_partial_gradients
 from megagpt.engine.mpu import DeepSpeedMPU
 from megagpt.engine.muon import Muon, Segment
 from megagpt.engine.optimizer import (
@@ -39,9 +40,10 @@ from megagpt.engine.optimizer import (
     set_learning_rate,
     set_weight_decay,
 )
+from megagpt.engine.reduction import Bucket, ChunkReduction, make_buckets
 from megagpt.errors import ConfigError
+from megagpt.model.chunk import Chunk, build_chunk, join_copies, message_tensors, shared_parameters
 from megagpt.model.forward_context import MicroBatch
-from megagpt.model.gpt import TOKEN_EMBEDDING, GPTChunk, activation_dtype, build_chunk, share_tied_embedding
 from megagpt.model.meta_model import stage_layers
 from megagpt.model.objectives import Objective
 from megagpt.parallel.deferred_gradients import DeferredGradients
@@ -100,13 +102,12 @@ class Engine:
         if parallel.schedule == "auto":
             raise ConfigError('parallel.schedule: "auto" must be resolved first (megagpt.planner.auto_schedule)')
         self._rank_of_stage = placement(parallel.schedule, topology.layout.pipeline, parallel.virtual_stages)
+        self._layers = stage_layers(config, len(self._rank_of_stage))
         self.chunks = self._build_chunks()
         self.model = nn.ModuleList(self.chunks.values())
         self.parameters = list(self.model.parameters())
-        tied_name = TOKEN_EMBEDDING if config.model.tie_embeddings else None
-        self.tied = [p for p in self.parameters if shard_of(p).name == tied_name]
-        """The tied embedding, if this rank has it."""
-        self._sync = GradientSync(self.chunks, self._rank_of_stage, topology, config.zero.stage, tied_name)
+        shared = shared_parameters(config, self._layers)
+        self._sync = GradientSync(self.chunks, self._rank_of_stage, topology, config.zero.stage, shared)
         check_scales(config)
         for parameter in self.parameters:
             set_group(parameter, group_of_shard(shard_of(parameter), config))
@@ -115,8 +116,9 @@ class Engine:
         self.deepspeed = self._initialize_deepspeed()
         if config.optimizer.type == "muon":
             self._attach_matrices()
-        self._zero = build_zero_steps(self.deepspeed, list(self._sync.by_stage.values()))
-        self._executors: dict[tuple[str | None, int, torch.Size], Executor] = {}
+        self._reduction = ChunkReduction(self._sync, self._buckets(), partial(build_zero_steps, self.deepspeed), self.phase)
+        self._zero = self._reduction.zero
+        self._executors: dict[tuple[str | None, int, torch.Size, int], Executor] = {}
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], n_tokens: int | Tensor) -> Tensor | None:
         """Run all forwards and backwards of a step and reduce the gradients. Collective.
@@ -132,10 +134,10 @@ class Engine:
         self.model.train()
         self._zero.begin()
         executor = self._executor(self.config.parallel.schedule, micro_batches)
-        loss_sum = executor.step(micro_batches, self._loss_gradient(n_tokens, self.loss_scale * shards), self._reduce_stage)
+        loss_sum = executor.step(micro_batches, self._loss_gradient(n_tokens, self.loss_scale * shards), self._reduction)
         self.phase.enter("reduction of the last gradients")
         with self.phase.waiting():
-            self._sync.sum_tied()
+            self._sync.sum_shared()
             self._zero.finish()
         return loss_sum
 
@@ -168,7 +170,7 @@ class Engine:
         self._zero.begin()
         executor = self._executor(self.config.parallel.schedule, [micro_batch])
         executor.step([micro_batch], self._loss_gradient(n_tokens, self.loss_scale))
-        self._sync.sum_over_ends()
+        self._sync.sum_over_stages()
         sum_partial_gradients(self.parameters, self.topology.tensor_group)
         sum_gradients(self.parameters, self.topology.context_group)
         yield
@@ -194,6 +196,11 @@ class Engine:
         finally:
             for chunk, own in zip(last, usual, strict=True):
                 chunk.objective = own
+
+    @property
+    def shared(self) -> list[SharedParameter]:
+        """The parameters of this rank that several stages share, such as a tied embedding."""
+        return self._sync.shared
 
     @property
     def last_stage_rank(self) -> int:
@@ -225,7 +232,7 @@ class Engine:
         """Free DeepSpeed's resources."""
         self.deepspeed.destroy()
 
-    def _build_chunks(self) -> dict[int, GPTChunk]:
+    def _build_chunks(self) -> dict[int, Chunk]:
         """Build this rank's chunks, by stage."""
         topology, config = self.topology, self.config
         kernels, products = Kernels(compiled=self.compiles), None
@@ -233,10 +240,9 @@ class Engine:
             require_fp8(self.device)
             products = Fp8Products(kernels)
         parallel = ParallelContext.of(topology, config.parallel.sequence_parallel, self.deferred_gradients, kernels, products)
-        layers = stage_layers(config, len(self._rank_of_stage))
         local_stages = [stage for stage, rank in enumerate(self._rank_of_stage) if rank == topology.pp_rank]
-        chunks = {stage: build_chunk(config, parallel, layers[stage], self.device) for stage in local_stages}
-        share_tied_embedding(list(chunks.values()))
+        chunks = {stage: build_chunk(config, parallel, self._layers[stage], self.device) for stage in local_stages}
+        join_copies(list(chunks.values()), shared_parameters(config, self._layers))
         freeze(chunks.values(), config)
         return chunks
 
@@ -287,27 +293,27 @@ class Engine:
             return (scale / n_tokens.clamp(min=1)).to(torch.float32)
         return torch.tensor(scale / max(1, n_tokens), dtype=torch.float32, device=self.device)
 
-    def _reduce_stage(self, stage: int) -> None:
-        """Reduce a chunk's gradients while other chunks still compute. The tied embedding waits for the other end."""
-        self.phase.enter(f"gradient reduction of stage {stage}")
-        with self.phase.waiting():
-            self._zero.reduce(self._sync.sum_stage(stage))
+    def _buckets(self) -> dict[int, list[Bucket]]:
+        """Return the buckets of each stage; none where the gradients of a stage are not summed in parts."""
+        zero, by_stage = self.config.zero, self._sync.by_stage
+        if self.topology.layout.dp_cp == 1 or zero.stage not in (1, 2) or zero.offload_optimizer != "none":
+            return {stage: [] for stage in by_stage}
+        n_bytes = zero.reduce_bucket_mib * 2**20
+        return {stage: make_buckets(self.chunks[stage].blocks, trained, n_bytes) for stage, trained in by_stage.items()}
 
     def _executor(self, schedule: str | None, micro_batches: Sequence[MicroBatch]) -> Executor:
         """Return the executor for these micro-batches, built on first use. Schedule None runs forwards only."""
-        key = (schedule, len(micro_batches), micro_batches[0].tokens.shape)
+        batch, source = micro_batches[0], micro_batches[0].source
+        key = (schedule, len(micro_batches), batch.tokens.shape, 0 if source is None else source.shape[1])
         if key not in self._executors:
             self._executors[key] = self._build_executor(*key)
         return self._executors[key]
 
-    def _build_executor(self, schedule: str | None, n_micro_batches: int, shape: torch.Size) -> Executor:
-        parallel, (batch, seq) = self.config.parallel, shape
+    def _build_executor(self, schedule: str | None, n_micro_batches: int, shape: torch.Size, n_source: int) -> Executor:
+        parallel = self.config.parallel
         if schedule is None:
             plan = forward_plan(self._rank_of_stage, n_micro_batches)
         else:
             plan = make_plan(schedule, parallel.pipeline, n_micro_batches, parallel.virtual_stages)
-        if parallel.sequence_parallel:
-            seq //= self.topology.layout.tensor
-        dtype = activation_dtype(self.config)
-        like = torch.empty(batch, seq, self.config.model.n_embd, dtype=dtype, device=self.device)
-        return Executor(plan, self.chunks, self.topology, self.deferred_gradients, like, self.phase)
+        likes = message_tensors(self.config, self._layers, shape, n_source, self.device)
+        return Executor(plan, self.chunks, self.topology, self.deferred_gradients, likes, self.phase)

@@ -6,13 +6,13 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from megagpt.config.schema import Config
 from megagpt.engine.optimizer import Group, group_of, set_group
 from megagpt.errors import ConfigError
 from megagpt.model.adapters import linear_layers
-from megagpt.model.gpt import CLASSIFIER
+from megagpt.model.ends import CLASSIFIER
 from megagpt.model.meta_model import meta_model, parameter_names
 from megagpt.parallel.adapter import is_adapter, layer_name
 from megagpt.parallel.parameter import shard_of
@@ -99,6 +99,8 @@ def _matches(name: str, patterns: list[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _start_backward(chunk: nn.Module, args: Any, out: Tensor) -> Tensor:
-    """A fully frozen first chunk has no graph. The plan still runs its backward, so give its output one."""
-    return out if out.requires_grad or not torch.is_grad_enabled() else out.requires_grad_()
+def _start_backward(chunk: nn.Module, args: Any, out: Any) -> None:
+    """A fully frozen first chunk has no graph. The plan still runs its backward, so give its outputs one."""
+    for tensor in out if isinstance(out, tuple) else (out,):
+        if torch.is_grad_enabled() and not tensor.requires_grad:
+            tensor.requires_grad_()

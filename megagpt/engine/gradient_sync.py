@@ -1,11 +1,12 @@
 """Gradient sums outside of ZeRO, after the backwards of a chunk.
 
-- The tied embedding: the first and the last stage each compute a part of its gradient.
+- Parameters that several stages share, such as a tied embedding: each stage computes a part of their gradient.
 - Replicated parameters under sequence parallelism: each tensor rank computes the gradient of its range of the sequence.
 - ZeRO 0: every gradient is summed over the replicas.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,14 @@ _BUCKET_ELEMENTS = 2**24
 """Elements summed in one call: few calls, and a small buffer beside the gradients."""
 
 
+class SharedParameter(NamedTuple):
+    """A parameter that several stages have, and the group of their ranks."""
+
+    parameter: nn.Parameter
+    group: ProcessGroup | None
+    """None if all of these stages are on this rank."""
+
+
 class GradientSync:
     """Sums the gradients of one rank's chunks that ZeRO does not sum."""
 
@@ -28,42 +37,60 @@ class GradientSync:
         rank_of_stage: Sequence[int],
         topology: Topology,
         zero_stage: int,
-        tied: str | None,
+        shared: Mapping[str, Sequence[int]],
     ) -> None:
-        """`chunks`: this rank's, by stage; `tied`: name of the tied embedding, if the model has one."""
+        """`chunks`: this rank's, by stage; `shared`: names of shared parameters -> stages that have them. Collective."""
         self._topology = topology
         self._zero_stage = zero_stage
-        self._tied_on_two_ranks = rank_of_stage[0] != rank_of_stage[-1]
-        parameters = dict.fromkeys(p for chunk in chunks.values() for p in chunk.parameters() if p.requires_grad)
-        self.tied = [p for p in parameters if shard_of(p).name == tied]
-        """The tied embedding, if this rank trains it: complete only after the backwards of both ends of the model."""
-        self._tied_set = set(self.tied)
-        self.by_stage = {stage: self._without_tied(chunk) for stage, chunk in chunks.items()}
-        """Trained parameters of each stage, without the tied embedding."""
+        own = {shard_of(p).name: p for chunk in chunks.values() for p in chunk.parameters()}
+        groups = _groups_of(shared, rank_of_stage, topology)
+        self.shared = [SharedParameter(own[name], group) for name, group in groups.items() if name in own]
+        """The shared parameters of this rank; their gradients are complete only after the backwards of all stages.
+        In the same order on all ranks."""
+        self._shared_set = {shared.parameter for shared in self.shared}
+        self.by_stage = {stage: self._without_shared(chunk) for stage, chunk in chunks.items()}
+        """Trained parameters of each stage, without the shared ones."""
 
     def sum_stage(self, stage: int) -> list[nn.Parameter]:
         """Sum the gradients of a stage whose backwards are done; return its parameters. Collective."""
         parameters = self.by_stage[stage]
-        self._sum(parameters)
+        self.sum(parameters)
         return parameters
 
-    def sum_tied(self) -> None:
-        """Sum the tied embedding's gradient, after all backwards. Collective."""
-        self.sum_over_ends()
-        self._sum(self.tied)
+    def sum_shared(self) -> None:
+        """Sum the gradients of the shared parameters, after all backwards. Collective."""
+        self.sum_over_stages()
+        self.sum([shared.parameter for shared in self.shared if shared.parameter.requires_grad])
 
-    def sum_over_ends(self) -> None:
-        """Sum the tied embedding's gradient over the first and the last stage, unless one rank has both. Collective."""
-        if self._tied_on_two_ranks:
-            sum_gradients(self.tied, self._topology.embedding_group)
+    def sum_over_stages(self) -> None:
+        """Sum the gradients of the shared parameters over the ranks of the stages that have them. Collective."""
+        for parameter, group in self.shared:
+            if parameter.requires_grad:
+                sum_gradients([parameter], group)
 
-    def _sum(self, parameters: Sequence[nn.Parameter]) -> None:
+    def sum(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Sum complete gradients of this rank. Collective."""
         sum_partial_gradients(parameters, self._topology.tensor_group)
         if self._zero_stage == 0:
             sum_gradients(parameters, self._topology.dp_cp_group)
 
-    def _without_tied(self, chunk: nn.Module) -> list[nn.Parameter]:
-        return [p for p in chunk.parameters() if p.requires_grad and p not in self._tied_set]
+    def _without_shared(self, chunk: nn.Module) -> list[nn.Parameter]:
+        return [p for p in chunk.parameters() if p.requires_grad and p not in self._shared_set]
+
+
+def _groups_of(
+    shared: Mapping[str, Sequence[int]], rank_of_stage: Sequence[int], topology: Topology
+) -> dict[str, ProcessGroup | None]:
+    """Return the group of the ranks that have each shared parameter; None for one rank, and on other ranks. Collective."""
+    ends = (0, topology.layout.pipeline - 1)
+    created: dict[tuple[int, ...], ProcessGroup | None] = {ends: topology.embedding_group}
+    groups = {}
+    for name, stages in shared.items():
+        ranks = tuple(sorted({rank_of_stage[stage] for stage in stages}))
+        if len(ranks) > 1 and ranks not in created:
+            created[ranks] = topology.pipeline_group(ranks)
+        groups[name] = created[ranks] if len(ranks) > 1 else None
+    return groups
 
 
 def sum_partial_gradients(parameters: Iterable[nn.Parameter], tp_group: ProcessGroup | None) -> None:

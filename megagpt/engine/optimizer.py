@@ -35,11 +35,12 @@ class Group(NamedTuple):
 def group_of_shard(shard: Shard, config: Config) -> Group:
     """Return the group of a parameter: under muP the matrices of wider blocks have lower learning rates."""
     matrix = len(shard.shape) > 1
-    scale = 1 / config.model.width_growth if matrix and shard.name.startswith("layers.") else 1.0
+    in_block = matrix and "layers." in shard.name
+    scale = 1 / config.model.width_growth if in_block else 1.0
     for pattern, factor in config.optimizer.learning_rate_scales.items():
         if fnmatchcase(shard.name, pattern):
             scale *= factor
-    return Group(matrix, scale, config.optimizer.type == "muon" and matrix and shard.name.startswith("layers."))
+    return Group(matrix, scale, config.optimizer.type == "muon" and in_block)
 
 
 def groups_of_model(config: Config) -> list[Group]:

@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 from megagpt.errors import CheckpointError, ConfigError
-from megagpt.model.gpt import GPTChunk
+from megagpt.hugging_face.families import FAMILIES
+from megagpt.hugging_face.folder import CONFIG, MAX_CONFIG_BYTES, read_object
+from megagpt.model.chunk import Chunk
+from megagpt.model.encoder_decoder import EncoderDecoderChunk
 
 SEQUENCES, MAX_TOKENS = 2, 64
 TOLERANCE = 1e-4
@@ -47,10 +50,12 @@ def check_tokens(vocab_size: int, n_positions: int) -> Tensor:
 
 
 @torch.no_grad()
-def our_logits(model: GPTChunk, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+def our_logits(model: Chunk, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the logits of a model in fp32, with its weights rounded to `dtype`, as the files of the other side have them."""
     for parameter in model.parameters():
         parameter.copy_(parameter.to(dtype))
+    if isinstance(model, EncoderDecoderChunk):
+        return model.logits(_source(tokens), tokens)
     return model.logits(tokens)
 
 
@@ -62,14 +67,23 @@ def their_logits(folder: Path, tokens: Tensor) -> Tensor:
     """
     transformers = require_transformers()
     try:  # "eager": the only attention with every option, such as capped scores
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        kind = FAMILIES[read_object(folder / CONFIG, MAX_CONFIG_BYTES)["model_type"]].architecture
+        model = getattr(transformers, kind).from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # any error of the library is the answer to the question
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{folder}: transformers cannot load it: {reason}") from None
-    logits: Tensor = model.eval()(tokens).logits
+    inputs = {"input_ids": tokens}
+    if model.config.is_encoder_decoder:
+        inputs = {"input_ids": _source(tokens), "decoder_input_ids": tokens}
+    logits: Tensor = model.eval()(**inputs).logits
     return logits.float()
+
+
+def _source(tokens: Tensor) -> Tensor:
+    """Return the input of an encoder for the decoder's input `tokens`."""
+    return tokens.flip(1)
 
 
 def difference(ours: Tensor, theirs: Tensor) -> Difference:

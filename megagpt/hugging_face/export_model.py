@@ -228,9 +228,11 @@ def saved_config(reader: CheckpointReader) -> Config:
         raise CheckpointError(f"{reader.folder}: config: model.vocab_size: null; expected the size of the saved embedding")
     if config.data.classes:
         raise CheckpointError(f"{reader.folder}: is a classifier, which has no counterpart in the conversion")
-    if config.model.n_layer > len(reader.manifest.tensors):
+    if config.model.n_blocks > len(reader.manifest.tensors):
         n_tensors = len(reader.manifest.tensors)
-        raise CheckpointError(f"{reader.folder}: config: model.n_layer: {config.model.n_layer}, but it has {n_tensors} tensors")
+        raise CheckpointError(
+            f"{reader.folder}: config: model.n_layer: {config.model.n_blocks}, but it has {n_tensors} tensors"
+        )
     return config
 
 

@@ -4,10 +4,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megagpt.config.schema import ModelConfig
-from megagpt.hugging_face.rules import ByHead, Conv1DByHead, Rule, Same, Stacked, Transposed
+from megagpt.hugging_face.rules import ByBucket, ByHead, Conv1DByHead, Rule, Same, Stacked, Transposed
 
 Rules = dict[str, Rule]
 """Name of a parameter in megagpt, without its layer -> the tensors of Hugging Face that it consists of."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The encoder of an architecture, and the biases of relative positions."""
+
+    layer_prefix: str
+    """Prefix of the tensors of layer {}."""
+    layer: Callable[[ModelConfig], Rules]
+    """The parameters of one layer."""
+    biases: Callable[[ModelConfig], Rules]
+    """The biases of both stacks, which their layers share."""
 
 
 @dataclass(frozen=True)
@@ -26,16 +38,25 @@ class Family:
     """Prefix that names lack in a folder of the base model, which has no output layer."""
     buffers: str = r".*\.rotary_emb\.inv_freq"
     """Pattern of tensors that are computed from the config; older versions of transformers stored them."""
+    encoder: Encoder | None = None
+    """The encoder, if the architecture has one."""
 
     def rules(self, model: ModelConfig) -> Iterator[tuple[str, Rule, str]]:
         """Yield (parameter name, rule, prefix of the rule's names) for every parameter of the model."""
         for name, rule in self.ends.items():
             if name != "head.weight" or not model.tie_embeddings:
                 yield name, rule, ""
-        layer = self.layer(model)
-        for index in range(model.n_layer):
-            for name, rule in layer.items():
-                yield f"layers.{index}.{name}", rule, self.layer_prefix.format(index)
+        if self.encoder is not None:
+            for name, rule in self.encoder.biases(model).items():
+                yield name, rule, ""
+            yield from _layers("encoder.layers", model.encoder_layers, self.encoder.layer(model), self.encoder.layer_prefix)
+        yield from _layers("layers", model.n_layer, self.layer(model), self.layer_prefix)
+
+
+def _layers(ours: str, n_layers: int, rules: Rules, theirs: str) -> Iterator[tuple[str, Rule, str]]:
+    for index in range(n_layers):
+        for name, rule in rules.items():
+            yield f"{ours}.{index}.{name}", rule, theirs.format(index)
 
 
 def _gpt2_layer(model: ModelConfig) -> Rules:
@@ -122,6 +143,42 @@ def _gemma2_layer(model: ModelConfig) -> Rules:
     }
 
 
+def _t5_attention(model: ModelConfig, ours: str, theirs: str) -> Rules:
+    query, key, value = (f"{theirs}.{letter}.weight" for letter in "qkv")
+    if ours == "attention" and model.kv_heads == model.n_head:
+        projections: Rules = {"attention.qkv.weight": ByHead((query, key, value), model.n_head)}
+    else:
+        projections = {f"{ours}.q.weight": Same(query), f"{ours}.kv.weight": Stacked((key, value))}
+    return projections | {f"{ours}.proj.weight": Same(f"{theirs}.o.weight")}
+
+
+def _t5_mlp(model: ModelConfig, sublayer: int) -> Rules:
+    name = f"layer.{sublayer}.DenseReluDense"
+    up: Rules = {"mlp.up.weight": Same(f"{name}.wi.weight")}
+    if model.gated_mlp:
+        up = {"mlp.gate_up.weight": Stacked((f"{name}.wi_0.weight", f"{name}.wi_1.weight"))}
+    return up | {"mlp.down.weight": Same(f"{name}.wo.weight"), "mlp_norm.weight": Same(f"layer.{sublayer}.layer_norm.weight")}
+
+
+def _t5_encoder_layer(model: ModelConfig) -> Rules:
+    norm: Rules = {"attention_norm.weight": Same("layer.0.layer_norm.weight")}
+    return norm | _t5_attention(model, "attention", "layer.0.SelfAttention") | _t5_mlp(model, 1)
+
+
+def _t5_layer(model: ModelConfig) -> Rules:
+    norms: Rules = {
+        "attention_norm.weight": Same("layer.0.layer_norm.weight"),
+        "cross_norm.weight": Same("layer.1.layer_norm.weight"),
+    }
+    own = _t5_attention(model, "attention", "layer.0.SelfAttention")
+    return norms | own | _t5_attention(model, "cross_attention", "layer.1.EncDecAttention") | _t5_mlp(model, 2)
+
+
+def _t5_biases(model: ModelConfig) -> Rules:
+    theirs = "{}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    return {f"{stack}.relative_bias.weight": ByBucket(theirs.format(stack), model.n_head) for stack in ("encoder", "decoder")}
+
+
 _LLAMA_ENDS: Rules = {
     "embedding.token.weight": Same("model.embed_tokens.weight"),
     "final_norm.weight": Same("model.norm.weight"),
@@ -154,6 +211,21 @@ _GPT_NEOX = Family(
     "gpt_neox.",
     r".*\.attention\.(rotary_emb\.inv_freq|(masked_)?bias)",
 )
+_T5 = Family(
+    "T5ForConditionalGeneration",
+    "decoder.block.{}.",
+    {
+        "embedding.token.weight": Same("shared.weight"),
+        "encoder.final_norm.weight": Same("encoder.final_layer_norm.weight"),
+        "final_norm.weight": Same("decoder.final_layer_norm.weight"),
+        "head.weight": Same("lm_head.weight"),
+    },
+    _t5_layer,
+    "",
+    # Copies of the embedding, and a bias of cross-attention in files of the first releases, which is not used.
+    r"(encoder|decoder)\.embed_tokens\.weight|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
+    Encoder("encoder.block.{}.", _t5_encoder_layer, _t5_biases),
+)
 FAMILIES = {
     "gpt2": _GPT2,
     "gpt_neox": _GPT_NEOX,
@@ -162,6 +234,7 @@ FAMILIES = {
     "qwen2": Family("Qwen2ForCausalLM", "model.layers.{}.", _LLAMA_ENDS, _llama_layer, "model."),
     "qwen3": Family("Qwen3ForCausalLM", "model.layers.{}.", _LLAMA_ENDS, _qwen3_layer, "model."),
     "olmo2": Family("Olmo2ForCausalLM", "model.layers.{}.", _LLAMA_ENDS, _olmo2_layer, "model."),
+    "t5": _T5,
     "gemma2": Family("Gemma2ForCausalLM", "model.layers.{}.", _LLAMA_ENDS, _gemma2_layer, "model."),
 }
 """`model_type` of config.json -> family."""

@@ -145,6 +145,73 @@ class Always:
 
 
 @dataclass(frozen=True)
+class Unused:
+    """Keys of one family that do not change the logits."""
+
+    names: tuple[str, ...]
+
+    def to_model(self, theirs: Mapping[str, Any]) -> Tree:
+        return {}
+
+    def from_model(self, model: ModelConfig) -> Tree:
+        return {}
+
+
+@dataclass(frozen=True)
+class Depths:
+    """T5's numbers of layers; the decoder has as many as the encoder if its number is absent."""
+
+    names: tuple[str, ...] = ("num_layers", "num_decoder_layers")
+
+    def to_model(self, theirs: Mapping[str, Any]) -> Tree:
+        encoder, decoder = theirs.get("num_layers", 6), theirs.get("num_decoder_layers")
+        return {"encoder_layers": encoder, "n_layer": encoder if decoder is None else decoder}
+
+    def from_model(self, model: ModelConfig) -> Tree:
+        return {"num_layers": model.encoder_layers, "num_decoder_layers": model.n_layer}
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """T5's feed_forward_proj: an activation, or "gated-" and an activation."""
+
+    activations: Mapping[str, str]
+    """Names of theirs -> names of ours."""
+    names: tuple[str, ...] = ("feed_forward_proj", "dense_act_fn", "is_gated_act")
+
+    def to_model(self, theirs: Mapping[str, Any]) -> Tree:
+        given = str(theirs.get("feed_forward_proj", "relu"))
+        gate, _, name = given.rpartition("-")
+        name = "gelu_new" if given == "gated-gelu" else name  # the published models of that name have the approximation
+        if gate not in ("", "gated") or name not in self.activations:
+            raise UnsupportedError("feed_forward_proj", f'{" or ".join(self.activations)}, or one of them after "gated-"')
+        return {"activation": self.activations[name], "gated_mlp": bool(gate)}
+
+    def from_model(self, model: ModelConfig) -> Tree:
+        name = next((name for name, ours in self.activations.items() if ours == model.activation), "relu")
+        if not model.gated_mlp:
+            return {"feed_forward_proj": name}
+        return {"feed_forward_proj": "gated-gelu" if model.activation == "gelu_tanh" else f"gated-{name}"}
+
+
+@dataclass(frozen=True)
+class TiedAndScaled:
+    """T5 v1.0 ties the output layer and scales its input by 1 / sqrt(width); v1.1 does neither.
+
+    transformers 5 writes tie_word_embeddings true in every case, and scale_decoder_outputs.
+    """
+
+    names: tuple[str, ...] = ("tie_word_embeddings", "scale_decoder_outputs")
+
+    def to_model(self, theirs: Mapping[str, Any]) -> Tree:
+        tied = theirs.get("scale_decoder_outputs", theirs.get("tie_word_embeddings", True))
+        return {"tie_embeddings": tied, "output_scale": positive(theirs, "d_model", 512) ** -0.5 if tied else 1.0}
+
+    def from_model(self, model: ModelConfig) -> Tree:
+        return {"tie_word_embeddings": model.tie_embeddings}
+
+
+@dataclass(frozen=True)
 class EmbeddingScale:
     """Gemma multiplies the token embeddings by the square root of their width; config.json has no key for it."""
 

@@ -9,7 +9,9 @@ from megagpt.config.schema import ModelConfig
 from megagpt.hugging_face.keys import (
     Always,
     Choice,
+    Depths,
     EmbeddingScale,
+    FeedForward,
     KeyRule,
     LayerWindows,
     Number,
@@ -19,8 +21,10 @@ from megagpt.hugging_face.keys import (
     Rope,
     ScaledScores,
     Shared,
+    TiedAndScaled,
     Tree,
     UnsupportedError,
+    Unused,
 )
 
 ACTIVATIONS = {
@@ -189,6 +193,35 @@ MODEL_KEYS: dict[str, ModelKeys] = {
     "olmo2": ModelKeys(
         (*_llama(epsilon=1e-5), _ATTENTION_BIAS),
         {**_LLAMA_FIXED, "qk_norm": "width", "norm_placement": "after"},
+        heads_divide_width=False,
+    ),
+    "t5": ModelKeys(
+        (
+            Renamed("vocab_size", "vocab_size"),
+            Renamed("d_model", "n_embd", 512),
+            Number("d_kv", "head_dim", "head_size", 64),
+            Number("d_ff", "ffn_hidden", "ffn_hidden_size", 2048),
+            Depths(),
+            Renamed("num_heads", "n_head", 8),
+            Renamed("n_positions", "n_positions", 512),  # relative biases have no limit; of the first releases
+            Renamed("relative_attention_num_buckets", "relative_buckets", 32),
+            Renamed("relative_attention_max_distance", "relative_max_distance", 128),
+            Renamed("layer_norm_epsilon", "layer_norm_epsilon", 1e-6),
+            Shared("dropout_rate", ("embd_pdrop", "attn_pdrop", "resid_pdrop", "mlp_pdrop"), 0.1),
+            FeedForward({name: ours for name, ours in ACTIVATIONS.items() if name != "gelu_pytorch_tanh"}),
+            TiedAndScaled(),
+            Always("is_encoder_decoder", (True,)),
+            Renamed("decoder_start_token_id", "decoder_start", 0),
+            Unused(("initializer_factor", "output_past")),
+        ),
+        {
+            "position_embedding": "relative",
+            "norm": "rmsnorm",
+            "qkv_bias": False,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "attention_scale": 1.0,
+        },
         heads_divide_width=False,
     ),
     "gemma2": ModelKeys(

@@ -117,3 +117,24 @@ class Conv1DByHead:
         """Return the columns ordered by kind."""
         rows = parameter.unflatten(0, (self.heads, 3, -1)).transpose(0, 1).flatten(0, 2)
         return [rows.t() if rows.dim() == 2 else rows]
+
+
+@dataclass(frozen=True)
+class ByBucket:
+    """T5's table of relative biases, [buckets, heads], which megagpt stores flat, ordered by head."""
+
+    name: str
+    heads: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The one name."""
+        return (self.name,)
+
+    def to_megagpt(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the biases of one head after the other."""
+        return tensors[0].t().flatten()
+
+    def from_megagpt(self, parameter: Tensor) -> list[Tensor]:
+        """Return the table."""
+        return [parameter.unflatten(0, (self.heads, -1)).t()]

@@ -23,7 +23,8 @@ from megagpt.data.tokenizer import Tokenizer, load_tokenizer
 from megagpt.errors import CheckpointError, ConfigError, DataError
 from megagpt.hugging_face.folder import ModelFolder
 from megagpt.inference.device import require_memory
-from megagpt.model.gpt import DTYPES, GPTChunk
+from megagpt.model.chunk import Chunk
+from megagpt.model.gpt import DTYPES
 from megagpt.model.meta_model import meta_chunk
 from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.parameter import set_shard, shard_of
@@ -37,7 +38,7 @@ def load_model(
     checksums: bool = True,
     progress: Progress | None = None,
     parallel: ParallelContext | None = None,
-) -> tuple[GPTChunk, Config]:
+) -> tuple[Chunk, Config]:
     """Load all layers of a checkpoint as one chunk, straight to `device` in `dtype` ("fp32", "bf16" or "fp16").
 
     Memory is needed for the weights in `dtype`, and on the host for the largest one in fp32.
@@ -49,7 +50,7 @@ def load_model(
     require_valid(folder, reader.manifest, checksums, progress or NoProgress())
     parallel = parallel or ParallelContext()
     config = _config(folder, reader.manifest, dtype, parallel.tp_size)
-    model = meta_chunk(config, parallel, range(config.model.n_layer))
+    model = meta_chunk(config, parallel, range(config.model.n_blocks))
     reader.check_shapes({shard_of(p).name: shard_of(p).shape for p in model.parameters()})
     _require_memory(folder, model, torch.device(device), dtype)
     _allocate(model, torch.device(device), DTYPES[dtype])
@@ -64,7 +65,7 @@ def load_hugging_face(
     dtype: str = "fp32",
     progress: Progress | None = None,
     parallel: ParallelContext | None = None,
-) -> tuple[GPTChunk, Config]:
+) -> tuple[Chunk, Config]:
     """Load a folder of a Hugging Face model as `load_model` loads a checkpoint; no checkpoint is written.
 
     `progress` gets the bytes that were read, 4 for each parameter.
@@ -75,7 +76,7 @@ def load_hugging_face(
     source = Import(ModelFolder(folder))
     parallel = parallel or ParallelContext()
     config = _for_inference(source.config, str(folder), dtype, parallel.tp_size)
-    model = meta_chunk(config, parallel, range(config.model.n_layer))
+    model = meta_chunk(config, parallel, range(config.model.n_blocks))
     _require_memory(folder, model, torch.device(device), dtype)
     _allocate(model, torch.device(device), DTYPES[dtype])
     parameters = {shard_of(parameter).name: parameter for parameter in model.parameters()}
@@ -112,9 +113,9 @@ def _config(folder: Path, manifest: Manifest, dtype: str, tp_size: int) -> Confi
         raise CheckpointError(f"{folder}: config: model.vocab_size: null; expected the size of the saved embedding")
     if saved.data.classes:
         raise CheckpointError(f"{folder}: is a classifier, which has no output layer for tokens; expected a language model")
-    if saved.model.n_layer > len(manifest.tensors):  # building the layers would take time before the shapes are compared
+    if saved.model.n_blocks > len(manifest.tensors):  # building the layers would take time before the shapes are compared
         n_tensors = len(manifest.tensors)
-        raise CheckpointError(f"{folder}: config: model.n_layer: {saved.model.n_layer}, but it has only {n_tensors} tensors")
+        raise CheckpointError(f"{folder}: config: model.n_layer: {saved.model.n_blocks}, but it has only {n_tensors} tensors")
     return _for_inference(saved, str(folder), dtype, tp_size)
 
 
@@ -132,7 +133,7 @@ def _box_of(values: Tensor, box: Box) -> Tensor:
     return values[box.within(Box.full(tuple(values.shape)))]
 
 
-def _require_memory(folder: Path, model: GPTChunk, device: torch.device, dtype: str) -> None:
+def _require_memory(folder: Path, model: Chunk, device: torch.device, dtype: str) -> None:
     sizes = [parameter.numel() for parameter in model.parameters()]
     weights, largest = sum(sizes) * DTYPES[dtype].itemsize, 4 * max(sizes)
     purpose = f"{folder}: a model of {sum(sizes):,} parameters in {dtype}"

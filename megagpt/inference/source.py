@@ -9,12 +9,14 @@ from megagpt.checkpoint.format import IMPORTED_FROM, Manifest, read_manifest, re
 from megagpt.checkpoint.tokenizer_files import carried_path
 from megagpt.config import Config
 from megagpt.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
-from megagpt.errors import DataError
+from megagpt.errors import ConfigError, DataError
 from megagpt.hugging_face.folder import CONFIG, GENERATION, MAX_CONFIG_BYTES, read_object
 from megagpt.inference.device import require_memory
 from megagpt.inference.engine import GenerationEngine, cache_bytes
 from megagpt.inference.generate import TextGenerator
 from megagpt.inference.load import load_hugging_face, load_model, load_run_tokenizer
+from megagpt.model.chunk import Chunk
+from megagpt.model.encoder_decoder import EncoderDecoderChunk
 from megagpt.model.gpt import GPTChunk
 from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.progress import Progress
@@ -24,7 +26,8 @@ from megagpt.progress import Progress
 class TrainedModel:
     """A model in memory, ready to continue texts."""
 
-    model: GPTChunk
+    chunk: Chunk
+    """All layers."""
     config: Config
     tokenizer: Tokenizer
     end: frozenset[int]
@@ -33,6 +36,30 @@ class TrainedModel:
     """Ids that a Hugging Face tokenizer adds before a text, such as a BOS token; megagpt's own training adds none."""
     tokenizer_path: str
     """Where the tokenizer's files are, which may have a chat template; or "byte"."""
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether the model writes a target for a source, instead of continuing a text."""
+        return isinstance(self.chunk, EncoderDecoderChunk)
+
+    @property
+    def model(self) -> GPTChunk:
+        """The model, which continues texts. Raises ConfigError for a model with an encoder."""
+        if not isinstance(self.chunk, GPTChunk):
+            raise ConfigError(
+                f"the model has an encoder (model.encoder_layers {self.config.model.encoder_layers}), so it continues no text; "
+                "tools/generate_text.py writes targets for sources"
+            )
+        return self.chunk
+
+    @property
+    def encoder_decoder(self) -> EncoderDecoderChunk:
+        """The model, which writes targets. Raises ConfigError for a model without an encoder."""
+        if not isinstance(self.chunk, EncoderDecoderChunk):
+            raise ConfigError(
+                "the model has no encoder (model.encoder_layers 0); expected one that writes a target for a source"
+            )
+        return self.chunk
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a prompt; an empty one starts a new document."""

@@ -1,4 +1,4 @@
-"""Causal self-attention; the heads are split over the tensor ranks."""
+"""Self-attention; the heads are split over the tensor ranks."""
 
 from typing import cast
 
@@ -13,7 +13,7 @@ from megagpt.model import fused
 from megagpt.model.explicit_attention import ExplicitAttention
 from megagpt.model.flex_attention import attend
 from megagpt.model.forward_context import ForwardContext
-from megagpt.model.kv_cache import LayerCache
+from megagpt.model.place import Place
 from megagpt.model.qkv import Heads, build_qkv
 from megagpt.parallel.linear import RowParallelLinear
 from megagpt.parallel.parallel_context import ParallelContext
@@ -43,69 +43,66 @@ def attention_mask(
     return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, float("-inf"))
 
 
-class CausalSelfAttention(nn.Module):
-    """[batch, seq, hidden] -> [batch, seq, hidden] (this rank's positions under sequence or context parallelism)."""
+class SelfAttention(nn.Module):
+    """[batch, seq, hidden] -> [batch, seq, hidden] (this rank's positions under sequence or context parallelism).
+
+    A subclass says which positions attend to which.
+    """
 
     def __init__(
         self,
-        index: int,
+        place: Place,
         model: ModelConfig,
         parallel: ParallelContext,
         residual_std: float,
         recompute_core: bool,
         add_bias: bool = True,
     ) -> None:
-        """`index`: layer number; `residual_std`: initial std of the output projection.
+        """`residual_std`: initial std of the output projection.
 
         `add_bias`: False leaves the output's bias to the residual addition.
         """
         super().__init__()
-        name = f"layers.{index}.attention"
-        self.index = index
+        name = f"{place.name}.attention"
+        self.index = place.index
         self.context = parallel.context
         self.kernels = parallel.kernels
         self.recompute_core = recompute_core
         self.interleaved_rotary = model.rotary.interleaved
-        self.window = model.window_of(index)
         self.scale = model.attention_scale or model.head_size**-0.5
         self.qkv = build_qkv(name, model, parallel)
         n_in = model.n_head * model.head_size
         bias = model.attention_bias
         self.proj = RowParallelLinear(f"{name}.proj", n_in, model.n_embd, parallel, residual_std, bias, add_bias)
-        self.explicit = ExplicitAttention(model, self.scale, parallel, index)
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         heads = self._all_positions(self.qkv(x))
         query, key, value = (tensor.transpose(1, 2) for tensor in heads)  # [batch, heads, seq, head size]
         if ctx.rotary is not None:
             query, key = (fused.rotate(self.kernels, tensor, ctx.rotary, self.interleaved_rotary) for tensor in (query, key))
-        cache = ctx.caches.get(self.index)
-        if cache is not None:
-            out = self._cached(query, key, value, ctx, cache)
-        elif self.recompute_core and torch.is_grad_enabled():
+        key, value = self._with_earlier(key, value, ctx)
+        if self.recompute_core and torch.is_grad_enabled():
             out = checkpoint(self._core, query, key, value, ctx, use_reentrant=False, preserve_rng_state=False)
         else:
             out = self._core(query, key, value, ctx)
         # [batch, heads, seq, head size] -> [batch, seq, heads * head size]: this rank's positions, all of its heads
         return self.proj(self.context.sequence_for_heads(out.transpose(1, 2)).flatten(2))
 
-    def core_flops_per_token(self, sequence_length: int) -> int:
-        """Forward FLOPs of scores and weighted values for one token, averaged over the sequence, of all heads.
-
-        Token i sees i + 1 tokens, at most its window: in the mean half of a full sequence, and of a window all but the part
-        that is cut off at the start of the sequence.
-        """
-        unmasked = self.unmasked_core_flops_per_token(sequence_length)
-        return unmasked - unmasked * min(self.window or sequence_length, sequence_length) // (2 * sequence_length)
-
-    def unmasked_core_flops_per_token(self, sequence_length: int) -> int:
-        """Forward FLOPs of scores and weighted values if each token saw an entire sequence, or its entire window."""
-        return 4 * min(self.window or sequence_length, sequence_length) * self.proj.n_in
-
     def flops_per_token(self, sequence_length: int) -> int:
         """Forward FLOPs of the unsharded layer for one token, averaged over the sequence."""
-        projections = self.qkv.flops_per_token() + self.proj.flops_per_token()
-        return projections + self.core_flops_per_token(sequence_length) + self.explicit.flops_per_token()
+        raise NotImplementedError
+
+    def hidden_core_flops_per_token(self, sequence_length: int) -> int:
+        """Forward FLOPs of scores and weighted values that masks save for one token, averaged over the sequence."""
+        raise NotImplementedError
+
+    def _core(self, query: Tensor, key: Tensor, value: Tensor, ctx: ForwardContext) -> Tensor:
+        """Return the weighted values, [batch, heads, queries, head size]."""
+        raise NotImplementedError
+
+    def _with_earlier(self, key: Tensor, value: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
+        """Return keys and values with those of earlier tokens, in generation."""
+        raise NotImplementedError
 
     def _all_positions(self, heads: Heads) -> Heads:
         """Exchange the heads of this rank's positions for some heads of all positions, under context parallelism."""
@@ -121,6 +118,45 @@ class CausalSelfAttention(nn.Module):
         query, key, value = exchanged.split((query.shape[2] // n_kv, 1, 1), 3)
         return Heads(query.flatten(2, 3), key.flatten(2, 3), value.flatten(2, 3))
 
+
+class CausalSelfAttention(SelfAttention):
+    """Self-attention of a decoder-only model: each token attends to the earlier ones, of its window and its document."""
+
+    def __init__(
+        self,
+        place: Place,
+        model: ModelConfig,
+        parallel: ParallelContext,
+        residual_std: float,
+        recompute_core: bool,
+        add_bias: bool = True,
+    ) -> None:
+        super().__init__(place, model, parallel, residual_std, recompute_core, add_bias)
+        self.window = model.window_of(place.index)
+        self.explicit = ExplicitAttention(model, self.scale, parallel, place.index)
+
+    def core_flops_per_token(self, sequence_length: int) -> int:
+        """Forward FLOPs of scores and weighted values for one token, averaged over the sequence, of all heads.
+
+        Token i sees i + 1 tokens, at most its window: in the mean half of a full sequence, and of a window all but the part
+        that is cut off at the start of the sequence.
+        """
+        unmasked = self.unmasked_core_flops_per_token(sequence_length)
+        return unmasked - unmasked * min(self.window or sequence_length, sequence_length) // (2 * sequence_length)
+
+    def hidden_core_flops_per_token(self, sequence_length: int) -> int:
+        """Forward FLOPs of scores and weighted values that masks save for one token, averaged over the sequence."""
+        return self.unmasked_core_flops_per_token(sequence_length) - self.core_flops_per_token(sequence_length)
+
+    def unmasked_core_flops_per_token(self, sequence_length: int) -> int:
+        """Forward FLOPs of scores and weighted values if each token saw an entire sequence, or its entire window."""
+        return 4 * min(self.window or sequence_length, sequence_length) * self.proj.n_in
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """Forward FLOPs of the unsharded layer for one token, averaged over the sequence."""
+        projections = self.qkv.flops_per_token() + self.proj.flops_per_token()
+        return projections + self.core_flops_per_token(sequence_length) + self.explicit.flops_per_token()
+
     def _core(self, query: Tensor, key: Tensor, value: Tensor, ctx: ForwardContext) -> Tensor:
         mask = ctx.attention_masks.get(self.window)
         if isinstance(mask, BlockMask):
@@ -133,6 +169,9 @@ class CausalSelfAttention(nn.Module):
             query, key, value, mask, is_causal=is_causal, scale=self.scale, enable_gqa=grouped
         )
 
-    def _cached(self, query: Tensor, key: Tensor, value: Tensor, ctx: ForwardContext, cache: LayerCache) -> Tensor:
+    def _with_earlier(self, key: Tensor, value: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
+        cache = ctx.caches.get(self.index)
+        if cache is None:
+            return key, value
         assert ctx.cached_rows is not None
-        return self._core(query, *cache.append(key, value, ctx.cached_rows, self.window), ctx)
+        return cache.append(key, value, ctx.cached_rows, self.window)

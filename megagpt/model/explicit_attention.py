@@ -5,12 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megagpt.config.schema import ModelConfig
-from megagpt.model.dropout import site_keys
-from megagpt.model.dropout_masks import keep_mask
+from megagpt.model.dropout import WeightDropout
 from megagpt.model.forward_context import ForwardContext
-from megagpt.model.score_bias import BIASES, KeyVectors, Sinks, ValueVectors, own_heads
+from megagpt.model.score_bias import BIASES, KeyVectors, Sinks, ValueVectors
 from megagpt.parallel.parallel_context import ParallelContext
-from megagpt.parallel.seeding import stable_seed
 
 QUERY_BLOCK = 256
 """Queries whose attention weights are computed at a time. Keys after the block are masked, so it does not compute them."""
@@ -32,7 +30,6 @@ class ExplicitAttention(nn.Module):
         self.scale = scale
         self.head_size = model.head_size
         self.softcap = model.attention_softcap
-        self.probability = model.attn_pdrop
         name, position = f"layers.{index}.attention", model.position_embedding
         self.bias = BIASES[position](name, model, parallel) if position in BIASES else None
         has_vectors = position == "relative_vectors"
@@ -42,8 +39,7 @@ class ExplicitAttention(nn.Module):
         self.uses_distances = has_vectors or self.bias is not None
         self.always_needed = self.uses_distances or self.sinks is not None or self.softcap is not None
         self.n_head = model.n_head
-        self.site_key = stable_seed("dropout", index, "attention weights")
-        self.first_head = own_heads(model, parallel).start
+        self.dropout = WeightDropout(model, parallel, index, "attention weights")
 
     @property
     def is_needed(self) -> bool:
@@ -53,7 +49,7 @@ class ExplicitAttention(nn.Module):
     @property
     def needs_weights(self) -> bool:
         """Whether the result depends on the attention weights other than by their products with the values."""
-        return self.value_vectors is not None or (self.training and self.probability > 0)
+        return self.value_vectors is not None or self.dropout.is_active
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, ctx: ForwardContext) -> Tensor:
         """Attend to the earlier positions; the queries are the last positions of the keys.
@@ -80,7 +76,7 @@ class ExplicitAttention(nn.Module):
             if self.key_vectors is not None and distances is not None:
                 scores = scores + self.key_vectors(scaled, distances)
             hidden = _causal_mask(scores) if mask is None else mask[:, :, start:stop, :visible]
-            weights = self._drop(_softmax(scores + hidden, sinks), start, n_keys, ctx)
+            weights = self.dropout(_softmax(scores + hidden, sinks), start, n_keys, ctx)
             out = weights @ value[:, :, :visible]
             outputs.append(out if self.value_vectors is None else out + self.value_vectors(weights, distances))
         return torch.cat(outputs, 2)
@@ -90,17 +86,6 @@ class ExplicitAttention(nn.Module):
         if self.key_vectors is None:
             return 0
         return 2 * 2 * (self.key_vectors.last + 1) * self.n_head * self.head_size
-
-    def _drop(self, weights: Tensor, start: int, n_keys: int, ctx: ForwardContext) -> Tensor:
-        """Drop weights [batch, heads, queries, keys] of the queries from `start` on."""
-        if not self.training or self.probability == 0:
-            return weights
-        heads, queries, keys = weights.shape[1:]
-        # A column of the mask is a pair of a head and a key position.
-        head_numbers = torch.arange(self.first_head, self.first_head + heads, dtype=torch.int32, device=weights.device)
-        columns = head_numbers.view(heads, 1, 1) * n_keys + torch.arange(keys, dtype=torch.int32, device=weights.device)
-        rows = site_keys(ctx, self.site_key)[:, None, start : start + queries, None]
-        return weights * keep_mask(rows, columns, self.probability) * (1 / (1 - self.probability))
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from megagpt.model.kv_cache import CachedRows, LayerCache
+from megagpt.model.memory_cache import MemoryCache
 from megagpt.model.rotary import RotaryTable
 
 
@@ -28,6 +29,10 @@ class MicroBatch:
     references: Tensor | None = None
     """[batch, pairs], fp32, for preferences: log p(chosen) - log p(rejected) of the reference model for each pair of the
     sample; NaN beyond its last pair."""
+    source: Tensor | None = None
+    """Input of the encoder, [batch, encoder seq], int64; absent without an encoder."""
+    source_lengths: Tensor | None = None
+    """[batch], int64: tokens of each source; no position of encoder or decoder attends to those from there on."""
 
 
 @dataclass(frozen=True)
@@ -47,3 +52,12 @@ class ForwardContext:
     """Where the tokens of this forward and earlier ones are in `caches`, in generation."""
     caches: Mapping[int, LayerCache] = field(default_factory=dict)
     """Keys and values of earlier tokens by layer, in generation."""
+    added_scores: Tensor | None = None
+    """In a model with an encoder: what self-attention adds to its scores, relative bias and mask, [batch or 1, heads or 1, seq,
+    keys]."""
+    memory: Tensor | None = None
+    """Output of the encoder, [batch, encoder seq, hidden] (this rank's positions under sequence or context parallelism)."""
+    memory_mask: Tensor | None = None
+    """What cross-attention adds to its scores: a large negative number for padding, [batch, 1, 1, encoder seq]."""
+    memory_caches: Mapping[int, MemoryCache] = field(default_factory=dict)
+    """Keys and values of a decoder with cross-attention by layer, in generation."""

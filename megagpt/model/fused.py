@@ -58,11 +58,14 @@ class Branch(NamedTuple):
         return self._replace(bias=_detached(self.bias))
 
 
-def drop(x: Tensor, keys: Tensor | None, probability: float) -> Tensor:
-    """Return x with dropped channels. x: [batch, seq, hidden]; keys: of the masks, [batch, seq], or None for no dropout."""
+def drop(x: Tensor, keys: Tensor | None, probability: float, first: int = 0) -> Tensor:
+    """Return x with dropped channels. x: [batch, seq, hidden]; keys: of the masks, [batch, seq], or None for no dropout.
+
+    `first`: number of the first channel.
+    """
     if keys is None:
         return x
-    columns = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
+    columns = torch.arange(first, first + x.shape[-1], dtype=torch.int32, device=x.device)
     return x * keep_mask(keys.unsqueeze(2), columns, probability) * (1 / (1 - probability))
 
 

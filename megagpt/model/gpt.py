@@ -3,37 +3,28 @@
 A chunk with all layers is the entire model, so a single process runs the same code as any layout.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from torch.utils.checkpoint import checkpoint
 
 from megagpt.config.schema import Config
 from megagpt.model.adapters import add_adapters
-from megagpt.model.attention import attention_mask
-from megagpt.model.block import Block, PreNormBlock, build_block
+from megagpt.model.attention import CausalSelfAttention, attention_mask
+from megagpt.model.block import Block, PreNormBlock, build_block, run_blocks, run_stack
 from megagpt.model.dropout import ResidualDropout
-from megagpt.model.dropout_masks import token_keys
+from megagpt.model.ends import TOKEN_EMBEDDING, build_embedding, build_output, dropout_keys, scaled_output
 from megagpt.model.flex_attention import block_mask, runs_flex_attention
 from megagpt.model.forward_context import ForwardContext, MicroBatch
-from megagpt.model.init_scheme import init_stds
 from megagpt.model.kv_cache import CachedRows, LayerCache, cached_mask
 from megagpt.model.norm import build_norm
 from megagpt.model.objectives import build_objective
 from megagpt.model.positions import build_positions
-from megagpt.model.rotary import RotaryTable, rotary_frequencies, rotary_table
-from megagpt.parallel.embedding import VocabParallelEmbedding, VocabParallelLoss
+from megagpt.model.rotary import RotaryTable, rotary_table_of
 from megagpt.parallel.parallel_context import ParallelContext
-from megagpt.parallel.parameter import mark_second_copy
-from megagpt.parallel.seeding import initialize, stable_seed
 
-TOKEN_EMBEDDING = "embedding.token.weight"
-"""Name of the parameter that a tied output layer shares."""
-CLASSIFIER = "classifier.weight"
-"""Name of the classification head."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Dtypes of stored weights."""
 
@@ -57,7 +48,7 @@ class GPTChunk(nn.Module):
         self.is_first = layers.start == 0
         self.is_last = layers.stop == model.n_layer
         if self.is_first:
-            self.tokens = self._embedding(TOKEN_EMBEDDING)
+            self.tokens = build_embedding(TOKEN_EMBEDDING, config, parallel)
             self.positions = build_positions("embedding.position", model, parallel)
             self.dropout = ResidualDropout(model.embd_pdrop, parallel, "embedding")
         self.layers = nn.ModuleDict({str(index): build_block(index, config, parallel) for index in layers})
@@ -67,14 +58,7 @@ class GPTChunk(nn.Module):
             self.norm = build_norm("final_norm", model, parallel)
             head_pdrop = model.clf_pdrop if config.data.classes else 0.0
             self.head_dropout = ResidualDropout(head_pdrop, parallel, "head")
-            self.loss = VocabParallelLoss(
-                self._output_weight(),
-                parallel,
-                config.training.label_smoothing,
-                softcap=model.logit_softcap,
-                z_loss=config.training.z_loss,
-                chunk_mib=config.training.loss_chunk_mib,
-            )
+            self.loss = build_output(config, parallel, self.tokens if self.is_first else None)
 
     def forward(self, x: Tensor | None, micro_batch: MicroBatch) -> Tensor:
         """Run this chunk.
@@ -90,21 +74,35 @@ class GPTChunk(nn.Module):
         """The transformer blocks of this chunk."""
         return [cast(PreNormBlock | Block, block) for block in self.layers.values()]
 
+    @property
+    def _attentions(self) -> list[CausalSelfAttention]:
+        return [cast(CausalSelfAttention, block.attention) for block in self.blocks]
+
+    def layer_flops(self) -> list[int]:
+        """Return the forward FLOPs of each layer for one sample."""
+        length = self.config.model.n_positions
+        return [length * block.flops_per_token(length) for block in self.blocks]
+
+    def embedding_flops(self) -> int:
+        """Return the forward FLOPs of the embeddings for one sample."""
+        return self.config.model.n_positions * self.positions.flops_per_token()
+
+    def hidden_core_flops(self) -> int:
+        """Return the forward FLOPs of one sample that the masks of attention save."""
+        length = self.config.model.n_positions
+        return sum(length * block.attention.hidden_core_flops_per_token(length) for block in self.blocks)
+
     def hidden(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """Run this chunk without the loss. x: token ids [batch, seq] on the first chunk, else hidden states."""
         ctx = self._context(micro_batch, x.device)
         if self.is_first:
             x = self.dropout(self._embed(x, ctx), ctx)
-        if self.config.training.recompute == "full" and torch.is_grad_enabled():
-            x = _run_recomputed(self.blocks, x, ctx, self.config.training.recompute_layers)
-        else:
-            x = _run(self.blocks, x, ctx)
+        x = run_stack(self.blocks, x, ctx, self.config.training)
         return self.head_dropout(self._output(x), ctx) if self.is_last else x
 
     def _output(self, x: Tensor) -> Tensor:
         """Return the input of the output layer."""
-        growth = self.config.model.width_growth
-        return self.norm(x) if growth == 1 else self.norm(x) / growth  # muP: smaller logits for larger widths
+        return scaled_output(self.norm(x), self.config.model)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Return next-token logits, for a model in one chunk. [batch, seq] -> [batch, seq, vocab_size]"""
@@ -128,7 +126,7 @@ class GPTChunk(nn.Module):
         tokens: the new tokens of each row, [rows, new], aligned at the end, -> [rows, vocab_size].
         """
         dtype = activation_dtype(self.config)
-        windows = dict.fromkeys(block.attention.window for block in self.blocks)
+        windows = dict.fromkeys(attention.window for attention in self._attentions)
         masks = {window: mask for window in windows if (mask := cached_mask(rows, window, dtype)) is not None}
         ctx = ForwardContext(
             positions=rows.positions,
@@ -141,7 +139,7 @@ class GPTChunk(nn.Module):
 
     def _final_hidden(self, tokens: Tensor, ctx: ForwardContext) -> Tensor:
         """Return the input of the output layer, in evaluation. [batch, seq] -> [batch, seq, hidden]"""
-        return self._output(_run(self.blocks, self._embed(tokens, ctx), ctx))
+        return self._output(run_blocks(self.blocks, self._embed(tokens, ctx), ctx))
 
     def _embed(self, tokens: Tensor, ctx: ForwardContext) -> Tensor:
         x = self.tokens(tokens)
@@ -156,26 +154,18 @@ class GPTChunk(nn.Module):
         if positions is None:
             positions = torch.arange(length, device=device)
         return ForwardContext(
-            token_keys=self._token_keys(micro_batch, length),
+            token_keys=dropout_keys(self.config, micro_batch, length) if self.training else None,
             positions=micro_batch.positions,
             attention_masks=self._masks(micro_batch.documents, length, device),
             rotary=self._rotary_table(positions),
         )
 
-    def _token_keys(self, micro_batch: MicroBatch, length: int) -> Tensor | None:
-        """Return the keys of the dropout masks of all positions, [batch, seq]; None if this forward has no dropout."""
-        model = self.config.model
-        probabilities = (model.embd_pdrop, model.attn_pdrop, model.resid_pdrop, model.clf_pdrop)
-        if not self.training or micro_batch.samples is None or not any(probabilities):
-            return None
-        return token_keys(stable_seed(self.config.training.seed, "dropout"), micro_batch.samples, length)
-
     def _masks(self, documents: Tensor | None, length: int, device: torch.device) -> dict[int | None, Tensor | BlockMask]:
         """Return the attention masks of this chunk's layers by window; layers with plain causal attention need none."""
-        explicit = self.blocks[0].attention.explicit  # the layers differ by their windows only
+        explicit = self._attentions[0].explicit  # the layers differ by their windows only
         flex = self.config.training.flex_attention and runs_flex_attention(explicit, device)
         masks: dict[int | None, Tensor | BlockMask] = {}
-        for window in dict.fromkeys(block.attention.window for block in self.blocks):
+        for window in dict.fromkeys(attention.window for attention in self._attentions):
             mask: Tensor | BlockMask | None
             if flex and (explicit.is_needed or documents is not None or (window is not None and window < length)):
                 mask = block_mask(documents, window, length, device)
@@ -186,59 +176,4 @@ class GPTChunk(nn.Module):
         return masks
 
     def _rotary_table(self, positions: Tensor) -> RotaryTable | None:
-        """Return the cosines and sines of `positions`, [seq] or [batch, seq]; None without rotary embeddings."""
-        model = self.config.model
-        if model.position_embedding != "rotary":
-            return None
-        frequencies, amplitude = rotary_frequencies(model.rotary, model.head_size)
-        return rotary_table(frequencies, amplitude, positions, activation_dtype(self.config))
-
-    def _output_weight(self) -> nn.Parameter:
-        if self.config.data.classes:
-            return self._embedding(CLASSIFIER, len(self.config.data.classes)).weight
-        if not self.config.model.tie_embeddings:
-            return self._embedding("head.weight").weight
-        if self.is_first:
-            return self.tokens.weight
-        weight = self._embedding(TOKEN_EMBEDDING).weight
-        mark_second_copy(weight)
-        return weight
-
-    def _embedding(self, name: str, entries: int | None = None) -> VocabParallelEmbedding:
-        """`entries`: tokens in the vocabulary, or classes."""
-        model = self.config.model
-        entries = entries or model.tokens_in_vocab
-        padded = -(-entries // model.vocab_multiple) * model.vocab_multiple
-        return VocabParallelEmbedding(name, entries, padded, model.n_embd, self.parallel, init_stds(model).embedding)
-
-
-def _run(blocks: Sequence[PreNormBlock | Block], x: Tensor, ctx: ForwardContext) -> Tensor:
-    for block in blocks:
-        x = block(x, ctx)
-    return x
-
-
-def _run_recomputed(blocks: Sequence[PreNormBlock | Block], x: Tensor, ctx: ForwardContext, group_size: int) -> Tensor:
-    """Save only the input of each group of blocks; the backward runs the group again. Dropout has no RNG state to save."""
-    for first in range(0, len(blocks), group_size):
-        group = blocks[first : first + group_size]
-        x = checkpoint(_run, group, x, ctx, use_reentrant=False, preserve_rng_state=False)
-    return x
-
-
-def build_chunk(config: Config, parallel: ParallelContext, layers: range, device: torch.device | str = "cpu") -> GPTChunk:
-    """Build a chunk with its initial weights on `device`, in the precision of the config."""
-    with torch.device(device):
-        chunk = GPTChunk(config, parallel, layers)
-    for parameter in chunk.parameters():
-        initialize(parameter, config.training.seed)
-    return chunk.to(dtype=activation_dtype(config))
-
-
-def share_tied_embedding(chunks: Sequence[GPTChunk]) -> None:
-    """If this rank has both the first and the last chunk, make their tied embedding one parameter instead of two copies."""
-    first = next((chunk for chunk in chunks if chunk.is_first), None)
-    last = next((chunk for chunk in chunks if chunk.is_last), None)
-    if first is None or last is None or first is last or not first.config.model.tie_embeddings:
-        return
-    last.loss.weight = first.tokens.weight
+        return rotary_table_of(self.config.model, positions, activation_dtype(self.config))

@@ -7,21 +7,21 @@ import torch
 from torch import nn
 
 from megagpt.config.schema import Config
-from megagpt.model.gpt import GPTChunk
+from megagpt.model.chunk import Chunk, new_chunk
 from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.parameter import shard_of
 from megagpt.pipeline.partition import balance
 
 
-def meta_chunk(config: Config, parallel: ParallelContext, layers: range) -> GPTChunk:
+def meta_chunk(config: Config, parallel: ParallelContext, layers: range) -> Chunk:
     """Build a chunk on the meta device, which allocates nothing."""
     with torch.device("meta"):
-        return GPTChunk(config, parallel, layers)
+        return new_chunk(config, parallel, layers)
 
 
-def meta_model(config: Config) -> GPTChunk:
+def meta_model(config: Config) -> Chunk:
     """Build the entire unsharded model on the meta device. `model.vocab_size` must be known."""
-    return meta_chunk(config, ParallelContext(), range(config.model.n_layer))
+    return meta_chunk(config, ParallelContext(), range(config.model.n_blocks))
 
 
 def parameter_names(model: nn.Module) -> list[str]:
@@ -32,9 +32,10 @@ def parameter_names(model: nn.Module) -> list[str]:
 def stage_layers(config: Config, n_stages: int) -> list[range]:
     """Return the layers of each pipeline stage, balanced by forward FLOPs, embedding and output layer included.
 
+    The layers of an encoder come first.
+
     `model.vocab_size` must be known. Raises ValueError if there are more stages than layers.
     """
-    model = meta_model(config)
-    length = config.model.n_positions
-    costs = [float(block.flops_per_token(length)) for block in model.blocks]
-    return balance(costs, n_stages, float(model.positions.flops_per_token()), float(model.loss.flops_per_token()))
+    model, length = meta_model(config), config.model.n_positions
+    costs = [float(flops) for flops in model.layer_flops()]
+    return balance(costs, n_stages, float(model.embedding_flops()), float(length * model.loss.flops_per_token()))

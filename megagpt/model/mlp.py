@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from megagpt.config.schema import ModelConfig
 from megagpt.model import fused
+from megagpt.model.dropout import ChannelDropout
+from megagpt.model.forward_context import ForwardContext
 from megagpt.model.init_scheme import init_stds
 from megagpt.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megagpt.parallel.parallel_context import ParallelContext
@@ -51,10 +53,12 @@ class MLP(nn.Module):
             f"{name}.{first}", width, parts * inner, parallel, std, bias, parts=parts, add_bias=not fuse
         )
         self.down = RowParallelLinear(f"{name}.down", inner, width, parallel, residual_std, bias, add_bias)
+        self.dropout = ChannelDropout(model.mlp_pdrop, inner, parallel, name, "hidden")
         self.activation = (GATED_ACTIVATIONS if model.gated_mlp else ACTIVATIONS)[model.activation]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(fused.activate(self.kernels, self.activation, self.up(x), self.up.pending_bias))
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        hidden = fused.activate(self.kernels, self.activation, self.up(x), self.up.pending_bias)
+        return self.down(self.dropout(hidden, ctx))
 
     def flops_per_token(self) -> int:
         """Forward FLOPs of the unsharded matrix products for one token."""

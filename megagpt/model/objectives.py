@@ -128,6 +128,9 @@ OBJECTIVES: dict[str, type[TokenLoss] | type[PreferenceLoss]] = {
     "chat": TokenLoss,
     "preference": PreferenceLoss,
     "classification": ClassLoss,
+    "span_corruption": TokenLoss,
+    "prefix_lm": TokenLoss,
+    "pairs": TokenLoss,
 }
 """data.task -> what the last chunk computes."""
 

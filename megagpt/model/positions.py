@@ -42,8 +42,10 @@ class NoPositions(nn.Module):
         return 0
 
 
-def build_positions(name: str, model: ModelConfig, parallel: ParallelContext) -> LearnedPositions | NoPositions:
-    """Return the embedding that is added to the token embeddings."""
+def build_positions(
+    name: str, model: ModelConfig, parallel: ParallelContext, n_positions: int | None = None
+) -> LearnedPositions | NoPositions:
+    """Return the embedding that is added to the token embeddings. `n_positions`: model.n_positions by default."""
     if model.position_embedding != "learned":
         return NoPositions()
-    return LearnedPositions(name, model.n_positions, model.n_embd, parallel, init_stds(model).embedding)
+    return LearnedPositions(name, n_positions or model.n_positions, model.n_embd, parallel, init_stds(model).embedding)

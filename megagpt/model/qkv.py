@@ -1,6 +1,6 @@
 """Queries, keys and values of self-attention, and their norms; the heads are split over the tensor ranks."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,12 +65,25 @@ class GroupedQKV(nn.Module):
         self.own_kv_heads = _kv_heads_of_rank(model, parallel) if replicated else None
 
     def forward(self, x: Tensor) -> Heads:
-        query = self.q(x).unflatten(-1, (-1, self.head_size))
+        query, key, value = self.norm(Heads(self.queries(x), *self._all_keys_and_values(x)))
+        return Heads(query, *self._of_own_heads(key, value))
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Return the queries without their norm. [batch, seq, hidden] -> [batch, seq, heads, head size]"""
+        return cast(Tensor, self.q(x)).unflatten(-1, (-1, self.head_size))
+
+    def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values without their norm. [batch, seq, hidden] -> [batch, seq, kv heads, head size]"""
+        return self._of_own_heads(*self._all_keys_and_values(x))
+
+    def _all_keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         key, value = self.kv(x).unflatten(-1, (2, -1, self.head_size)).unbind(-3)
-        query, key, value = self.norm(Heads(query, key, value))
-        if self.own_kv_heads is not None:
-            key, value = key[:, :, self.own_kv_heads], value[:, :, self.own_kv_heads]
-        return Heads(query, key, value)
+        return key, value
+
+    def _of_own_heads(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if self.own_kv_heads is None:
+            return key, value
+        return key[:, :, self.own_kv_heads], value[:, :, self.own_kv_heads]
 
     def flops_per_token(self) -> int:
         """Forward FLOPs of the unsharded matrix products for one token."""

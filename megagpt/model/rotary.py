@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from megagpt.config.schema import RotaryConfig
+from megagpt.config.schema import ModelConfig, RotaryConfig
 
 RotaryTable = tuple[Tensor, Tensor]
 """Cosine and sine of each position and pair, [batch or 1, 1, seq, pairs], in fp32 or the dtype of the queries."""
@@ -43,6 +43,14 @@ def rotary_table(frequencies: Tensor, amplitude: float, positions: Tensor, dtype
     angles = positions.float().unsqueeze(-1) * frequencies.to(positions.device)  # [(batch,) seq, pairs]
     angles = angles.view(-1, 1, *angles.shape[-2:])
     return (angles.cos() * amplitude).to(dtype), (angles.sin() * amplitude).to(dtype)
+
+
+def rotary_table_of(model: ModelConfig, positions: Tensor, dtype: torch.dtype) -> RotaryTable | None:
+    """Return the cosines and sines of `positions`, [seq] or [batch, seq]; None without rotary embeddings."""
+    if model.position_embedding != "rotary":
+        return None
+    frequencies, amplitude = rotary_frequencies(model.rotary, model.head_size)
+    return rotary_table(frequencies, amplitude, positions, dtype)
 
 
 def rotate(x: Tensor, table: RotaryTable, interleaved: bool) -> Tensor:

@@ -26,10 +26,10 @@ class ALiBi(nn.Module):
         return -torch.tensor(self.slopes, device=device).unsqueeze(1) * torch.arange(length, device=device)
 
 
-class RelativeBias(nn.Module):
-    """Add a learned number for each head and bucket of distances (T5, Raffel et al., arXiv 1910.10683, section 2.1).
+class _BucketTable(nn.Module):
+    """A learned number for each head and bucket of distances (T5, Raffel et al., arXiv 1910.10683, section 2.1).
 
-    Half of the buckets are single distances, the other half grow to `relative_max_distance`. Each layer has its own numbers.
+    Half of the buckets are single distances, the other half grow to `relative_max_distance`.
     """
 
     def __init__(self, name: str, model: ModelConfig, parallel: ParallelContext) -> None:
@@ -42,11 +42,38 @@ class RelativeBias(nn.Module):
             f"{name}.relative_bias.weight", (model.n_head * self.buckets,), 0, parallel, model.init_std
         )
 
+    def _of_buckets(self, buckets: Tensor) -> Tensor:
+        """Return the numbers of this rank's heads, [heads, ...], for bucket numbers of any shape."""
+        table = self.weight.view(-1, self.buckets)[self.heads]
+        return F.embedding(buckets, table.t()).movedim(-1, 0)  # the gradient of an embedding has the same bits on every run
+
+
+class RelativeBias(_BucketTable):
+    """Add the number of the distance's bucket; each layer has its own numbers."""
+
     def forward(self, length: int, device: torch.device) -> Tensor:
         """Return the bias of this rank's heads for distances below `length`, [heads, length]."""
-        table = self.weight.view(-1, self.buckets)[self.heads]
-        buckets = relative_buckets(torch.arange(length, device=device), self.buckets, self.max_distance)
-        return F.embedding(buckets, table.t()).t()  # the gradient of an embedding has the same bits on every run
+        return self._of_buckets(relative_buckets(torch.arange(length, device=device), self.buckets, self.max_distance))
+
+
+class SharedBias(_BucketTable):
+    """T5's bias, which all layers of a stack share. One that looks both ways has half of the buckets for later keys."""
+
+    def __init__(self, name: str, model: ModelConfig, parallel: ParallelContext, both_ways: bool) -> None:
+        """`both_ways`: whether queries attend to later keys, too."""
+        super().__init__(name, model, parallel)
+        self.both_ways = both_ways
+
+    def forward(self, queries: int, keys: int, device: torch.device) -> Tensor:
+        """Return the bias of this rank's heads, [1, heads, queries, keys]; the queries are the last positions of the keys."""
+        distances = torch.arange(keys - queries, keys, device=device).unsqueeze(1) - torch.arange(keys, device=device)
+        return self._of_buckets(self._bucket(distances)).unsqueeze(0)
+
+    def _bucket(self, distances: Tensor) -> Tensor:
+        if not self.both_ways:
+            return relative_buckets(distances.clamp(min=0), self.buckets, self.max_distance)
+        half = self.buckets // 2
+        return relative_buckets(distances.abs(), half, self.max_distance) + half * (distances < 0)
 
 
 BIASES = {"alibi": ALiBi, "relative": RelativeBias}

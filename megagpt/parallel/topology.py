@@ -5,6 +5,7 @@ Ranks form a grid with one axis per kind of parallelism. The last axis varies fa
 communicate most, are neighbours and usually on one node.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -24,6 +25,8 @@ class Coordinates(NamedTuple):
     tensor: int = 0
 
 
+SHARED = "shared parameters"
+"""Description of the groups of pipeline ranks that share parameters."""
 AXES = Coordinates._fields
 """Names of the axes, slowest first."""
 
@@ -91,6 +94,8 @@ class Topology:
     embedding_group: ProcessGroup | None = None
     """First and last pipeline rank, which share a tied embedding; None on ranks in between."""
     world_group: ProcessGroup | None = None
+    timeout: timedelta = timedelta(seconds=1800)
+    """Time limit of each collective."""
 
     @cached_property
     def coordinates(self) -> Coordinates:
@@ -136,10 +141,10 @@ class Topology:
         layout = Layout(tensor=tensor, pipeline=pipeline, context=context, data=world // (tensor * pipeline * context))
         rank, timeout = dist.get_rank(), timedelta(seconds=timeout_seconds)
         stages = layout.ranks_along(rank, "pipeline")
-        ends = [stages[0], stages[-1]] if pipeline > 1 and rank in (stages[0], stages[-1]) else [rank]
         return cls(
             layout,
             rank,
+            timeout=timeout,
             tensor_group=_new_group(layout.ranks_along(rank, "tensor"), timeout),
             context_group=_new_group(layout.ranks_along(rank, "context"), timeout),
             dp_cp_group=_new_group(layout.ranks_along(rank, "data", "context"), timeout),
@@ -147,9 +152,16 @@ class Topology:
             pp_forward_group=_new_group(stages, timeout),
             pp_backward_group=_new_group(stages, timeout),
             world_group=_new_group(list(range(world)), timeout),
-            # Last: torch names a group by the number of groups that a rank has created, and the ranks in between create none.
-            embedding_group=_new_group(ends, timeout),
+            embedding_group=_group_of_members([stages[0], stages[-1]], rank, timeout) if pipeline > 1 else None,
         )
+
+    def pipeline_group(self, pipeline_ranks: Sequence[int]) -> ProcessGroup | None:
+        """Create a group of some of the pipeline ranks, in each pipeline; None on the other ranks. Collective.
+
+        `pipeline_ranks`: two or more.
+        """
+        stages = self.layout.ranks_along(self.rank, "pipeline")
+        return _group_of_members([stages[rank] for rank in pipeline_ranks], self.rank, self.timeout)
 
 
 def _new_group(ranks: list[int], timeout: timedelta) -> ProcessGroup | None:
@@ -157,3 +169,14 @@ def _new_group(ranks: list[int], timeout: timedelta) -> ProcessGroup | None:
     if len(ranks) == 1:
         return None
     return dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
+
+
+def _group_of_members(members: list[int], rank: int, timeout: timedelta) -> ProcessGroup | None:
+    """Create a group of some ranks; None on the other ranks, which call this, too.
+
+    torch names a group by its ranks and the number of groups that a rank has. So the other ranks create a group, too: of
+    themselves, which is not used.
+    """
+    own = members if rank in members else [rank]
+    group = dist.new_group(own, timeout=timeout, use_local_synchronization=True, group_desc=SHARED)
+    return group if rank in members else None

@@ -40,7 +40,7 @@ def resolve_schedule(
     costs, transfer = _costs(config, data, hardware)
     limit = parallel.schedule_costs.max_micro_batches
     try:
-        choice = best_plan(parallel.pipeline, micro_batches, costs, transfer, limit, config.model.n_layer, report)
+        choice = best_plan(parallel.pipeline, micro_batches, costs, transfer, limit, config.model.n_blocks, report)
     except ValueError as error:
         raise ConfigError(f"parallel.schedule_costs.max_micro_batches: {error}") from None
     return _with_schedule(config, choice.name, choice.virtual_stages), choice.why

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megagpt.parallel.topology import Topology
+from megagpt.parallel.topology import SHARED, Topology
 
 OPERATORS = {
     "allreduce_": ("all-reduce", 0),
@@ -32,7 +32,8 @@ class TrafficKey(NamedTuple):
     """What is counted separately."""
 
     group: str
-    """"tensor", "context", "dp_cp", "model_parallel", "pipeline", "embedding" or "other"."""
+    """"tensor", "context", "dp_cp", "model_parallel", "pipeline", "embedding" (parameters that several stages share) or
+    "other"."""
     call: str
 
 
@@ -51,10 +52,16 @@ class CollectiveCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             call, position = OPERATORS.get(func._opname, (func._opname, 0))
-            key = TrafficKey(self._group_names.get(_group_of(args), "other"), call)
+            key = TrafficKey(self._name_of(_group_of(args)), call)
             self.calls[key] += 1
             self.bytes[key] += _n_bytes(args[position])
         return func(*args, **(kwargs or {}))
+
+    def _name_of(self, group: ProcessGroup | None) -> str:
+        if group is None:
+            return "other"
+        shared = "embedding" if group.group_desc == SHARED else "other"
+        return self._group_names.get(str(group.group_name), shared)
 
 
 def _group_names(topology: Topology) -> dict[str, str]:
@@ -63,7 +70,6 @@ def _group_names(topology: Topology) -> dict[str, str]:
         "context": topology.context_group,
         "dp_cp": topology.dp_cp_group,
         "model_parallel": topology.model_parallel_group,
-        "embedding": topology.embedding_group,
     }
     names = {str(group.group_name): name for name, group in groups.items() if group is not None}
     for group in (topology.pp_forward_group, topology.pp_backward_group):
@@ -72,12 +78,12 @@ def _group_names(topology: Topology) -> dict[str, str]:
     return names
 
 
-def _group_of(args: Any) -> str:
-    """Return the name of the process group among an operator's arguments."""
+def _group_of(args: Any) -> ProcessGroup | None:
+    """Return the process group among an operator's arguments."""
     for argument in args:
         if type(argument).__name__ == "ScriptObject" and "ProcessGroup" in str(argument._type()):
-            return str(ProcessGroup.unbox(argument).group_name)
-    return ""
+            return ProcessGroup.unbox(argument)
+    return None
 
 
 def _n_bytes(tensors: Any) -> int:

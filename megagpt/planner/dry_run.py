@@ -15,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megagpt.config.schema import Config
 from megagpt.distributed.phase import PhaseTracker
 from megagpt.engine.gradient_sync import GradientSync
+from megagpt.model.chunk import join_copies, message_tensors, new_chunk, shared_parameters
 from megagpt.model.forward_context import MicroBatch
-from megagpt.model.gpt import TOKEN_EMBEDDING, GPTChunk, activation_dtype, share_tied_embedding
+from megagpt.model.gpt import activation_dtype
 from megagpt.model.meta_model import stage_layers
 from megagpt.parallel.deferred_gradients import DeferredGradients
 from megagpt.parallel.kernels import Kernels
@@ -50,15 +51,16 @@ class DryRun:
         self.rank_of_stage = placement(parallel.schedule, layout.pipeline, parallel.virtual_stages)
         kernels = PlainKernels(compiled)
         context = ParallelContext.of(self.topology, parallel.sequence_parallel, self.deferred_gradients, kernels)
-        layers = stage_layers(config, len(self.rank_of_stage))
+        self.layers = stage_layers(config, len(self.rank_of_stage))
+        self.shared = shared_parameters(config, self.layers)
         self._mode = mode
         with mode, _default_dtype(self.dtype):
             self.chunks = {
-                stage: GPTChunk(config, context, layers[stage])
+                stage: new_chunk(config, context, self.layers[stage])
                 for stage, rank in enumerate(self.rank_of_stage)
                 if rank == self.topology.pp_rank
             }
-        share_tied_embedding(list(self.chunks.values()))
+        join_copies(list(self.chunks.values()), self.shared)
         self.parameters = list(dict.fromkeys(p for chunk in self.chunks.values() for p in chunk.parameters()))
         for parameter in self.parameters:
             parameter.grad_dtype = torch.float32
@@ -73,17 +75,16 @@ class DryRun:
         parallel, layout = self.config.parallel, self.topology.layout
         plan = make_plan(parallel.schedule, layout.pipeline, 1, parallel.virtual_stages)
         with self._mode:
-            executor = Executor(plan, self.chunks, self.topology, self.deferred_gradients, self._message(), PhaseTracker())
+            executor = Executor(plan, self.chunks, self.topology, self.deferred_gradients, self._messages(), PhaseTracker())
             executor.step([self._micro_batch()], torch.ones(()))
 
     def sum_gradients(self) -> None:
         """Sum the gradients that ZeRO does not sum, after `forward_backward`."""
-        tied = TOKEN_EMBEDDING if self.config.model.tie_embeddings else None
-        sync = GradientSync(self.chunks, self.rank_of_stage, self.topology, self.config.zero.stage, tied)
+        sync = GradientSync(self.chunks, self.rank_of_stage, self.topology, self.config.zero.stage, self.shared)
         with self._mode:
             for stage in self.chunks:
                 sync.sum_stage(stage)
-            sync.sum_tied()
+            sync.sum_shared()
 
     def saved_bytes(self, stage: int) -> int:
         """Return the bytes that the forward of one micro-batch on `stage` saves for its backward, weights excluded."""
@@ -97,22 +98,24 @@ class DryRun:
             return tensor
 
         with self._mode, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            x = None if chunk.is_first else self._message().requires_grad_()
-            chunk(x, self._micro_batch())
+            received = () if chunk.is_first else [tensor.requires_grad_() for tensor in self._messages()[stage - 1]]
+            chunk(tuple(received) if len(received) > 1 else next(iter(received), None), self._micro_batch())
         return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
     def _micro_batch(self) -> MicroBatch:
-        shape = (self.config.training.micro_batch_size, self.config.model.n_positions // self.topology.layout.context)
-        tokens = torch.zeros(shape, dtype=torch.int64)
-        return MicroBatch(tokens, tokens, samples=torch.zeros(shape[0], dtype=torch.int64))
+        model, n_rows, context = self.config.model, self.config.training.micro_batch_size, self.topology.layout.context
+        tokens = torch.zeros(n_rows, model.n_positions // context, dtype=torch.int64)
+        samples = torch.zeros(n_rows, dtype=torch.int64)
+        if not model.encoder_layers:
+            return MicroBatch(tokens, tokens, samples=samples)
+        source = torch.zeros(n_rows, model.source_length // context, dtype=torch.int64)
+        return MicroBatch(tokens, tokens, samples=samples, source=source, source_lengths=samples + model.source_length)
 
-    def _message(self) -> Tensor:
-        """Return a tensor of the shape that stages exchange."""
-        config, layout = self.config, self.topology.layout
-        seq = config.model.n_positions // layout.context
-        if config.parallel.sequence_parallel:
-            seq //= layout.tensor
-        return torch.empty(config.training.micro_batch_size, seq, config.model.n_embd, dtype=self.dtype)
+    def _messages(self) -> list[tuple[Tensor, ...]]:
+        """Return tensors of the shapes that each stage hands to the next one."""
+        batch = self._micro_batch()
+        n_source = 0 if batch.source is None else batch.source.shape[1]
+        return message_tensors(self.config, self.layers, batch.tokens.shape, n_source)
 
 
 @contextmanager

@@ -10,11 +10,9 @@ def training_flops_per_token(config: Config) -> int:
     The convention of PaLM (Chowdhery et al., arXiv 2204.02311, appendix B), which nanoGPT and Megatron-LM use too:
     6 FLOPs per matrix weight plus 12 x layers x width x sequence length for attention, which counts the full square of
     attention scores although half of it is masked; a layer with a window counts the window instead of the sequence. The width
-    is that of all heads. Recomputation does not count. `model.vocab_size` must be known.
+    is that of all heads. Recomputation does not count. With an encoder, the FLOPs of a sample are divided by the tokens of
+    source and target. `model.vocab_size` must be known.
     """
     model, length = meta_model(config), config.model.n_positions
-    forward = model.loss.flops_per_token()
-    for block in model.blocks:
-        masked = block.attention.unmasked_core_flops_per_token(length) - block.attention.core_flops_per_token(length)
-        forward += block.flops_per_token(length) + masked
-    return 3 * forward
+    per_sample = length * model.loss.flops_per_token() + sum(model.layer_flops()) + model.hidden_core_flops()
+    return 3 * per_sample // config.model.sample_tokens

@@ -1,6 +1,7 @@
 """Number of parameters, counted on the modules of a model on the meta device."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Container
 
@@ -12,14 +13,14 @@ from megagpt.parallel.parameter import shard_of
 def parameters_by_group(config: Config) -> dict[str, int]:
     """Return the parameters of each group of modules, vocabulary padding excluded. `model.vocab_size` must be known.
 
-    A group is a name without the layer number and the last part: "attention.qkv", "mlp.up", "embedding.token".
+    A group is a name without the layer number and the last part: "attention.qkv", "mlp.up", "embedding.token". Those of an
+    encoder begin with "encoder".
     """
     counts: Counter[str] = Counter()
     for parameter in meta_model(config).parameters():
         shard = shard_of(parameter)
-        parts = shard.name.split(".")
-        group = parts[2:-1] if parts[0] == "layers" else parts[:-1]
-        counts[".".join(group)] += math.prod(shard.shape)
+        group = re.sub(r"(^|\.)layers\.\d+\.", r"\1", shard.name).rpartition(".")[0]
+        counts[group] += math.prod(shard.shape)
     return dict(counts)
 
 

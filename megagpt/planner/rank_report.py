@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megagpt.config.schema import Config
 from megagpt.parallel.topology import Layout
-from megagpt.planner.dry_run import DryRun, open_dry_run
+from megagpt.planner.dry_run import open_dry_run
 from megagpt.planner.layers import LOSS_CHUNK_MIB
 from megagpt.planner.step_simulation import Held, peak_held
 from megagpt.planner.traffic import Traffic, count_traffic
@@ -91,7 +91,7 @@ def report_rank(config: Config, layout: Layout, rank: int, compiled: bool) -> Ra
     return RankReport(
         rank,
         layout,
-        _layers(dry_run),
+        {stage: dry_run.layers[stage] for stage in dry_run.chunks},
         dry_run.n_parameters,
         n_micro_batches * products,
         n_micro_batches * attention,
@@ -99,11 +99,6 @@ def report_rank(config: Config, layout: Layout, rank: int, compiled: bool) -> Ra
         int(peak_held(plan.actions[layout.coordinates(rank).pipeline], held)),
         traffic,
     )
-
-
-def _layers(dry_run: DryRun) -> dict[int, range]:
-    numbers = {stage: [int(name) for name in chunk.layers] for stage, chunk in dry_run.chunks.items()}
-    return {stage: range(layers[0], layers[-1] + 1) for stage, layers in numbers.items()}
 
 
 def _flops(counter: FlopCounterMode) -> tuple[int, int]:

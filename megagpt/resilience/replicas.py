@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from megagpt.distributed.object_collectives import all_gather_object
 from megagpt.engine.deepspeed_internals import is_partitioned, local_weights
+from megagpt.engine.gradient_sync import SharedParameter
 from megagpt.errors import TrainingError, listed
 from megagpt.parallel.parameter import shard_of
 from megagpt.parallel.topology import Topology
@@ -22,18 +23,19 @@ _BLOCK_ELEMENTS = 2**22
 """Elements hashed at a time, to use little memory beside the weights."""
 
 
-def check_replicas(parameters: Sequence[nn.Parameter], tied: Sequence[nn.Parameter], topology: Topology) -> None:
+def check_replicas(parameters: Sequence[nn.Parameter], shared: Sequence[SharedParameter], topology: Topology) -> None:
     """Compare all replicated weights. Collective.
 
     Over data-parallel and context-parallel ranks (unless ZeRO-3 gives each a different partition), over tensor ranks the
-    weights that they replicate, and over the first and the last stage the `tied` embedding.
+    weights that they replicate, and over the stages that have them the `shared` ones, such as a tied embedding.
     Raises TrainingError on every rank, with the weights and the ranks that differ.
     """
     hashes = {parameter: weight_hash(local_weights(parameter)) for parameter in parameters}
     replicated = [p for p in parameters if not is_partitioned(p)]
     differences = _differences(hashes, replicated, topology.dp_cp_group, "data")
     differences += _differences(hashes, [p for p in parameters if shard_of(p).dim is None], topology.tensor_group, "tensor")
-    differences += _differences(hashes, tied, topology.embedding_group, "pipeline")
+    for parameter, group in shared:
+        differences += _differences(hashes, [parameter], group, "pipeline")
     all_differences = list(dict.fromkeys(text for texts in all_gather_object(differences) for text in texts))
     if all_differences:
         raise TrainingError(

@@ -8,6 +8,7 @@ from megagpt import __version__
 from megagpt.config.schema import Config
 from megagpt.data.blend import Dataset
 from megagpt.data.examples import PackedExamples
+from megagpt.data.pairs import Pairs
 from megagpt.data.tokenizer import load_tokenizer
 from megagpt.distributed.object_collectives import all_gather_object
 from megagpt.distributed.rank_zero import rank_zero_print, rank_zero_warn
@@ -124,10 +125,12 @@ def kernels_line(compiles: bool, optimizer: str) -> str:
 def length_lines(config: Config, step: int, total_steps: int) -> list[str]:
     """Return batch size and length of the run."""
     training = config.training
-    tokens = training.global_batch_size * config.model.n_positions
+    model = config.model
+    tokens = training.global_batch_size * model.sample_tokens
     start = f"{step:,} to " if step else ""
     ramp = ", after a ramp" if training.batch_ramp.start is not None else ""
-    sequences = f"{training.global_batch_size:,} sequences x {config.model.n_positions:,}"
+    source = f"({model.source_length:,} + {model.n_positions:,})" if model.encoder_layers else f"{model.n_positions:,}"
+    sequences = f"{training.global_batch_size:,} sequences x {source}"
     return [
         f"batch      {sequences} = {tokens:,} tokens per step{ramp}; micro-batch {training.micro_batch_size}",
         f"steps      {start}{total_steps:,}, at most {total_steps * tokens:,} tokens",
@@ -136,20 +139,22 @@ def length_lines(config: Config, step: int, total_steps: int) -> list[str]:
 
 def data_lines(config: Config, dataset: Dataset, n_samples: int) -> list[str]:
     """Return the size of the training data, and how often each corpus is read up to sample `n_samples`."""
-    length = config.model.n_positions
+    length = config.model.sample_tokens
     corpora = epochs_of_each(dataset, n_samples)
     lines = [
         f"data       {packed.corpus.prefix}: {packed.samples_per_epoch:,} samples, "
         f"{packed.samples_per_epoch * length:,} tokens, read {epochs:.2f} times"
         for packed, epochs in corpora[:MAX_CORPORA]
     ]
-    lines += [f"           {packed.summary}" for packed, _ in corpora[:MAX_CORPORA] if isinstance(packed, PackedExamples)]
+    lines += [
+        f"           {packed.summary}" for packed, _ in corpora[:MAX_CORPORA] if isinstance(packed, PackedExamples | Pairs)
+    ]
     return lines + ([f"           and {len(corpora) - MAX_CORPORA} more corpora"] if len(corpora) > MAX_CORPORA else [])
 
 
 def evaluation_lines(config: Config, valid: Mapping[str, Dataset], test: Dataset | None) -> list[str]:
     """Return when and on how many samples the run is evaluated."""
-    evaluation, length, parts = config.evaluation, config.model.n_positions, []
+    evaluation, length, parts = config.evaluation, config.model.sample_tokens, []
     when = f"every {evaluation.interval} steps and " if evaluation.interval is not None else ""
     for name, dataset in valid.items():
         which = f" {name.removeprefix('eval_')}" if name != "eval" else ""

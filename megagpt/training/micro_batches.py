@@ -43,6 +43,10 @@ class HostBatch:
     positions: Tensor | None
     documents: Tensor | None
     references: Tensor | None = None
+    source: Tensor | None = None
+    """Input of the encoder, [micro-batches * batch, encoder seq], or this context rank's positions of it."""
+    source_lengths: Tensor | None = None
+    """Tokens of each source, [micro-batches * batch]."""
 
     def to(self, device: torch.device) -> list[MicroBatch]:
         """Copy to `device`, with one copy per tensor, and return the micro-batches."""
@@ -50,9 +54,9 @@ class HostBatch:
         samples = self.samples.to(device, non_blocking=True).split(size)
         tokens = self.tokens.to(device, non_blocking=True).split(size)
         labels = self.labels.to(device, non_blocking=True).split(size)
-        positions, documents, references = (
+        positions, documents, references, source, source_lengths = (
             None if tensor is None else tensor.to(device, non_blocking=True).split(size)
-            for tensor in (self.positions, self.documents, self.references)
+            for tensor in (self.positions, self.documents, self.references, self.source, self.source_lengths)
         )
         return [
             MicroBatch(
@@ -62,6 +66,8 @@ class HostBatch:
                 positions=positions[index] if positions is not None else None,
                 documents=documents[index] if documents is not None else None,
                 references=references[index] if references is not None else None,
+                source=source[index] if source is not None else None,
+                source_lengths=source_lengths[index] if source_lengths is not None else None,
             )
             for index in range(len(samples))
         ]
@@ -98,6 +104,8 @@ def to_host_batch(
         labels = labels.masked_fill(torch.from_numpy(starts[:, 1:]), IGNORED)
     labels = context.local_positions(labels)
     references = _padded([row for batch in batches for row in batch.references])
+    source = _joined([batch.source for batch in batches])
+    source_lengths = _joined([batch.source_lengths for batch in batches])
     positions = documents = None
     if data.separates_positions:
         positions = _to_host(torch.from_numpy(positions_in_document(starts[:, :-1])), pin_memory)
@@ -114,7 +122,15 @@ def to_host_batch(
         positions=positions,
         documents=documents,
         references=None if references is None else _to_host(references, pin_memory),
+        source=None if source is None else _to_host(context.local_positions(source), pin_memory),
+        source_lengths=None if source_lengths is None else _to_host(source_lengths, pin_memory),
     )
+
+
+def _joined(parts: Sequence[npt.NDArray[np.int64] | None]) -> Tensor | None:
+    """Return the arrays of all micro-batches as one tensor; None if there are none."""
+    given = [part for part in parts if part is not None]
+    return torch.from_numpy(np.concatenate(given)) if given else None
 
 
 def _count(labels: Tensor, references: Tensor | None) -> int:

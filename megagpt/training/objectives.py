@@ -115,6 +115,9 @@ OBJECTIVES: dict[str, type[RunObjective]] = {
     "chat": LanguageModelling,
     "preference": PreferenceTuning,
     "classification": Classification,
+    "span_corruption": LanguageModelling,
+    "prefix_lm": LanguageModelling,
+    "pairs": LanguageModelling,
 }
 """data.task -> what a run does for it."""
 

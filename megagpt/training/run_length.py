@@ -48,7 +48,7 @@ def require_not_shorter(config: Config, datasets: Datasets, step: int, consumed_
     elif consumed_samples - training.global_batch_size < _target_samples(config, datasets):
         return  # a complete run ends less than one batch beyond its target
     elif training.tokens is not None:
-        asked, done = f"training.tokens: {training.tokens:,}", f"{consumed_samples * config.model.n_positions:,} tokens"
+        asked, done = f"training.tokens: {training.tokens:,}", f"{consumed_samples * config.model.sample_tokens:,} tokens"
     else:
         asked = f"training.epochs: {training.epochs:g}"
         done = f"{consumed_samples / datasets.train.samples_per_epoch:.4g} epochs"
@@ -87,6 +87,6 @@ def _target_samples(config: Config, datasets: Datasets) -> int:
     """Return the samples that training.tokens or training.epochs asks for."""
     training = config.training
     if training.tokens is not None:
-        return -(-training.tokens // config.model.n_positions)
+        return -(-training.tokens // config.model.sample_tokens)
     assert training.epochs is not None
     return int(training.epochs * datasets.train.samples_per_epoch)

@@ -9,6 +9,7 @@ from megagpt.data.blend import Blend, Dataset, Datasets
 from megagpt.data.examples import PackedExamples
 from megagpt.data.gpt_dataset import PackedCorpus
 from megagpt.data.indexed import IndexedCorpus
+from megagpt.data.span_corruption import required_vocab_size
 from megagpt.data.tokenizer import Tokenizer
 
 MAX_EPOCHS = 4
@@ -27,11 +28,11 @@ def config_warnings(config: Config, total_steps: int, has_valid: bool) -> list[s
 def tokenizer_warnings(config: Config, datasets: Datasets, tokenizer: Tokenizer) -> list[str]:
     """Return a sentence for each sign that model or data belong to another tokenizer. Reads up to 1000 documents' ends."""
     warnings = []
-    size = config.model.tokens_in_vocab
-    if size != tokenizer.vocab_size:
+    size, used = config.model.tokens_in_vocab, required_vocab_size(config.data, tokenizer)
+    if size != used:
         warnings.append(
             f"model.vocab_size is {size}, but the tokenizer has {tokenizer.vocab_size} tokens: the other "
-            f"{size - tokenizer.vocab_size} entries are never used"
+            f"{size - used} entries are never used"
         )
     for packed in corpora_of(datasets.train):
         if isinstance(packed, PackedCorpus) and not _has_document_end(packed.corpus, tokenizer.eod_id):

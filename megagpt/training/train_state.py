@@ -24,7 +24,7 @@ from megagpt.distributed.object_collectives import all_gather_object, run_on_ran
 from megagpt.engine.deepspeed_internals import ParameterPartition, ZeroState
 from megagpt.engine.engine import Engine
 from megagpt.errors import CheckpointError, listed
-from megagpt.model.gpt import CLASSIFIER
+from megagpt.model.ends import CLASSIFIER
 from megagpt.parallel.adapter import is_adapter
 from megagpt.parallel.parameter import Shard, shard_of
 

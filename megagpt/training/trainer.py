@@ -12,6 +12,7 @@ import torch
 from megagpt.checkpoint.verify import require_complete
 from megagpt.config.schema import Config
 from megagpt.data.blend import Dataset, Datasets
+from megagpt.data.encoder_samples import encoder_format
 from megagpt.data.identity import DataIdentity, data_identity, training_data_changes
 from megagpt.data.prefetch import Prefetcher
 from megagpt.distributed.object_collectives import all_gather_object, run_on_ranks
@@ -190,7 +191,7 @@ class Trainer:
             self._noise_scale.update(result, summary.n_tokens, batch.size)
         self.step += 1
         self.consumed_samples = batch.first_sample + batch.size
-        self._window.add_step(batch.size * self.config.model.n_positions, batch.size, seconds_waited)
+        self._window.add_step(batch.size * self.config.model.sample_tokens, batch.size, seconds_waited)
         self._losses.add(summary.loss, summary.n_tokens, result.skipped)
         return StepOutcome(result, learning_rate, summary.n_tokens, summary.loss, verdict, summary.stop_requested)
 
@@ -314,7 +315,7 @@ class Trainer:
             "loss": self._losses.mean,
             "learning_rate": outcome.learning_rate,
             "grad_norm": outcome.result.grad_norm,
-            "tokens": trained * config.model.n_positions,
+            "tokens": trained * config.model.sample_tokens,
             **window.record(self._flops_per_token, self.topology.layout.world_size, self._peak_tflops),
             "peak_memory_gib": peak_memory_gib(self.device),
         }
@@ -333,7 +334,7 @@ class Trainer:
             return
         self.phase.enter("comparison of replicas")
         try:
-            check_replicas(self.engine.parameters, self.engine.tied, self.topology)
+            check_replicas(self.engine.parameters, self.engine.shared, self.topology)
         except TrainingError:
             self.checkpointer.finish()
             raise
@@ -393,7 +394,7 @@ class Trainer:
 
 def same_data_on_all_ranks(config: Config) -> DataIdentity:
     """Return the identity of the run's data. Raises DataError if a rank sees other data than rank 0. Collective."""
-    identity = run_on_ranks(lambda: data_identity(config.data, config.model.n_positions))
+    identity = run_on_ranks(lambda: data_identity(config.data, config.model.n_positions, encoder_format(config.model)))
     assert identity is not None
     contents = {f"data.{part}": str([corpus.content for corpus in corpora]) for part, corpora in identity.parts.items()}
     require_same(contents, DataError, "copy the same .bin and .idx files to all nodes, or put them on a shared file system")

@@ -4,10 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from support.encoder_decoder import T5
 from support.trained import load_trained, write_random
 
 from megagpt.commands.evaluate import main
+from megagpt.inference.beam_search import BeamSearch
 from megagpt.inference.perplexity import documents_of, measure
+from megagpt.inference.targets import TargetWriter
+from megagpt.inference.text_scores import text_scores
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +40,9 @@ def test_the_report_has_the_measured_numbers(checkpoint: Path, tmp_path: Path, c
         (["--data", "setup.py", "--stride", "33"], "--stride 33: expected 1 to 32, the model's context"),
         (["--data", "setup.py", "--limit", "3"], "--limit: goes with --tasks"),
         (["--data", "setup.py", "--tensor", "2"], "--tensor 2: there is 1 process"),
+        (["--pairs", "setup.py", "--beams", "0"], "--beams 0: expected 1 or more"),
+        (["--pairs", "setup.py", "--stride", "3"], "--stride: goes with --data"),
+        (["--pairs", "setup.py"], "setup.py"),
         (["--tasks", "x", "--stride", "3"], "--stride: goes with --data"),
         (["--tasks", "x", "--include-path", "nowhere"], "--include-path nowhere: no such folder"),
     ],
@@ -51,3 +58,19 @@ def test_data_without_a_text_is_an_error(checkpoint: Path, tmp_path: Path, capsy
     (tmp_path / "empty.txt").write_text("")
     assert main(["--checkpoint", str(checkpoint), "--data", str(tmp_path / "empty.txt")]) == 2
     assert "has no text" in capsys.readouterr().err
+
+
+def test_the_scores_of_pairs_are_those_of_what_the_model_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The references are what the model writes."""
+    pytest.importorskip("rouge_score")
+    checkpoint = write_random(tmp_path, "byte", 257, 32, **T5)
+    writer = TargetWriter(load_trained(checkpoint), BeamSearch(beams=2, max_tokens=8))
+    sources = ["one", "a second source", "three"]
+    written = [target.text for target in writer.write(sources)]
+    lines = [json.dumps({"source": source, "target": text}) for source, text in zip(sources, written, strict=True)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    command = ["--checkpoint", str(checkpoint), "--pairs", str(tmp_path / "pairs.jsonl"), "--beams", "2", "--max-tokens", "8"]
+    assert main([*command, "--output", str(tmp_path / "result.json")]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result == {"pairs": str(tmp_path / "pairs.jsonl"), "examples": 3, **text_scores(written, written)}
+    assert result["chrf"] == pytest.approx(100) and "chrf" in capsys.readouterr().out

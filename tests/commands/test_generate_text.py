@@ -9,12 +9,14 @@ import pytest
 import tokenizers
 import torch
 from support.commands import BIN, run_command
+from support.encoder_decoder import T5
 from support.families import random_model
 from support.runs import Tree
 from support.saved import rewrite_file
-from support.trained import write_random
+from support.trained import load_trained, write_random
 
 from megagpt.commands.generate_text import main
+from megagpt.inference.beam_search import BeamSearch, search
 from megagpt.inference.generate import Completion, TextGenerator
 from megagpt.inference.prompts import TASKS
 from megagpt.inference.sampling import Sampling
@@ -275,3 +277,37 @@ def test_a_terminal_without_unicode_shows_escapes(checkpoint: Path) -> None:
     result = run_command(*command, "--prompt", "caf\udce9", PYTHONIOENCODING="ascii")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "error: --prompt: byte 0xe9 after 'caf' is not UTF-8; expected text in UTF-8\n"
+
+
+@pytest.fixture(scope="module")
+def with_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a model with an encoder whose tokens are bytes."""
+    return write_random(tmp_path_factory.mktemp("encoder"), "byte", 257, **T5)
+
+
+def test_a_model_with_an_encoder_writes_targets_by_beam_search(
+    with_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One prompt as text, several as records; both are what the search finds, and longer sources lose their end."""
+    prompts = ["abc", "a source", "z" * 100]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    arguments = ["--checkpoint", str(with_encoder), "--max-tokens", "5", "--beams", "3", "--length-penalty", "2"]
+    assert main([*arguments, "--prompts", str(tmp_path / "prompts.txt"), "--batch", "2"]) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["prompt"] for record in records] == prompts
+    trained = load_trained(with_encoder)
+    how = BeamSearch(beams=3, max_tokens=5, length_penalty=2.0)
+    for prompt, record in zip(prompts, records, strict=True):
+        source = [*prompt.encode()[:23], 256]
+        (found,) = search(trained.encoder_decoder, [source], how, {256}, 257)
+        assert record["score"] == pytest.approx(found.score) and record["tokens"] == len(found.tokens)
+        assert main([*arguments, "--prompt", prompt]) == 0
+        assert capsys.readouterr().out == record["text"] + "\n"
+
+
+def test_options_for_the_other_kind_of_model_are_errors(
+    checkpoint: Path, with_encoder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "--beams: needs a model with an encoder" in refused(checkpoint, capsys, "--beams", "2")
+    assert "--stream: does not work with a model with an encoder" in refused(with_encoder, capsys, "--stream")
+    assert "--beams 0: expected 1 to" in refused(with_encoder, capsys, "--beams", "0")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megagpt.commands import quickstart, train_tokenizer
+from megagpt.commands import quickstart, quickstart_steps, quickstart_text, train_tokenizer
 from megagpt.data.tokenizer import load_tokenizer
 from megagpt.errors import DataError
 
@@ -32,8 +32,8 @@ def write_corpus(prefix: Path, sequences: list[list[int]]) -> None:
 
 
 def test_the_default_text_is_the_standard_library_without_its_tests() -> None:
-    documents = quickstart.read_documents(None)
-    assert quickstart.MIN_CHARACTERS < sum(map(len, documents)) <= quickstart.MAX_CHARACTERS
+    documents = quickstart_text.read_documents(None)
+    assert quickstart_text.MIN_CHARACTERS < sum(map(len, documents)) <= quickstart_text.MAX_CHARACTERS
     library = Path(sysconfig.get_path("stdlib"))
     chosen = set(documents)
     modules = [path for path in library.glob("[a-z]*.py") if path.read_bytes().decode() in chosen]
@@ -42,19 +42,21 @@ def test_the_default_text_is_the_standard_library_without_its_tests() -> None:
 
 
 def test_the_documents_are_the_same_in_every_run() -> None:
-    assert quickstart.text_hash(quickstart.read_documents(None)) == quickstart.text_hash(quickstart.read_documents(None))
+    assert quickstart_steps.text_hash(quickstart_text.read_documents(None)) == quickstart_steps.text_hash(
+        quickstart_text.read_documents(None)
+    )
 
 
 def test_the_hash_depends_on_the_documents_and_their_order() -> None:
-    hashes = {quickstart.text_hash(documents) for documents in (["ab", "c"], ["a", "bc"], ["c", "ab"], ["abc"])}
+    hashes = {quickstart_steps.text_hash(documents) for documents in (["ab", "c"], ["a", "bc"], ["c", "ab"], ["abc"])}
     assert len(hashes) == 4
-    assert quickstart.text_hash(["ab", "c"]) in hashes
+    assert quickstart_steps.text_hash(["ab", "c"]) in hashes
 
 
 def test_a_large_file_is_divided_into_documents_that_have_all_its_lines(tmp_path: Path) -> None:
     lines = [f"line {number} of a text with an é\n" for number in range(10_000)]
     (tmp_path / "text.txt").write_text("".join(lines))
-    documents = quickstart.read_documents(tmp_path / "text.txt")
+    documents = quickstart_text.read_documents(tmp_path / "text.txt")
     assert len(documents) > 100
     assert sorted(line for document in documents for line in document.splitlines(keepends=True)) == sorted(lines)
 
@@ -64,50 +66,50 @@ def test_files_of_a_folder_that_are_not_text_are_skipped(tmp_path: Path) -> None
     (tmp_path / "text" / "good.txt").write_text("a good line\n" * 20_000)
     (tmp_path / "text" / "zeros.bin").write_bytes(b"\0" * 1000)
     (tmp_path / "text" / "latin.txt").write_bytes("é".encode("latin-1") * 1000)
-    assert set("".join(quickstart.read_documents(tmp_path / "text"))) == set("a good line\n")
+    assert set("".join(quickstart_text.read_documents(tmp_path / "text"))) == set("a good line\n")
 
 
 def test_a_file_longer_than_the_limit_can_be_cut_within_a_character(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quickstart, "MAX_CHARACTERS", 4)
+    monkeypatch.setattr(quickstart_text, "MAX_CHARACTERS", 4)
     (tmp_path / "text.txt").write_text("abcé")
-    assert quickstart.read_text(tmp_path / "text.txt") == "abc"
+    assert quickstart_text.read_text(tmp_path / "text.txt") == "abc"
 
 
 def test_a_text_that_is_missing_or_too_short_is_refused_with_the_needed_length(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere: no such file or folder"):
-        quickstart.read_documents(tmp_path / "nowhere")
+        quickstart_text.read_documents(tmp_path / "nowhere")
     (tmp_path / "short.txt").write_text("too little")
     with pytest.raises(DataError, match=r"short\.txt: 10 characters of UTF-8 text; at least 200,000 are needed"):
-        quickstart.read_documents(tmp_path / "short.txt")
+        quickstart_text.read_documents(tmp_path / "short.txt")
 
 
 def test_the_prompts_are_the_most_frequent_beginnings_of_lines_of_the_text() -> None:
     code = "def __init__(self, a):\n    pass\n" * 3 + "class Example(Base): ...\n\n" + "import os, sys and re\n" * 2
-    assert quickstart.choose_prompts([code, "12345 67890 12345\n" * 9]) == ("def __init__(self,", "import os,")
+    assert quickstart_text.choose_prompts([code, "12345 67890 12345\n" * 9]) == ("def __init__(self,", "import os,")
     play = ["KING RICHARD III:\nNow is the winter\n", "KING RICHARD III:\n", "The winter of it\n", "The winter of us\n"]
-    assert quickstart.choose_prompts(play) == ("KING RICHARD", "The winter")
+    assert quickstart_text.choose_prompts(play) == ("KING RICHARD", "The winter")
 
 
 def test_the_prompts_of_a_text_without_spaces_are_its_first_characters() -> None:
     line = "却说司马懿在" + "天" * 50
-    assert quickstart.choose_prompts([line, line, "且说曹操引军" + "地" * 50]) == ("却说司马懿在", "且说曹操引军")
+    assert quickstart_text.choose_prompts([line, line, "且说曹操引军" + "地" * 50]) == ("却说司马懿在", "且说曹操引军")
 
 
 def test_a_text_without_any_usual_line_gets_its_own_start_as_the_prompt() -> None:
-    assert quickstart.choose_prompts(["a\nb\n"]) == ("a\nb", "a\nb")
+    assert quickstart_text.choose_prompts(["a\nb\n"]) == ("a\nb", "a\nb")
 
 
 def test_a_chinese_text_gets_a_vocabulary_that_its_tokenizer_can_have(tmp_path: Path) -> None:
     """A few thousand equally frequent characters: the default vocabulary has no room for them at any coverage."""
     characters = np.random.default_rng(0).integers(0x4E00, 0x4E00 + 4000, 300_000)
     (tmp_path / "chinese.txt").write_text("".join(map(chr, characters)).replace("一", "\n"), encoding="utf-8")
-    documents = quickstart.read_documents(tmp_path / "chinese.txt")
-    quickstart.prepare_folder(documents)
-    train = ["--input", str(quickstart.TEXT), "--output", str(quickstart.TOKENIZER), "--vocab-size"]
-    size = train_tokenizer.vocab_size_for(documents, quickstart.MIN_VOCAB_SIZE)
-    assert train_tokenizer.main([*train, str(quickstart.MIN_VOCAB_SIZE)]) == 2
+    documents = quickstart_text.read_documents(tmp_path / "chinese.txt")
+    quickstart.FOLDER.prepare(documents)
+    train = ["--input", str(quickstart.FOLDER.text), "--output", str(quickstart.FOLDER.tokenizer), "--vocab-size"]
+    size = train_tokenizer.vocab_size_for(documents, quickstart_steps.MIN_VOCAB_SIZE)
+    assert train_tokenizer.main([*train, str(quickstart_steps.MIN_VOCAB_SIZE)]) == 2
     assert train_tokenizer.main([*train, str(size)]) == 0
-    tokenizer = load_tokenizer(f"{quickstart.TOKENIZER}.model")
+    tokenizer = load_tokenizer(f"{quickstart.FOLDER.tokenizer}.model")
     assert tokenizer.vocab_size == size
     (ids,) = tokenizer.encode_batch([documents[0]])
     assert tokenizer.decode(ids) == documents[0]
@@ -116,50 +118,50 @@ def test_a_chinese_text_gets_a_vocabulary_that_its_tokenizer_can_have(tmp_path: 
 
 def test_a_second_run_keeps_only_the_tokens_and_only_of_the_same_text() -> None:
     documents = ["one\n", "two\n"]
-    assert not quickstart.prepare_folder(documents)
-    assert [path.read_text() for path in sorted(quickstart.TEXT.iterdir())] == documents
-    quickstart.TEXT_HASH.write_text(quickstart.text_hash(documents))
-    quickstart.METRICS.write_text("old")
-    quickstart.CHECKPOINTS.mkdir()
-    assert quickstart.prepare_folder(documents)
-    assert len(list(quickstart.TEXT.iterdir())) == 2
-    assert not quickstart.METRICS.exists()
-    assert not quickstart.CHECKPOINTS.exists()
-    assert not quickstart.prepare_folder(["other\n"])
-    assert not quickstart.TEXT_HASH.exists()
+    assert not quickstart.FOLDER.prepare(documents)
+    assert [path.read_text() for path in sorted(quickstart.FOLDER.text.iterdir())] == documents
+    quickstart.FOLDER.text_hash.write_text(quickstart_steps.text_hash(documents))
+    quickstart.FOLDER.metrics.write_text("old")
+    quickstart.FOLDER.checkpoints.mkdir()
+    assert quickstart.FOLDER.prepare(documents)
+    assert len(list(quickstart.FOLDER.text.iterdir())) == 2
+    assert not quickstart.FOLDER.metrics.exists()
+    assert not quickstart.FOLDER.checkpoints.exists()
+    assert not quickstart.FOLDER.prepare(["other\n"])
+    assert not quickstart.FOLDER.text_hash.exists()
 
 
 def test_the_unigram_entropy_of_equally_frequent_tokens_is_the_logarithm_of_their_number(tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus", [[5, 6], [7, 8, 5, 6, 7, 8], [8, 7, 6, 5]])
-    tokens, entropy = quickstart.unigram_entropy(tmp_path / "corpus")
+    tokens, entropy = quickstart_steps.corpus_entropy(tmp_path / "corpus")
     assert tokens == 12
     assert entropy == pytest.approx(math.log(4))
 
 
 def test_the_unigram_entropy_of_tokens_in_the_ratio_3_to_1_is_that_of_the_formula(tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus", [[1, 1], [1, 9]])
-    assert quickstart.unigram_entropy(tmp_path / "corpus")[1] == pytest.approx(0.75 * math.log(4 / 3) + 0.25 * math.log(4))
+    assert quickstart_steps.corpus_entropy(tmp_path / "corpus")[1] == pytest.approx(0.75 * math.log(4 / 3) + 0.25 * math.log(4))
 
 
 def test_the_loss_is_that_of_the_last_evaluation(tmp_path: Path) -> None:
     records = [{"step": 1, "loss": 9.0}, {"step": 2, "eval_loss": 5.0}, {"step": 4, "eval_loss": 4.0}, {"step": 4, "loss": 3.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert quickstart.last_eval_loss(tmp_path / "metrics.jsonl") == 4.0
-    with pytest.raises(quickstart.StepError, match=r"none\.jsonl: no line with eval_loss"):
-        quickstart.last_eval_loss(tmp_path / "none.jsonl")
+    assert quickstart_steps.last_eval_loss(tmp_path / "metrics.jsonl") == 4.0
+    with pytest.raises(quickstart_steps.StepError, match=r"none\.jsonl: no line with eval_loss"):
+        quickstart_steps.last_eval_loss(tmp_path / "none.jsonl")
 
 
 def test_a_failed_step_shows_the_end_of_its_output_and_names_its_log_file(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    quickstart.LOGS.mkdir(parents=True)
+    quickstart.FOLDER.logs.mkdir(parents=True)
     (tmp_path / "broken.py").write_text("import sys\nprint('why it failed')\nsys.exit(3)\n")
-    with pytest.raises(quickstart.StepError, match=r"'Break' failed with exit code 3; its full output: .*broken\.log"):
-        quickstart.run_process("Break", "python broken.py --flag 'two words'")
+    with pytest.raises(quickstart_steps.StepError, match=r"'Break' failed with exit code 3; its full output: .*broken\.log"):
+        quickstart.FOLDER.run("Break", "python broken.py --flag 'two words'")
     shown = capfd.readouterr()
     assert "Break: python broken.py --flag 'two words'" in shown.out
     assert "why it failed" in shown.err
-    assert (quickstart.LOGS / "broken.log").read_text() == "why it failed\n"
+    assert (quickstart.FOLDER.logs / "broken.log").read_text() == "why it failed\n"
 
 
 @pytest.fixture
@@ -178,7 +180,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "deepspeed").write_text('#!/bin/sh\nshift 4\nexec python "$@"\n')
     (tmp_path / "deepspeed").chmod(0o755)
     path = f"{tmp_path}:{Path(sys.executable).parent}:/usr/bin:/bin"
-    monkeypatch.setattr(quickstart, "child_environment", lambda: {"PATH": path})
+    monkeypatch.setattr(quickstart_steps, "child_environment", lambda: {"PATH": path})
     monkeypatch.setattr(quickstart, "ROOT", tmp_path)
     return tmp_path
 

@@ -11,6 +11,9 @@ OTHER = {
     "n_embd": 64,
     "n_head": 8,
     "n_positions": 32,
+    "encoder_layers": 2,
+    "encoder_positions": 24,
+    "decoder_start": 3,
     "vocab_size": 62,
     "vocab_multiple": 64,
     "ffn_hidden": 96,
@@ -35,11 +38,13 @@ OTHER = {
     "attention_bias": False,
     "mlp_bias": False,
     "embedding_scale": 2.0,
+    "output_scale": 0.5,
     "logit_softcap": 30.0,
     "clf_pdrop": 0.1,
     "embd_pdrop": 0.1,
     "attn_pdrop": 0.1,
     "resid_pdrop": 0.1,
+    "mlp_pdrop": 0.1,
     "tie_embeddings": False,
     "init_std": 0.1,
     "init_scheme": "plain",
@@ -77,7 +82,7 @@ def test_an_absent_ffn_hidden_equals_its_default_value() -> None:
 
 def test_the_sequence_length_is_free_without_weights_for_each_position() -> None:
     rotary = {"position_embedding": "rotary"}
-    assert model_differences(model(**rotary), model(**rotary, n_positions=64)) == []
+    assert model_differences(model(**rotary), model(**rotary, n_positions=64, encoder_positions=32)) == []
 
 
 def test_absent_keys_equal_what_they_stand_for() -> None:

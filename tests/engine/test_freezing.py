@@ -37,7 +37,7 @@ SOME = ["layers.[0-1].attention.*", "layers.2.*", "embedding.position.weight"]
 FIRST_HALF = ["embedding.*", "layers.[01].*"]
 MATRICES = ["embedding.*", "layers.[01].*.weight"]
 """The weights of the first half, and those of its norms: only biases train there."""
-STEPS = 5
+STEPS = 2
 LAYOUTS: dict[str, tuple[int, Tree, int]] = {
     "ZeRO-0": (2, {}, 0),
     "ZeRO-1": (2, {}, 1),

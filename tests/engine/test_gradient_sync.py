@@ -59,13 +59,13 @@ def sums_of_all(tensor: int, pipeline: int, zero_stage: int, rank_of_stage: Sequ
             local.append(tied)
         named |= {shard_of(value).name: value for value in local if value.requires_grad}
         chunks[stage] = chunk_of(*local)
-    sync = GradientSync(chunks, rank_of_stage, topology, zero_stage, TIED)
+    sync = GradientSync(chunks, rank_of_stage, topology, zero_stage, {TIED: [0, last]})
     for stage, chunk in chunks.items():
         returned = sync.sum_stage(stage)
         trained = [value for value in chunk.parameters() if value.requires_grad and value is not tied]
         assert len(returned) == len(trained) == 2 and all(a is b for a, b in zip(returned, trained, strict=True))
     stages = {name: ranks_in(value) for name, value in named.items()}
-    sync.sum_tied()
+    sync.sum_shared()
     return stages, {name: ranks_in(value) for name, value in named.items()}
 
 

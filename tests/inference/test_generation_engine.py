@@ -11,7 +11,8 @@ from megagpt.errors import ConfigError, TrainingError
 from megagpt.inference.engine import PREFILL_TOKENS, GenerationEngine
 from megagpt.inference.load import load_hugging_face
 from megagpt.inference.sampling import Sampling
-from megagpt.model.gpt import GPTChunk, build_chunk
+from megagpt.model.chunk import build_chunk
+from megagpt.model.gpt import GPTChunk
 from megagpt.parallel.deferred_gradients import DeferredGradients
 from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.topology import Topology

@@ -13,9 +13,9 @@ from support.pool import Pool
 from support.runs import tiny_config
 
 from megagpt.model.block import Block
+from megagpt.model.chunk import build_chunk
 from megagpt.model.dropout_masks import token_keys
 from megagpt.model.forward_context import ForwardContext, MicroBatch
-from megagpt.model.gpt import build_chunk
 from megagpt.parallel.deferred_gradients import DeferredGradients
 from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.topology import Topology

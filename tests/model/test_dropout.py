@@ -23,7 +23,7 @@ from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.seeding import stable_seed
 
 SAMPLES = [11, 2**33]
-DROPOUT: Tree = {"embd_pdrop": 0.1, "attn_pdrop": 0.2, "resid_pdrop": 0.3}
+DROPOUT: Tree = {"embd_pdrop": 0.1, "attn_pdrop": 0.2, "resid_pdrop": 0.3, "mlp_pdrop": 0.15}
 
 
 def numpy_keep(seed: int, length: int, site: tuple[int | str, ...], columns: int, p: float) -> npt.NDArray[np.bool_]:
@@ -62,6 +62,7 @@ class Reference:
             out = self.attention(layer, self.norm(x, f"{name}.attention_norm"))
             x = x + self.drop(out, model.resid_pdrop, layer, "attention residual")
             hidden = F.gelu(self.linear(self.norm(x, f"{name}.mlp_norm"), f"{name}.mlp.up"))
+            hidden = self.drop(hidden, model.mlp_pdrop, f"{name}.mlp", "hidden")
             x = x + self.drop(self.linear(hidden, f"{name}.mlp.down"), model.resid_pdrop, layer, "mlp residual")
         logits = self.norm(x, "final_norm") @ w["embedding.token.weight"][: model.tokens_in_vocab].T
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")

@@ -17,8 +17,8 @@ from support.runs import Tree, compare, tiny_config, train
 from torch import Tensor
 
 from megagpt.config import Config
+from megagpt.model.chunk import build_chunk
 from megagpt.model.forward_context import MicroBatch
-from megagpt.model.gpt import build_chunk
 from megagpt.parallel import kernels as kernels_module
 from megagpt.parallel.kernels import Kernels
 from megagpt.parallel.parallel_context import ParallelContext

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.encoder_decoder import t5_config
 from support.products import MatrixProducts
 from support.runs import Tree, full_model, micro_batches, tiny_config
 
@@ -86,3 +87,15 @@ def test_flops_are_those_of_the_unsharded_model_on_every_tensor_rank(tensor: int
     shard = meta_chunk(config, ParallelContext(tp_rank=1, tp_size=tensor), range(4))
     assert shard.loss.flops_per_token() == full.loss.flops_per_token()
     assert shard.blocks[0].flops_per_token(16) == full.blocks[0].flops_per_token(16)
+
+
+def test_the_products_of_encoder_and_decoder_have_the_flops_that_the_layers_report() -> None:
+    """For one sample, without the scores of attention: 4 x source x queries x width for each kind of attention."""
+    config = t5_config(training={"micro_batch_size": 1})
+    model, batch = full_model(config), micro_batches(config, 0, 0, 1)[0]
+    with MatrixProducts() as products, torch.no_grad():
+        model(None, batch)
+    source, length, width = 24, 16, 32
+    scores = 4 * 4 * width * source**2 + 4 * (2 * width * length**2 + 4 * width * length * source)  # 4 layers in each stack
+    assert products.flops == sum(model.layer_flops()) - scores + length * model.loss.flops_per_token()
+    assert model.hidden_core_flops() == 4 * 2 * width * length**2  # the masked half of the decoder's self-attention

@@ -78,7 +78,7 @@ def losses(results: list[Any]) -> Any:
 
 
 def run_of(precision: str, **sections: Tree) -> Config:
-    return tiny_config(model=MODEL, optimizer=SGD, training={"precision": precision}, **sections)
+    return tiny_config(model=MODEL, optimizer=SGD, training={"precision": precision, "micro_batch_size": 2}, **sections)
 
 
 def test_ranks_train_as_one_process_and_close_to_bf16(ranks: Pool) -> None:

@@ -5,6 +5,7 @@ from itertools import product
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -129,6 +130,26 @@ def test_the_groups_of_a_rank_are_its_neighbours_in_the_grid(tensor: int, pipeli
         stages = layout.ranks_along(rank, "pipeline")
         is_end = pipeline > 1 and rank in (stages[0], stages[-1])
         assert members == ({"embedding_group": [stages[0], stages[-1]]} if is_end else {})
+
+
+def sums_over(sets: list[tuple[int, ...]]) -> list[int | None]:
+    """Return the sum of the ranks in each group of pipeline ranks, by its members; None on the other ranks."""
+    topology = Topology.create(2, 4)
+    sums = []
+    for pipeline_ranks in sets:
+        group, rank = topology.pipeline_group(pipeline_ranks), torch.tensor(topology.rank)
+        if group is not None:
+            dist.all_reduce(rank, group=group)
+        sums.append(None if group is None else int(rank))
+    return sums
+
+
+def test_groups_of_some_pipeline_ranks_do_not_wait_for_the_others(ranks: Pool) -> None:
+    """Sets that overlap, so that ranks are members of different numbers of groups."""
+    sets, layout = [(0, 2, 3), (0, 1), (1, 2, 3), (2, 3)], Layout(tensor=2, pipeline=4)
+    for rank, sums in enumerate(ranks.run(8, sums_over, sets)):
+        stages, place = layout.ranks_along(rank, "pipeline"), layout.coordinates(rank).pipeline
+        assert sums == [sum(stages[one] for one in members) if place in members else None for members in sets]
 
 
 def create_error(tensor: int, pipeline: int, context: int) -> str:

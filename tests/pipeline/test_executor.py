@@ -1,5 +1,7 @@
 """The executor runs any plan: weight gradients may wait, nothing is computed twice, and each stage reports when it is done."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,8 +16,8 @@ from torch import Tensor, nn
 
 from megagpt.config import Config
 from megagpt.distributed.phase import PhaseTracker
+from megagpt.model.chunk import build_chunk
 from megagpt.model.forward_context import MicroBatch
-from megagpt.model.gpt import build_chunk
 from megagpt.model.meta_model import stage_layers
 from megagpt.parallel.deferred_gradients import DeferredGradients
 from megagpt.parallel.linear import linear
@@ -40,7 +42,9 @@ def run_plan(config: Config, plan: Plan, topology: Topology, batches: list[Micro
     parallel = ParallelContext.of(topology, config.parallel.sequence_parallel, deferred)
     layers = stage_layers(config, plan.n_stages)
     chunks = {stage: build_chunk(config, parallel, layers[stage]).train() for stage in plan.stages_of(topology.pp_rank)}
-    executor = Executor(plan, chunks, topology, deferred, torch.empty(batch, seq, config.model.n_embd), PhaseTracker())
+    executor = Executor(
+        plan, chunks, topology, deferred, [(torch.empty(batch, seq, config.model.n_embd),)] * plan.n_stages, PhaseTracker()
+    )
     with MatrixProducts() as products:
         loss = executor.step(batches, torch.tensor(1.0 / count_labels(config, 0)))
     parameters = parameters_by_name(nn.ModuleList(chunks.values()))
@@ -96,7 +100,7 @@ def single_process(plan: Plan) -> tuple[Executor, dict[int, Scale]]:
     """Return an executor of a plan for one rank, and its stages."""
     deferred = DeferredGradients()
     chunks = stages(plan, deferred)
-    return Executor(plan, chunks, Topology(), deferred, torch.empty(1, 1, 1), PhaseTracker()), chunks
+    return Executor(plan, chunks, Topology(), deferred, [(torch.empty(1, 1, 1),)] * plan.n_stages, PhaseTracker()), chunks
 
 
 @settings(deadline=None)
@@ -122,13 +126,23 @@ def test_a_stage_is_reported_done_once_and_only_when_its_gradient_is_complete(na
     executor, chunks = single_process(plan)
     reported: list[tuple[int, Tensor]] = []
 
-    def on_stage_done(stage: int) -> None:
-        gradient = chunks[stage].weight.grad
-        assert gradient is not None
-        reported.append((stage, gradient.clone()))
+    watched: list[int] = []
 
-    executor.step([torch.ones(1, 1, 1)] * 4, torch.tensor(1.0), on_stage_done)
+    class Recorder:
+        @contextmanager
+        def during_backward_of(self, stage: int) -> Iterator[None]:
+            watched.append(stage)
+            yield
+
+        def stage_done(self, stage: int) -> None:
+            gradient = chunks[stage].weight.grad
+            assert gradient is not None
+            reported.append((stage, gradient.clone()))
+
+    executor.step([torch.ones(1, 1, 1)] * 4, torch.tensor(1.0), Recorder())
     assert sorted(stage for stage, _ in reported) == sorted(chunks)
+    splits = any(action.kind is ActionKind.BACKWARD_WEIGHT for action in plan.actions[0])
+    assert splits or sorted(watched) == sorted(chunks)  # each stage once
     assert all(torch.equal(gradient, chunks[stage].weight.grad) for stage, gradient in reported)
 
 
@@ -156,7 +170,7 @@ def test_the_phase_names_the_action_in_progress() -> None:
     phase, names = PhaseObserver(), []
     phase.observe = names.append
     deferred = DeferredGradients()
-    executor = Executor(plan, stages(plan, deferred), Topology(), deferred, torch.empty(1, 1, 1), phase)
+    executor = Executor(plan, stages(plan, deferred), Topology(), deferred, [(torch.empty(1, 1, 1),)] * plan.n_stages, phase)
     executor.step([torch.ones(1, 1, 1)], torch.tensor(1.0))
     assert names == [
         "forward of stage 0, micro-batch 0",

@@ -8,6 +8,7 @@ from support.runs import Tree, tiny_config
 
 from megagpt.config import data_parallel_size, load_config
 from megagpt.hugging_face.model_keys import MODEL_KEYS
+from megagpt.planner.dry_run_memory import largest_rank_memory
 from megagpt.planner.memory import peak_memory
 from megagpt.planner.parameters import parameter_count, parameters_by_group
 from megagpt.planner.strategy import Strategy
@@ -34,6 +35,12 @@ FAMILIES = {  # of the safetensors files on the Hugging Face hub; pythia: arXiv 
     "pythia-12B": 11_846_072_320,
     "olmo2-7B": 7_298_617_344,
 }
+T5 = {  # of the safetensors files, with the output layer, which transformers 5 counts once with the embedding
+    "t5-v1.1-base": 247_577_856,
+    "t5-v1.1-large": 783_150_080,
+    "t5-v1.1-3B": 2_849_757_184,
+    "t5-v1.1-11B": 11_135_332_352,
+}
 GPU_GIB = 80
 SPARE = 0.8
 """Share of a GPU for what the planner predicts; the rest is for the CUDA context, NCCL and the allocator."""
@@ -55,17 +62,21 @@ NODES = {
     "pythia-1.4B": 4,
     "pythia-12B": 8,
     "olmo2-7B": 8,
+    "t5-v1.1-base": 1,
+    "t5-v1.1-large": 1,
+    "t5-v1.1-3B": 2,
+    "t5-v1.1-11B": 8,
 }
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
 def test_a_shipped_config_has_its_paper_s_number_of_parameters_and_the_layout_that_it_names(path: Path) -> None:
     config = load_config(path)
-    if path.stem == "quickstart":
+    if path.stem in ("quickstart", "quickstart_t5"):
         assert data_parallel_size(config, 8) == 2
         return
-    if path.stem in FAMILIES:
-        assert parameter_count(config) == FAMILIES[path.stem]
+    if path.stem in FAMILIES | T5:
+        assert parameter_count(config) == (FAMILIES | T5)[path.stem]
     else:
         billions, tolerance = PAPERS[path.stem]
         assert parameter_count(config) / 1e9 == pytest.approx(billions, rel=tolerance)
@@ -75,13 +86,14 @@ def test_a_shipped_config_has_its_paper_s_number_of_parameters_and_the_layout_th
 
 
 def test_every_shipped_size_is_tested() -> None:
-    assert {path.stem for path in CONFIGS.glob("*.json")} == {*PAPERS, *FAMILIES, "quickstart"}
+    assert {path.stem for path in CONFIGS.glob("*.json")} == {*PAPERS, *FAMILIES, *T5, "quickstart", "quickstart_t5"}
 
 
 @pytest.mark.parametrize("name", NODES)
 def test_the_layout_of_a_shipped_config_fits_its_gpus(name: str) -> None:
     config = load_config(name)
-    assert peak_memory(config, Strategy.of(config, 8 * NODES[name])).total / 2**30 < SPARE * GPU_GIB
+    predict = largest_rank_memory if config.model.encoder_layers else peak_memory
+    assert predict(config, Strategy.of(config, 8 * NODES[name])).total / 2**30 < SPARE * GPU_GIB
     assert config.parallel.tensor <= 8  # within a node
 
 
@@ -95,6 +107,16 @@ def test_a_shipped_family_is_the_model_of_transformers_with_the_same_parameters(
         theirs = transformers.AutoModelForCausalLM.from_config(config)
     assert theirs.num_parameters() == FAMILIES[name]
     assert family == {"pythia": "gpt_neox"}.get(name.partition("-")[0], name.partition("-")[0])
+
+
+@pytest.mark.parametrize("name", T5)
+def test_a_shipped_t5_is_the_model_of_transformers_with_the_same_parameters(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = load_config(name).model
+    assert MODEL_KEYS["t5"].missing(model) == {}
+    with torch.device("meta"):
+        theirs = transformers.T5ForConditionalGeneration(transformers.T5Config(**MODEL_KEYS["t5"].from_model(model)))
+    assert theirs.num_parameters() + theirs.shared.weight.numel() == T5[name]
 
 
 def test_the_count_is_twelve_h_squared_per_layer_and_the_rest_of_the_published_formula() -> None:

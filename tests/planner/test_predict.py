@@ -25,6 +25,10 @@ from megagpt.schedules.registry import placement
 H100 = find_hardware("H100")
 
 
+DECODERS = [name for name in sorted(shipped_configs()) if not load_config(name).model.encoder_layers]
+"""Shipped configs that the closed formulas cover."""
+
+
 def shortened(name: str, *overrides: str) -> Config:
     """Return a shipped config with 3 layers, at most two pipeline ranks and two micro-batches."""
     config = load_config(name)
@@ -45,7 +49,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("case", [*sorted(shipped_configs()), *LAYOUTS])
+@pytest.mark.parametrize("case", [*DECODERS, *LAYOUTS])
 def test_calls_and_bytes_of_every_collective_are_those_of_the_dry_run(case: str) -> None:
     name, overrides = LAYOUTS.get(case, (case, []))
     config = shortened(name, *overrides)
@@ -77,7 +81,7 @@ def test_flops_of_matrix_products_are_those_that_the_modules_compute(name: str, 
     assert counter.get_total_flops() == products
 
 
-@pytest.mark.parametrize("name", sorted(shipped_configs().keys() - {"quickstart"}))
+@pytest.mark.parametrize("name", [name for name in DECODERS if name != "quickstart"])
 def test_parameters_and_model_flops_are_those_of_the_meta_model(name: str) -> None:
     config = load_config(name)
     strategy = Strategy.of(config, config.parallel.tensor * config.parallel.pipeline)
@@ -162,7 +166,7 @@ def test_the_bubble_is_that_of_the_published_formula() -> None:
 
 def test_fp8_makes_the_blocks_products_faster_but_not_their_weight_gradients() -> None:
     """Of six FLOPs per weight four have 8 bits; a GPU without such products is refused."""
-    wide, narrow = (predict(1, training={"precision": precision}) for precision in ("bf16", "fp8"))
+    wide, narrow = (predict(1, training={"precision": name, "micro_batch_size": 16}) for name in ("bf16", "fp8"))
     ratio = narrow.parts["matrix products"] / wide.parts["matrix products"]
     assert 4 / 6 < ratio < 1
     assert narrow.mfu > wide.mfu and narrow.memory == wide.memory

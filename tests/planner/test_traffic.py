@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from support.encoder_decoder import T5
 from support.pool import Pool
 from support.products import MatrixProducts
 from support.runs import Tree, create_engine, tiny_config, train_step
@@ -59,6 +60,10 @@ FAMILIES: dict[str, tuple[int, Tree]] = {
         {"parallel": {"tensor": 2, "pipeline": 2}, "model": {"norm": "rmsnorm_plus_one", "parallel_branches": "two_norms"}},
     ),
 }
+FAMILIES["an encoder, pipeline 4, sequence parallel"] = (
+    8,
+    {"parallel": {"tensor": 2, "pipeline": 4, "sequence_parallel": True}, "model": T5, "zero": {"stage": 0}},
+)
 LARGE: dict[str, tuple[int, Tree]] = {
     "GPT-3 175B on 512 ranks": (
         512,
@@ -269,7 +274,7 @@ def test_every_schedule_makes_the_same_calls_and_products(ranks: Pool) -> None:
     for name, schedule in SCHEDULES.items():
         chunks = {"virtual_stages": 2} if schedule.interleaved else {}
         parallel = {"tensor": 2, "pipeline": 2, "schedule": name, **chunks}
-        config = tiny_config(parallel=parallel, training={"global_batch_size": 8})
+        config = tiny_config(parallel=parallel, training={"micro_batch_size": 2, "global_batch_size": 8})
         results = ranks.run(4, traffic_and_products, config)
         calls, n_bytes = Counter(), Counter()
         for traffic, _ in results:
@@ -279,3 +284,21 @@ def test_every_schedule_makes_the_same_calls_and_products(ranks: Pool) -> None:
     assert len(totals["1f1b"][2]) >= 4 * 4 * (4 * 4 // 2) * 3  # ranks x micro-batches x matrices of 2 layers x 3 products
     for name, total in totals.items():
         assert total == totals["1f1b"], name
+
+
+def test_stages_of_encoder_and_decoder_send_and_sum_what_closed_formulas_say() -> None:
+    """A stage of the encoder hands on b s h numbers, one of the decoder b (s + t) h. Tensor ranks sum 4 b s h for an encoder
+    layer; for a decoder layer 3 b t h forward and 3 b t h + b s h backward: keys and values read the encoder's output. s and t:
+    tokens of source and target.
+    """
+    config = tiny_config(model=T5, parallel={"tensor": 2, "pipeline": 8}, zero={"stage": 0})
+    layout, micro_batches, h = Layout(tensor=2, pipeline=8), 8, 32
+    source, target = 4 * 2 * 24 * h, 4 * 2 * 16 * h  # bytes of a micro-batch
+    received = [0] + [source] * 4 + [source + target] * 3  # by each of 8 stages with one layer
+    for stage in range(1, 7):
+        traffic = step_traffic(config, layout, layout.ranks_along(0, "pipeline")[stage])
+        assert traffic[TrafficKey("pipeline", "send")].bytes == micro_batches * (received[stage] + received[stage + 1])
+        summed = (
+            4 * source if stage < 4 else 6 * target + source + (target if stage == 4 else 0)
+        )  # with the decoder's embedding
+        assert traffic[TrafficKey("tensor", "all-reduce")].bytes == micro_batches * summed

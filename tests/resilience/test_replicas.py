@@ -39,7 +39,7 @@ def errors_before_and_after_a_flipped_bit(config: Config, rank: int, name: str) 
 def error_of_check(engine: Engine) -> str:
     """Return the error message, or nothing if the replicas are equal."""
     try:
-        check_replicas(engine.parameters, engine.tied, engine.topology)
+        check_replicas(engine.parameters, engine.shared, engine.topology)
     except TrainingError as error:
         return str(error)
     return ""
@@ -63,7 +63,7 @@ def test_one_changed_bit_on_one_rank_is_reported_on_all_ranks(
     config = tiny_config(
         parallel=parallel,
         zero={"stage": stage},
-        training={"precision": precision, "global_batch_size": 2 * 6},
+        training={"precision": precision, "micro_batch_size": 2, "global_batch_size": 2 * 6},
         model={"n_layer": 4},
     )
     for before, after in ranks.run(world, errors_before_and_after_a_flipped_bit, config, rank, name):

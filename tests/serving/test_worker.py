@@ -12,7 +12,7 @@ from megagpt.distributed.object_collectives import broadcast_object
 from megagpt.inference.engine import GenerationEngine
 from megagpt.inference.generate import TextGenerator
 from megagpt.inference.sampling import Sampling
-from megagpt.model.gpt import build_chunk
+from megagpt.model.chunk import build_chunk
 from megagpt.parallel.deferred_gradients import DeferredGradients
 from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.topology import Topology

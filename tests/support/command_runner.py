@@ -36,22 +36,23 @@ SMALL_RUN = (
     "training.epochs=null",
     "training.batch_ramp=null",
     "training.micro_batch_size=1",
-    "training.global_batch_size=4",
     "evaluation.micro_batch_size=null",
-    "evaluation.samples=4",
+    "evaluation.samples=2",
+    "evaluation.test_samples=2",
     "lr_schedule.warmup_steps=0",
     "lr_schedule.decay_steps=null",
     "logging.interval=1",
 )
+SMALL_ENCODER = ("model.encoder_layers=2", "model.encoder_positions=64", "model.head_dim=null")
 SMALLER = {
     "train_tokenizer": ["--vocab-size", "400"],
     "find_learning_rate": ["--steps", "30"],
     "generate_text": ["--device", "cpu", "--max-tokens", "10"],
     "benchmark_cluster": ["--size", "64", "--mebibytes", "1"],
-    "evaluate": ["--device", "cpu", "--max-documents", "4"],
+    "evaluate": ["--device", "cpu"],
 }
 """Arguments that make a tool's work small, and possible without a GPU; they override those before them."""
-ON_RANKS = ("pretrain", "find_learning_rate")
+ON_RANKS = ("pretrain", "pretrain_t5", "find_learning_rate")
 
 
 Run = tuple[str, int, str]
@@ -99,7 +100,7 @@ class CommandRunner:
                 self._train(ranks, command)
                 return
             self._remove_outputs(ranks.arguments)
-            result = self._call_on(ranks._replace(arguments=[*ranks.arguments, *SMALLER.get(ranks.module, [])]))
+            result = self._call_on(ranks._replace(arguments=[*ranks.arguments, *smaller(ranks.module, ranks.arguments)]))
             assert result.code == 0, f"{command}\n{result.output}"
             if redirected:
                 Path(redirected).write_text(result.output)
@@ -184,12 +185,13 @@ class CommandRunner:
         args = importlib.import_module(f"megagpt.commands.{ranks.module}").create_parser().parse_args(ranks.arguments)
         config = job.checked_config(args.config, own_overrides(ranks.module, args), ranks.ranks)
         self._forget_older_run(config)
-        world, small = ranks_to_run(config, ranks.ranks), small_run(config)
+        world = ranks_to_run(config, ranks.ranks)
+        small = small_run(config, world)
         run = what_runs(load_config(args.config, [*own_overrides(ranks.module, args), *small]))
         if (ranks.module, world, run) in self.trained:
             return
         self.trained.add((ranks.module, world, run))
-        arguments = [*ranks.arguments, *SMALLER.get(ranks.module, []), "--set", *small]
+        arguments = [*ranks.arguments, *smaller(ranks.module, ranks.arguments), "--set", *small]
         processes = Job(world, arguments, self.scratch / "logs", enter_here(), ranks.module)
         codes = processes.finish(timeout=300)
         assert codes == [0] * world, f"{command}\n{codes}\n{processes.output()}"
@@ -244,6 +246,12 @@ def module_of(script: str) -> str:
     return "pretrain" if Path(script).name == "pretrain_gpt.py" else Path(script).stem
 
 
+def smaller(module: str, arguments: list[str]) -> list[str]:
+    """Return arguments that make a tool's work small."""
+    few = ["--max-documents", "4"] if module == "evaluate" and "--data" in arguments else []
+    return [*SMALLER.get(module, []), *few]
+
+
 def own_overrides(module: str, args: argparse.Namespace) -> list[str]:
     """Return the overrides with which a command loads its config."""
     if module == "find_learning_rate":
@@ -265,16 +273,27 @@ def ranks_to_run(config: Config, ranks: int) -> int:
     return min(ranks, max(replica, 2))
 
 
-def small_run(config: Config) -> list[str]:
-    """Return overrides that make a run small, in its own layout: two steps beyond the checkpoint that it resumes from."""
+def small_run(config: Config, world: int) -> list[str]:
+    """Return overrides that make a run small, in its own layout: two steps beyond the checkpoint that it resumes from.
+
+    There are as many micro-batches as stages: a collective of 8 ranks takes 30 ms here.
+    """
     parallel, checkpoints = config.parallel, config.checkpoint
     stages = parallel.pipeline * chunks_per_rank(parallel.schedule, parallel.virtual_stages)
+    data = max(1, world // (parallel.tensor * parallel.pipeline * parallel.context))
     step = 0
     if checkpoints.dir and checkpoints.resume == "auto" and Path(checkpoints.dir, "latest").exists():
         step = read_manifest(resolve_checkpoint(checkpoints.dir)).step
-    small = [*SMALL_RUN, f"model.n_layer={max(2, stages)}", f"training.steps={step + 2}"]
+    small = [
+        *SMALL_RUN,
+        *(SMALL_ENCODER if config.model.encoder_layers else ()),
+        f"model.n_layer={max(2, stages)}",
+        f"training.global_batch_size={data * parallel.pipeline}",
+        f"training.steps={step + 2}",
+    ]
     if config.data.tokenizer is not None:
-        small.append(f"model.vocab_size={load_tokenizer(config.data.tokenizer).vocab_size}")
+        sentinels = config.data.span_corruption.sentinels if config.model.encoder_layers else 0
+        small.append(f"model.vocab_size={load_tokenizer(config.data.tokenizer).vocab_size + sentinels}")
     return small
 
 

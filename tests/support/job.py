@@ -4,6 +4,7 @@ The ranks are processes like those of a launcher: they connect to an address, ha
 launcher would import everything again in each process.
 """
 
+import contextlib
 import importlib
 import multiprocessing as mp
 import os
@@ -55,7 +56,9 @@ class Job:
         for rank in range(len(self.ranks)) if ranks is None else ranks:
             process = self.ranks[rank]
             if process.is_alive() and process.pid is not None:
-                os.kill(process.pid, number)
+                # It may have ended since: its parent, which collects it, is the fork server.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, number)
 
     def finish(self, timeout: float, grace: float = 20.0) -> list[int | None]:
         """Wait for the end; return the exit codes by rank, negative for a signal.

@@ -13,10 +13,11 @@ from torch import nn
 
 from megagpt.config import Config, build_config
 from megagpt.data.blend import build_datasets
+from megagpt.data.encoder_samples import encoder_format
 from megagpt.data.indexed import IndexedWriter
 from megagpt.engine.engine import Engine, StepResult
+from megagpt.model.chunk import build_chunk
 from megagpt.model.forward_context import MicroBatch
-from megagpt.model.gpt import GPTChunk, build_chunk
 from megagpt.parallel.context_parallel import ContextParallel
 from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.parameter import shard_of
@@ -38,7 +39,7 @@ def tiny_config(**sections: Tree) -> Config:
             "vocab_multiple": 16,
             "init_std": 0.2,
         },
-        "training": {"steps": 10, "micro_batch_size": 2, "global_batch_size": 16, "seed": 7},
+        "training": {"steps": 10, "micro_batch_size": 4, "global_batch_size": 16, "seed": 7},
         "optimizer": {"learning_rate": 1e-2, "clip_grad": 0.05, "eps": 1e-4},
     }
     for section, keys in sections.items():
@@ -46,9 +47,9 @@ def tiny_config(**sections: Tree) -> Config:
     return build_config(tree)
 
 
-def full_model(config: Config) -> GPTChunk:
+def full_model(config: Config) -> Any:
     """Return the entire model of the config with its initial weights, as one chunk of a single process."""
-    return build_chunk(config, ParallelContext(), range(config.model.n_layer))
+    return build_chunk(config, ParallelContext(), range(config.model.n_blocks))
 
 
 def parameters_by_name(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -64,10 +65,21 @@ def micro_batches(config: Config, step: int, dp_rank: int, dp_size: int) -> list
     labels = tokens[:, 1:].clone()
     # Different numbers of labels per sequence, so that a mean of micro-batch means differs from the mean over all tokens.
     labels[torch.rand(labels.shape, generator=generator) < torch.linspace(0, 0.9, size).unsqueeze(1)] = -100
-    first, share = dp_rank * size // dp_size, size // dp_size
     samples = step * size + torch.arange(size)
+    source = lengths = None
+    if config.model.encoder_layers:
+        n_source = config.model.source_length
+        source = torch.randint(0, config.model.tokens_in_vocab, (size, n_source), generator=generator)
+        lengths = torch.randint(1, n_source + 1, (size,), generator=generator)
+    first, share = dp_rank * size // dp_size, size // dp_size
     return [
-        MicroBatch(tokens[row : row + micro, :-1], labels[row : row + micro], samples[row : row + micro])
+        MicroBatch(
+            tokens[row : row + micro, :-1],
+            labels[row : row + micro],
+            samples[row : row + micro],
+            source=None if source is None else source[row : row + micro],
+            source_lengths=None if lengths is None else lengths[row : row + micro],
+        )
         for row in range(first, first + share, micro)
     ]
 
@@ -76,7 +88,12 @@ def local_micro_batches(config: Config, step: int, topology: Topology) -> list[M
     """Return `micro_batches` of this rank, with this context rank's positions."""
     context = ContextParallel(rank=topology.cp_rank, size=topology.layout.context)
     return [
-        replace(batch, tokens=context.local_positions(batch.tokens), labels=context.local_positions(batch.labels))
+        replace(
+            batch,
+            tokens=context.local_positions(batch.tokens),
+            labels=context.local_positions(batch.labels),
+            source=None if batch.source is None else context.local_positions(batch.source),
+        )
         for batch in micro_batches(config, step, topology.dp_rank, topology.layout.data)
     ]
 
@@ -175,7 +192,12 @@ def run_trainer(config: Config) -> Tree:
 
 def open_trainer(config: Config) -> Trainer:
     """Return the real trainer of a config, on the ranks of the pool."""
-    return Trainer(config, create_topology(config), build_datasets(config.data, config.model.n_positions), torch.device("cpu"))
+    return Trainer(
+        config,
+        create_topology(config),
+        build_datasets(config.data, config.model.n_positions, encoder_format(config.model)),
+        torch.device("cpu"),
+    )
 
 
 class Losses:

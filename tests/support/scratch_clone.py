@@ -16,7 +16,16 @@ from megagpt.data.indexed import IndexedWriter
 from support.chat import chat_tokenizer
 from support.commands import BIN, ENVIRONMENT, ROOT
 
-LINKS = ("megagpt", "tools", "examples", "benchmarks", "pretrain_gpt.py", "finetune_classifier.py", "setup.py")
+LINKS = (
+    "megagpt",
+    "tools",
+    "examples",
+    "benchmarks",
+    "pretrain_gpt.py",
+    "pretrain_t5.py",
+    "finetune_classifier.py",
+    "setup.py",
+)
 SMALL_MODEL = ("model.n_embd=32", "model.n_head=8", "model.n_positions=32", "model.ffn_hidden=null")
 QUICK_RUN = (
     "model.n_layer=2",
@@ -49,6 +58,8 @@ def build_clone(folder: Path) -> None:
     write_base_model(folder / "models" / "base")
     for name in ("chats", "held_out"):
         (folder / f"{name}.jsonl").write_text('{"prompt": "the fox?", "response": "yes"}\n' * 20)
+    for path in (folder / "summaries.jsonl", folder / "data" / "held_out.jsonl"):
+        path.write_text('{"source": "the quick fox jumps", "target": "a fox"}\n' * 20)
 
 
 def write_base_model(folder: Path, n_positions: int = 32) -> None:

@@ -13,9 +13,9 @@ from megagpt.progress import NoProgress
 from support.runs import full_model, tiny_config
 
 
-def write_random(directory: Path, tokenizer: str | None, vocab_size: int, n_positions: int = 16) -> Path:
-    """Write a checkpoint with random weights, whose config names a tokenizer that does not exist."""
-    shape = {"vocab_size": vocab_size, "n_positions": n_positions}
+def write_random(directory: Path, tokenizer: str | None, vocab_size: int, n_positions: int = 16, **model: object) -> Path:
+    """Write a checkpoint with random weights, whose config names a tokenizer that does not exist. `model`: further keys."""
+    shape = {"vocab_size": vocab_size, "n_positions": n_positions, **model}
     config = tiny_config(model=shape, data={"tokenizer": "gone/t.model"})
     sources = []
     for parameter in full_model(config).parameters():

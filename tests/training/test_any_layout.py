@@ -1,6 +1,6 @@
 """Models, layouts, schedules, ZeRO stages, shapes and batch splits drawn at random train as one process does.
 
-20 draws by default, the same each time. For other draws:
+8 draws by default, the same each time. For other draws:
 MEGAGPT_LAYOUT_DRAWS=300 python -m pytest tests/training/test_any_layout.py
 """
 
@@ -13,9 +13,9 @@ from support.runs import Tree, compare, tiny_config, train
 
 from megagpt.schedules.registry import SCHEDULES
 
-DRAWS = int(os.environ.get("MEGAGPT_LAYOUT_DRAWS", "20"))
+DRAWS = int(os.environ.get("MEGAGPT_LAYOUT_DRAWS", "8"))
 STEPS = 2
-DROPOUTS: list[Tree] = [{}, {"embd_pdrop": 0.2, "attn_pdrop": 0.2, "resid_pdrop": 0.2}]
+DROPOUTS: list[Tree] = [{}, {"embd_pdrop": 0.2, "attn_pdrop": 0.2, "resid_pdrop": 0.2, "mlp_pdrop": 0.2}]
 
 
 @st.composite
@@ -71,6 +71,21 @@ def families(draw: st.DrawFn) -> Tree:
 
 
 @st.composite
+def encoder_families(draw: st.DrawFn) -> Tree:
+    """Draw the keys of a model with an encoder."""
+    keys: Tree = draw(families())
+    for key in ("norm_placement", "parallel_branches", "qk_norm", "attention_window", "full_attention_every"):
+        keys.pop(key, None)
+    keys |= {"attention_softcap": None, "attention_sinks": False, "layer_norm_epsilon": 1e-5}
+    if keys["position_embedding"] in ("alibi", "relative_vectors"):
+        keys["position_embedding"] = "relative"
+    keys["encoder_layers"] = draw(st.integers(1, 6))
+    keys["encoder_positions"] = draw(st.sampled_from([None, 8, 24]))
+    keys["output_scale"] = draw(st.sampled_from([1.0, 0.3]))
+    return keys
+
+
+@st.composite
 def cases(draw: st.DrawFn) -> tuple[int, Tree, Tree]:
     """Draw a world size, the sections that describe the run, and those that describe the layout."""
     tensor = draw(st.sampled_from([1, 1, 2, 4]))
@@ -81,13 +96,13 @@ def cases(draw: st.DrawFn) -> tuple[int, Tree, Tree]:
     per_rank = draw(st.sampled_from([1, 2, 3, 4, 6, 8]))
     run: Tree = {
         "model": {
-            "n_layer": draw(st.integers(max(2, 2 * pipeline), 9)),
+            "n_layer": draw(st.integers(max(2, 2 * pipeline), 8)),
             "n_embd": draw(st.sampled_from([16, 32])),
             "n_positions": draw(st.sampled_from([8, 16])),
             "vocab_size": draw(st.integers(17, 70)),  # the last tensor ranks may have padding only
             "tie_embeddings": draw(st.booleans()),
             **draw(st.sampled_from(DROPOUTS)),
-            **draw(st.one_of(st.just({}), families(), families())),
+            **draw(st.one_of(st.just({}), families(), families(), encoder_families())),
         },
         "training": {
             "steps": STEPS,
@@ -111,7 +126,10 @@ def cases(draw: st.DrawFn) -> tuple[int, Tree, Tree]:
             parallel["virtual_stages"] = draw(st.integers(2, run["model"]["n_layer"] // pipeline))
     layout: Tree = {
         "parallel": parallel,
-        "zero": {"stage": draw(st.integers(0, 3 if pipeline == 1 and run["optimizer"]["type"] != "muon" else 2))},
+        "zero": {
+            "stage": draw(st.integers(0, 3 if pipeline == 1 and run["optimizer"]["type"] != "muon" else 2)),
+            "reduce_bucket_mib": draw(st.sampled_from([64.0, 1e-3])),
+        },
         "training": {
             "recompute": draw(st.sampled_from(["none", "selective", "full"])),
             "micro_batch_size": micro * draw(st.sampled_from([split for split in (1, 2) if per_rank % split == 0])),
@@ -120,7 +138,7 @@ def cases(draw: st.DrawFn) -> tuple[int, Tree, Tree]:
     return tensor * pipeline * context * data, run, layout
 
 
-@settings(max_examples=DRAWS, deadline=None, derandomize=DRAWS == 20, suppress_health_check=list(HealthCheck))
+@settings(max_examples=DRAWS, deadline=None, derandomize=DRAWS == 8, suppress_health_check=list(HealthCheck))
 @given(cases())
 def test_any_layout_trains_as_one_process_does(ranks: Pool, case: tuple[int, Tree, Tree]) -> None:
     world, run, layout = case

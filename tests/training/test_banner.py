@@ -35,7 +35,7 @@ def test_the_layout_is_one_product() -> None:
 
 
 def test_batch_and_length_count_tokens_and_a_resumed_run_names_its_first_step() -> None:
-    config = tiny_config()
+    config = tiny_config(training={"micro_batch_size": 2})
     assert length_lines(config, 0, 10) == [
         "batch      16 sequences x 16 = 256 tokens per step; micro-batch 2",
         "steps      10, at most 2,560 tokens",

@@ -93,7 +93,9 @@ def test_tokens_round_up_and_epochs_round_down_to_full_steps_from_any_step(step:
     datasets: Any = SimpleNamespace(train=SimpleNamespace(samples_per_epoch=50))
 
     def steps(**length: Any) -> int:
-        config = tiny_config(training={"steps": None, "global_batch_size": 16, "batch_ramp": RAMP, **length})
+        config = tiny_config(
+            training={"micro_batch_size": 2, "steps": None, "global_batch_size": 16, "batch_ramp": RAMP, **length}
+        )
         return total_steps(config, datasets, step, consumed)
 
     assert steps(tokens=48 * 16) == steps(tokens=47 * 16 + 1) == 8  # 8 steps have 56 samples, 7 have 44
@@ -102,7 +104,7 @@ def test_tokens_round_up_and_epochs_round_down_to_full_steps_from_any_step(step:
 
 
 def test_a_run_shorter_than_its_first_step_is_refused() -> None:
-    config = tiny_config(training={"steps": None, "epochs": 1, "batch_ramp": RAMP})
+    config = tiny_config(training={"micro_batch_size": 2, "steps": None, "epochs": 1, "batch_ramp": RAMP})
     datasets: Any = SimpleNamespace(train=SimpleNamespace(samples_per_epoch=3))
     with pytest.raises(ConfigError, match=r"3 samples are less than one step of training.batch_ramp.start 4"):
         total_steps(config, datasets)
@@ -122,13 +124,13 @@ def test_a_run_shorter_than_its_first_step_is_refused() -> None:
 )
 def test_impossible_ramps_are_refused_with_the_reason(ramp: Tree, message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        tiny_config(training={"batch_ramp": ramp})
+        tiny_config(training={"micro_batch_size": 2, "batch_ramp": ramp})
     assert message in str(error.value)
 
 
 def test_a_world_that_cannot_share_every_size_evenly_is_refused() -> None:
-    assert data_parallel_size(tiny_config(), 8) == 8
-    ramped = tiny_config(training={"batch_ramp": RAMP})
+    assert data_parallel_size(tiny_config(training={"micro_batch_size": 2}), 8) == 8
+    ramped = tiny_config(training={"micro_batch_size": 2, "batch_ramp": RAMP})
     assert data_parallel_size(ramped, 2) == 2  # 2, 4, 6 and 8 micro-batches
     with pytest.raises(ConfigError, match=r"for every size of training.batch_ramp\) to share; world sizes that fit: 1, 2$"):
         data_parallel_size(ramped, 4)
@@ -159,7 +161,7 @@ def ramp_run(folder: Path, data: str, steps: int, parallel: Tree, stage: int) ->
     return tiny_config(
         model={"embd_pdrop": 0.1, "resid_pdrop": 0.1, "attn_pdrop": 0.1},
         data={"train": data},
-        training={"steps": steps, "batch_ramp": RAMP},
+        training={"micro_batch_size": 2, "steps": steps, "batch_ramp": RAMP},
         lr_schedule={"warmup_steps": 3, "decay_steps": 20},
         checkpoint={"dir": str(folder / "checkpoints")},
         logging={"interval": 1, "metrics_file": str(folder / "metrics.jsonl")},

@@ -3,6 +3,7 @@
 Tolerances as in `test_layouts.py`.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,9 @@ MODELS: dict[str, Tree] = {
 }
 LAYOUTS: dict[str, tuple[int, Tree, int]] = {
     "tensor 4": (4, {"tensor": 4}, 1),
+    "data 2, ZeRO-3": (2, {}, 3),
     "2 x 2 x 2, zbv, sequence parallel": (8, {"tensor": 2, "pipeline": 2, "schedule": "zbv", "sequence_parallel": True}, 2),
     "context 2 x tensor 2": (4, {"context": 2, "tensor": 2}, 1),
-    "data 2, ZeRO-3": (2, {}, 3),
 }
 
 
@@ -77,17 +78,19 @@ def config_of(model: Tree, z_loss: bool, **sections: Tree) -> Any:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_family_trains_under_every_kind_of_layout_as_one_process_does(name: str, ranks: Pool) -> None:
+def test_a_family_trains_under_two_kinds_of_layout_as_one_process_does(name: str, ranks: Pool) -> None:
+    """Each layout runs with half of the models; under all layouts if MEGAGPT_ALL_PAIRS=1."""
     model, z_loss = MODELS[name], "z-loss" in name
+    half = list(MODELS).index(name) % 2
+    layouts = list(LAYOUTS.values()) if os.environ.get("MEGAGPT_ALL_PAIRS") else list(LAYOUTS.values())[half::2]
     expected = ranks.run(1, train, config_of(model, z_loss), STEPS)
     assert min(expected[0]["norms"]) > 2 * tiny_config().optimizer.clip_grad
-    for world, parallel, stage in LAYOUTS.values():
+    for world, parallel, stage in layouts:
         compare(ranks.run(world, train, config_of(model, z_loss, parallel=parallel, zero={"stage": stage}), STEPS), expected)
 
 
-IMPORTED = {
+IMPORTED: dict[str, tuple[int, Tree]] = {
     "tensor 2": (2, {"tensor": 2}),
-    "pipeline 2": (2, {"pipeline": 2}),
     "tensor 2 x pipeline 2": (4, {"tensor": 2, "pipeline": 2, "sequence_parallel": True}),
 }
 

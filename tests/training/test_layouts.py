@@ -11,7 +11,7 @@ import pytest
 from support.pool import Pool
 from support.runs import Tree, compare, full_weights, tiny_config, train
 
-STEPS = 3
+STEPS = 2
 LAYOUTS: dict[str, tuple[int, Tree, int]] = {
     "tensor 2": (2, {"tensor": 2}, 1),
     "tensor 4": (4, {"tensor": 4}, 1),

@@ -30,7 +30,7 @@ from megagpt.engine.freezing import freeze
 from megagpt.errors import ConfigError
 from megagpt.hugging_face.compare_logits import their_logits
 from megagpt.inference.load import load_model
-from megagpt.model.gpt import build_chunk
+from megagpt.model.chunk import build_chunk
 from megagpt.parallel.adapter import is_adapter, merged
 from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.parameter import shard_of

@@ -1,5 +1,6 @@
 """Token batches become inputs and labels on the host, with one copy per tensor to the device."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -164,3 +165,19 @@ def test_data_parallel_ranks_share_the_global_batch_and_other_ranks_of_a_replica
         samples[rank] = [int(tokens[0]) for batch in batches for tokens in batch.tokens]
         assert samples[rank] == list(range(16 + 8 * topology.dp_rank, 24 + 8 * topology.dp_rank))
     assert len(set(map(tuple, samples.values()))) == 2
+
+
+@pytest.mark.parametrize("context", [1, 2])
+def test_sources_follow_their_samples_into_the_micro_batches(context: int) -> None:
+    """A context rank gets its range of the positions, and all lengths."""
+    batches = [
+        replace(batch, source=np.arange(8).reshape(1, 8) + batch.first_sample + [[0], [1]], source_lengths=np.array([8, 3]))
+        for batch in token_batches()
+    ]
+    parts = []
+    for rank in range(context):
+        host = to_host_batch(batches, host_config(), Topology(Layout(context=context), rank))
+        micro_batches = host.to(torch.device("cpu"))
+        assert all(batch.source_lengths is not None and batch.source_lengths.tolist() == [8, 3] for batch in micro_batches)
+        parts.append(torch.cat([batch.source for batch in micro_batches if batch.source is not None]))
+    assert torch.equal(torch.cat(parts, 1), torch.arange(6).unsqueeze(1) + torch.arange(8))

@@ -52,11 +52,16 @@ def test_gradients_of_known_covariance_give_their_noise_scale() -> None:
     assert noise / signal == pytest.approx((deviations**2).sum() / (true**2).sum(), rel=0.1)
 
 
+def config_of(**sections: Tree) -> Config:
+    """Return a tiny config with micro-batches of 2 sequences."""
+    return tiny_config(**{**sections, "training": {"micro_batch_size": 2, **sections.get("training", {})}})
+
+
 class ScriptedEngine:
     """An engine of one parameter whose micro-batch gradients have given squared norms."""
 
     def __init__(self, squares: list[float]) -> None:
-        self.config = tiny_config()  # micro-batches of 2 sequences
+        self.config = config_of()
         self.topology = Topology()
         self.device = torch.device("cpu")
         self.loss_scale = 1.0
@@ -151,14 +156,14 @@ LAYOUTS: dict[str, tuple[int, Tree, int]] = {
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, float]:
-    return by_plain_loops(tiny_config())
+    return by_plain_loops(config_of())
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_measures_the_same_as_plain_loops(name: str, ranks: Pool, expected: dict[str, float]) -> None:
     """Relative 1e-5 in the squares; 1e-4 in the scale, whose signal is a small difference of squares."""
     world, parallel, stage = LAYOUTS[name]
-    for result in ranks.run(world, measure_first_step, tiny_config(parallel=parallel, zero={"stage": stage})):
+    for result in ranks.run(world, measure_first_step, config_of(parallel=parallel, zero={"stage": stage})):
         assert result["small"] == pytest.approx(expected["small"], rel=1e-5)
         assert result["noise_scale"] == pytest.approx(expected["noise_scale"], rel=1e-4)
         assert result["suggested_batch_size"] == pytest.approx(expected["sequences"], rel=1e-4)
@@ -171,7 +176,7 @@ def test_a_run_has_the_same_bits_with_and_without_the_measurement(stage: int, ra
     for interval in (None, 2):
         logging = {"interval": 1, "metrics_file": str(tmp_path / f"{interval}.jsonl"), "noise_scale_interval": interval}
         training = {"steps": 5, "precision": "bf16"}
-        config = tiny_config(data={"train": data}, training=training, logging=logging, zero={"stage": stage})
+        config = config_of(data={"train": data}, training=training, logging=logging, zero={"stage": stage})
         runs[interval] = ranks.run(2, run_trainer, config)
     assert runs[2][0]["losses"] == runs[None][0]["losses"]
     for (name, *_, values), (_, *_, expected) in zip(runs[2][0]["weights"], runs[None][0]["weights"], strict=True):
@@ -190,4 +195,4 @@ def test_a_run_has_the_same_bits_with_and_without_the_measurement(stage: int, ra
 )
 def test_a_config_that_cannot_be_measured_is_an_error(sections: Tree, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        tiny_config(logging={"noise_scale_interval": 1}, **sections)
+        config_of(logging={"noise_scale_interval": 1}, **sections)

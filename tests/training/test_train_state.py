@@ -29,6 +29,7 @@ PROGRESS: Tree = {
         "long_examples": "drop",
         "split": None,
         "sequence_length": 16,
+        "source_length": None,
         "parts": {"train": [{"prefix": "data/a", "weight": 1.0, "sequences": 60, "tokens": 1800, "fingerprint": "0f"}]},
     },
 }

@@ -12,7 +12,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from megagpt.data.chat_template import ASSISTANT, ChatTemplate, EncodedChat, Mes
 from megagpt.data.examples import mask_prefix
 from megagpt.data.indexed import IndexedWriter, token_dtype
 from megagpt.data.offline.documents import InputFile, Reject, stop
+from megagpt.data.tokenizer import Tokenizer, load_tokenizer, require_characters
 from megagpt.errors import DataError
 from megagpt.progress import NoProgress, Progress
 
@@ -55,10 +56,10 @@ class ExamplesJob:
     """Settings of a run."""
 
     files: Sequence[Path]
-    load: Callable[[], ChatTemplate]
-    """Loads the chat template, also in a worker process; must be picklable."""
+    load: Callable[[], "ExampleEncoder"]
+    """Loads the encoder of the task, also in a worker process; must be picklable."""
     task: str
-    """A key of `CONVERSATIONS`."""
+    """Task of the examples, for the names of the files."""
     output_prefix: str
     """The run writes OUTPUT_PREFIX_TASK.bin, .idx and their mask."""
     workers: int = 1
@@ -119,6 +120,60 @@ CONVERSATIONS: dict[str, Callable[[Mapping[str, Any]], Conversations]] = {
 """Task -> the chats of one record."""
 
 
+class ExampleEncoder(Protocol):
+    """Encodes the examples of a task."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the ids."""
+
+    def encode(self, record: Mapping[str, Any]) -> list[EncodedChat]:
+        """Return the sequences of an example. Raises DataError if it cannot be used."""
+
+
+class ChatEncoder(NamedTuple):
+    """Encodes chats."""
+
+    template: ChatTemplate
+    conversations: Callable[[Mapping[str, Any]], Conversations]
+
+    @classmethod
+    def load(cls, task: str, tokenizer: str, template: str | None) -> "ChatEncoder":
+        """`task`: a key of `CONVERSATIONS`; the others as in `ChatTemplate.load`."""
+        return cls(ChatTemplate.load(tokenizer, template), CONVERSATIONS[task])
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.template.tokenizer
+
+    def encode(self, record: Mapping[str, Any]) -> list[EncodedChat]:
+        return [_encoded(self.template, chat) for chat in self.conversations(record)]
+
+
+class PairEncoder(NamedTuple):
+    """Encodes "source" and "target", each with the end-of-document token behind it; the target is learned."""
+
+    tokenizer: Tokenizer
+
+    @classmethod
+    def load(cls, tokenizer: str) -> "PairEncoder":
+        """`tokenizer`: as in `load_tokenizer`."""
+        return cls(load_tokenizer(tokenizer))
+
+    def encode(self, record: Mapping[str, Any]) -> list[EncodedChat]:
+        sequences = []
+        for key in ("source", "target"):
+            text = record.get(key)
+            if text is None:
+                _missing(record, (key,), f'expected a text under "{key}"')
+            if not isinstance(text, str):
+                raise DataError(f'expected a text under "{key}"')
+            require_characters(text, f'"{key}"')
+            ids = [*self.tokenizer.encode(text), self.tokenizer.eod_id]
+            sequences.append(EncodedChat(ids, [key == "target"] * len(ids)))
+        return sequences
+
+
 Record = tuple[str, dict[str, Any]]
 """Place and content of an example."""
 Result = tuple[str, list[EncodedChat] | str]
@@ -129,16 +184,16 @@ def _encode_all(job: ExamplesJob, records: Iterable[Record]) -> Generator[Result
     """Encode the examples in order, with at most `MAX_WAITING_BATCHES` batches per worker in memory."""
     batches = _batches(records)
     if job.workers <= 1:
-        template = job.load()
+        encoder = job.load()
         for batch in batches:
-            yield from _encode_batch(template, job.task, batch)
+            yield from _encode_batch(encoder, batch)
         return
     # An executor, not a Pool: a Pool waits forever for a worker that was killed (out of memory).
     pool = ProcessPoolExecutor(job.workers, mp.get_context("spawn"), _start_worker, (job.load,))
     waiting: deque[Future[list[Result]]] = deque()
     try:
         for batch in batches:
-            waiting.append(pool.submit(_encode_in_worker, job.task, batch))
+            waiting.append(pool.submit(_encode_in_worker, batch))
             if len(waiting) >= MAX_WAITING_BATCHES * job.workers:
                 yield from waiting.popleft().result()
         while waiting:
@@ -155,13 +210,13 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield batch
 
 
-def _encode_batch(template: ChatTemplate, task: str, records: Sequence[Record]) -> list[Result]:
-    return [(place, _encode_record(template, task, record)) for place, record in records]
+def _encode_batch(encoder: ExampleEncoder, records: Sequence[Record]) -> list[Result]:
+    return [(place, _encode_record(encoder, record)) for place, record in records]
 
 
-def _encode_record(template: ChatTemplate, task: str, record: dict[str, Any]) -> list[EncodedChat] | str:
+def _encode_record(encoder: ExampleEncoder, record: dict[str, Any]) -> list[EncodedChat] | str:
     try:
-        return [_encoded(template, chat) for chat in CONVERSATIONS[task](record)]
+        return encoder.encode(record)
     except DataError as error:
         return str(error)
 
@@ -169,17 +224,17 @@ def _encode_record(template: ChatTemplate, task: str, record: dict[str, Any]) ->
 class _Worker:
     """State of a worker process. A process pool offers no other way to keep an object between its tasks."""
 
-    template: ChatTemplate
+    encoder: ExampleEncoder
 
 
-def _start_worker(load: Callable[[], ChatTemplate]) -> None:
+def _start_worker(load: Callable[[], ExampleEncoder]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the parent handles Ctrl-C
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are parallel already
-    _Worker.template = load()
+    _Worker.encoder = load()
 
 
-def _encode_in_worker(task: str, records: Sequence[Record]) -> list[Result]:
-    return _encode_batch(_Worker.template, task, records)
+def _encode_in_worker(records: Sequence[Record]) -> list[Result]:
+    return _encode_batch(_Worker.encoder, records)
 
 
 def _records(files: Sequence[Path], progress: Progress, reject: Reject) -> Iterator[Record]:

@@ -1,7 +1,6 @@
 """Examples become token files: the ids and the mask of the chat template, example by example."""
 
 import json
-from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +14,7 @@ from support.chat import chat_tokenizer
 from megagpt.data.chat_template import ChatTemplate
 from megagpt.data.indexed import IndexedCorpus
 from megagpt.data.offline.documents import Reject, stop
-from megagpt.data.offline.preprocess_examples import ExampleCounts, ExamplesJob, preprocess_examples
+from megagpt.data.offline.preprocess_examples import ChatEncoder, ExampleCounts, ExamplesJob, PairEncoder, preprocess_examples
 from megagpt.errors import DataError
 
 CHATS: list[dict[str, Any]] = [
@@ -28,18 +27,19 @@ USER, ANSWER = {"role": "user", "content": "the quick fox?"}, {"role": "assistan
 
 
 @pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], ChatTemplate]:
-    return partial(ChatTemplate.load, str(chat_tokenizer(tmp_path_factory.mktemp("tokenizer"))))
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(chat_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
 @pytest.fixture(scope="module")
-def template(load: Callable[[], ChatTemplate]) -> ChatTemplate:
-    return load()
+def template(tokenizer: str) -> ChatTemplate:
+    return ChatTemplate.load(tokenizer)
 
 
-def preprocess(
-    path: Path, load: Callable[[], ChatTemplate], task: str, prefix: Path, workers: int = 1, reject: Reject = stop
-) -> ExampleCounts:
+def preprocess(path: Path, tokenizer: str, task: str, prefix: Path, workers: int = 1, reject: Reject = stop) -> ExampleCounts:
+    load = partial(PairEncoder.load, tokenizer)
+    if task != "pairs":
+        load = partial(ChatEncoder.load, task, tokenizer, None)
     return preprocess_examples(ExamplesJob([path], load, task, str(prefix), workers), reject=reject)
 
 
@@ -57,7 +57,7 @@ def written(prefix: Path, task: str) -> list[list[tuple[list[int], list[bool]]]]
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_each_example_has_the_ids_and_the_mask_of_its_chat(
-    suffix: str, load: Callable[[], ChatTemplate], template: ChatTemplate, tmp_path: Path
+    suffix: str, tokenizer: str, template: ChatTemplate, tmp_path: Path
 ) -> None:
     path = tmp_path / f"chats{suffix}"
     if suffix == ".parquet":
@@ -66,7 +66,7 @@ def test_each_example_has_the_ids_and_the_mask_of_its_chat(
     else:
         chats = CHATS
         lines(path, chats)
-    counts = preprocess(path, load, "chat", tmp_path / "o")
+    counts = preprocess(path, tokenizer, "chat", tmp_path / "o")
     messages = [
         chat.get("messages")
         or [
@@ -81,13 +81,17 @@ def test_each_example_has_the_ids_and_the_mask_of_its_chat(
     assert counts == ExampleCounts(3, 0, sum(sizes), sum(sum(chat.mask) for chat in expected), max(sizes))
 
 
-def test_a_preference_is_two_chats_with_the_same_prompt(
-    load: Callable[[], ChatTemplate], template: ChatTemplate, tmp_path: Path
-) -> None:
+def test_a_preference_is_two_chats_with_the_same_prompt(tokenizer: str, template: ChatTemplate, tmp_path: Path) -> None:
     record = {"prompt": USER["content"], "chosen": "yes", "rejected": [{"role": "assistant", "content": "no"}]}
-    preprocess(lines(tmp_path / "p.jsonl", [record] * 2), load, "preference", tmp_path / "o")
+    preprocess(lines(tmp_path / "p.jsonl", [record] * 2), tokenizer, "preference", tmp_path / "o")
     chats = [template.encode([USER, {"role": "assistant", "content": text}]) for text in ("yes", "no")]
     assert written(tmp_path / "o", "preference") == [[(chat.ids, chat.mask) for chat in chats]] * 2
+
+
+def test_a_pair_is_a_source_and_a_target_that_is_learned(tokenizer: str, template: ChatTemplate, tmp_path: Path) -> None:
+    preprocess(lines(tmp_path / "p.jsonl", [{"source": "the quick fox", "target": "no"}]), tokenizer, "pairs", tmp_path / "o")
+    source, target = ([*template.tokenizer.encode(text), template.tokenizer.eod_id] for text in ("the quick fox", "no"))
+    assert written(tmp_path / "o", "pairs") == [[(source, [False] * len(source)), (target, [True] * len(target))]]
 
 
 @pytest.mark.parametrize(
@@ -105,36 +109,38 @@ def test_a_preference_is_two_chats_with_the_same_prompt(
         ("chat", '{"messages": "a"}', '"messages": expected a list of messages'),
         ("preference", '{"prompt": "a", "chosen": "b"}', 'expected "rejected", a text or a list of messages'),
         ("preference", '{"prompt": "a", "chosen": "b", "rejected": "b"}', '"chosen" and "rejected" are equal'),
+        ("pairs", '{"source": "a", "targt": "b"}', "expected a text under \"target\"; nearest: 'targt'"),
+        ("pairs", '{"source": ["a"], "target": "b"}', 'expected a text under "source"'),
     ],
 )
 def test_an_example_that_cannot_be_used_is_reported_with_its_line_or_skipped(
-    task: str, record: str, problem: str, load: Callable[[], ChatTemplate], tmp_path: Path
+    task: str, record: str, problem: str, tokenizer: str, tmp_path: Path
 ) -> None:
-    good = {"prompt": "a", "response": "b", "chosen": "b", "rejected": "c"}
+    good = {"prompt": "a", "response": "b", "chosen": "b", "rejected": "c", "source": "a", "target": "b"}
     path = tmp_path / "x.jsonl"
     path.write_text(f"{json.dumps(good)}\n\n{record}\n{json.dumps(good)}\n")
     with pytest.raises(DataError) as caught:
-        preprocess(path, load, task, tmp_path / "o")
+        preprocess(path, tokenizer, task, tmp_path / "o")
     assert f"x.jsonl:3: {problem}" in str(caught.value)
     assert list(tmp_path.glob("o*")) == []
     errors: list[DataError] = []
-    counts = preprocess(path, load, task, tmp_path / "o", reject=errors.append)
+    counts = preprocess(path, tokenizer, task, tmp_path / "o", reject=errors.append)
     assert (counts.examples, len(errors)) == (2, 1)
 
 
-def test_an_empty_input_writes_nothing(load: Callable[[], ChatTemplate], tmp_path: Path) -> None:
+def test_an_empty_input_writes_nothing(tokenizer: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="o_chat: not written, because the input has no example"):
-        preprocess(lines(tmp_path / "x.jsonl", []), load, "chat", tmp_path / "o")
+        preprocess(lines(tmp_path / "x.jsonl", []), tokenizer, "chat", tmp_path / "o")
     assert list(tmp_path.glob("o*")) == []
 
 
-def test_the_number_of_workers_does_not_change_the_output(load: Callable[[], ChatTemplate], tmp_path: Path) -> None:
+def test_the_number_of_workers_does_not_change_the_output(tokenizer: str, tmp_path: Path) -> None:
     """Also not the errors: each is reported with its line, in order."""
     records: list[Any] = [{"prompt": f"the fox {n}", "response": "yes" if n % 100 else None} for n in range(600)]
     path, errors = lines(tmp_path / "x.jsonl", records), {}
     for workers in (1, 2):
         found: list[DataError] = []
-        preprocess(path, load, "chat", tmp_path / str(workers), workers, found.append)
+        preprocess(path, tokenizer, "chat", tmp_path / str(workers), workers, found.append)
         errors[workers] = [str(error) for error in found]
     assert errors[1] == errors[2] and len(errors[1]) == 6 and "x.jsonl:1: " in errors[1][0]
     for suffix in (".bin", ".idx", ".mask.bin", ".mask.idx"):
