@@ -114,7 +114,7 @@ def run_tokens(config: Config) -> int | None:
     """Return the tokens of the run; None if epochs give its length."""
     training = config.training
     if training.steps is not None:
-        return training.steps * training.global_batch_size * config.model.n_positions
+        return training.steps * training.global_batch_size * config.model.sample_tokens
     return training.tokens
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megagpt.config.schema import Config
-from megagpt.planner.layers import ITEMSIZE
+from megagpt.planner.layer_sizes import ITEMSIZE, Sizes
 from megagpt.planner.stages import Stage, StageModel, stages_of_rank
 from megagpt.planner.step_simulation import peaks_in_flight
 from megagpt.planner.strategy import Strategy
@@ -80,12 +80,14 @@ def peak_memory(config: Config, strategy: Strategy) -> MemoryEstimate:
     return max(predict_memory(config, strategy), key=lambda memory: memory.total)
 
 
+def shared_on_rank(stages: Sequence[Stage], own: Sequence[int]) -> dict[str, int]:
+    """Return the numbers of each parameter of a rank that several places of the model share: one copy for all of its stages."""
+    return {name: size for stage in own for name, size in stages[stage].shared.items()}
+
+
 def rank_parameters(stages: Sequence[Stage], own: Sequence[int]) -> int:
-    """Return the parameters of a rank; a tied embedding that both ends of the model share on one rank counts once."""
-    total = sum(stages[stage].parameters for stage in own)
-    if len(stages) > 1 and 0 in own and len(stages) - 1 in own:
-        total -= stages[0].tied
-    return total
+    """Return the parameters of a rank; one that several of its stages share counts once."""
+    return sum(stages[stage].own_parameters for stage in own) + sum(shared_on_rank(stages, own).values())
 
 
 def estimate(
@@ -111,20 +113,21 @@ def estimate(
 
 
 def message_bytes(config: Config, strategy: Strategy) -> int:
-    """Return the bytes of a message between stages."""
-    ranks = strategy.context * (strategy.tensor if strategy.sequence_parallel else 1)
-    tokens = strategy.micro_batch * config.model.n_positions // ranks
-    return tokens * config.model.n_embd * ITEMSIZE[config.training.weight_precision]
+    """Return the bytes of the largest message between stages: with an encoder, its output and the decoder's hidden states."""
+    model = config.model
+    source = Sizes(config, strategy, model.source_length).stream if model.encoder_layers else 0
+    return Sizes(config, strategy).stream + source
 
 
 def _communication(config: Config, strategy: Strategy, n_parameters: int, largest_layer: int) -> int:
-    message, total = message_bytes(config, strategy), 0
+    model, total = config.model, 0
+    stream = Sizes(config, strategy, max(model.n_positions, model.source_length)).stream
     if strategy.pipeline > 1:
-        total += MESSAGES * message
+        total += MESSAGES * message_bytes(config, strategy)
     if strategy.sequence_parallel and strategy.tensor > 1:  # the input of a layer, gathered, and its gradient
-        total += 2 * strategy.tensor * message
+        total += 2 * strategy.tensor * stream
     if strategy.context > 1:  # queries, keys and values before and after the exchange
-        total += 6 * message
+        total += 6 * stream
     if strategy.zero_stage == 3:
         total += ITEMSIZE[config.training.weight_precision] * (largest_layer + min(ZERO_3_PREFETCH, n_parameters))
     return total

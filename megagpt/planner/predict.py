@@ -6,8 +6,9 @@ from functools import cached_property
 
 from megagpt.config.schema import Config
 from megagpt.errors import ConfigError
+from megagpt.planner.gradient_sums import exposed_seconds, gradient_sums, parameter_gather
 from megagpt.planner.hardware import Hardware
-from megagpt.planner.layers import ITEMSIZE
+from megagpt.planner.layer_sizes import ITEMSIZE
 from megagpt.planner.memory import GRADIENT_BYTES, MemoryEstimate, message_bytes, rank_memory, rank_parameters
 from megagpt.planner.stages import Stage, StageModel, stages_of_rank
 from megagpt.planner.step_simulation import StepSimulation, simulate_step
@@ -15,7 +16,7 @@ from megagpt.planner.strategy import Strategy
 from megagpt.planner.timing import Clock, Efficiency
 from megagpt.planner.work import Call, Overlap, Work
 from megagpt.schedules.plan import Action, ActionKind
-from megagpt.schedules.registry import placement
+from megagpt.schedules.registry import placement, splits_backward
 from megagpt.schedules.simulate import Cost
 
 PARTS = (
@@ -31,6 +32,8 @@ PARTS = (
     "parameter gather",
 )
 """Where the time of a step goes, in this order."""
+TASKS = ("text", "chat", "span_corruption", "prefix_lm", "pairs")
+"""Values of `data.task` whose steps the planner covers."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ class Planner:
             model_flops,
             model_flops + repeated,
             model_parameters(config, self.model),
-            config.training.global_batch_size * config.model.n_positions,
+            config.training.global_batch_size * config.model.sample_tokens,
             self.hardware.peak_flops(precision),
             self.hardware.usable_bytes,
             {axis: link.between_nodes for axis, link in clock.links.items() if link.ranks > 1},
@@ -195,9 +198,13 @@ class Planner:
         )
         sums = gradient_sums(self.config, strategy, stages, own)
         # Sums of a chunk that is complete earlier are hidden behind the other chunks, but ZeRO 0 waits for them.
-        last = own.index(step.last_stages[rank])
-        waiting = [calls for index, calls in enumerate(sums.by_stage) if index == last or strategy.zero_stage == 0]
-        reduction = sum(clock.call_seconds(call) for calls in (*waiting, sums.tied) for call in calls)
+        last = step.last_stages[rank]
+        waiting = [
+            exposed_seconds(self.config, strategy, stages[stage], calls, clock)
+            for stage, calls in zip(own, sums.by_stage, strict=True)
+            if stage == last or strategy.zero_stage == 0
+        ]
+        reduction = sum(waiting) + sum(clock.call_seconds(call) for call in sums.shared)
         parts = {name: strategy.micro_batches * value for name, value in _parts(passes, clock, splits).items()}
         parts["pipeline bubble and messages"] = step.finish[rank] - busy
         parts["gradient sums"] = reduction
@@ -220,14 +227,9 @@ class Planner:
         steps = strategy.micro_batches * strategy.data
         forward = sum(cost.model_flops for stage in stages for cost in stage.costs)
         output = stages[-1].costs[-1].model_flops
-        repeated = {"none": 0.0, "full": forward - output, "selective": self._core_flops(strategy)}
+        core = self.model.core_flops * strategy.micro_batch
+        repeated = {"none": 0.0, "full": forward - output, "selective": core}
         return 3 * steps * forward, steps * repeated[strategy.recompute]
-
-    def _core_flops(self, strategy: Strategy) -> float:
-        """Return the forward FLOPs of scores and weighted values of a micro-batch, as a full square."""
-        model = self.config.model
-        windows = [min(model.window_of(layer) or model.n_positions, model.n_positions) for layer in range(model.n_layer)]
-        return float(4 * sum(windows) * model.n_head * model.head_size * strategy.micro_batch * model.n_positions)
 
 
 @dataclass(frozen=True)
@@ -256,13 +258,9 @@ def require_supported(config: Config) -> None:
     if config.lora.rank is not None or config.training.freeze:
         key = "lora.rank" if config.lora.rank is not None else "training.freeze"
         raise ConfigError(f"{key}: the planner covers runs that train all weights; leave it out")
-    if config.model.encoder_layers:
-        raise ConfigError(
-            f"model.encoder_layers: {config.model.encoder_layers}; the planner covers models without an encoder; "
-            "pretrain_t5.py --dry-run counts one rank"
-        )
-    if config.data.task not in ("text", "chat"):
-        raise ConfigError(f'data.task: the planner covers "text" and "chat", not "{config.data.task}"')
+    if config.data.task not in TASKS:
+        names = ", ".join(f'"{task}"' for task in TASKS)
+        raise ConfigError(f'data.task: the planner covers {names}, not "{config.data.task}"')
 
 
 def is_supported(config: Config) -> bool:
@@ -272,11 +270,6 @@ def is_supported(config: Config) -> bool:
     except ConfigError:
         return False
     return True
-
-
-def splits_backward(schedule: str) -> bool:
-    """Return whether a schedule computes gradients of inputs and of weights at different times."""
-    return schedule not in ("1f1b", "gpipe", "interleaved_1f1b")
 
 
 def stage_work(config: Config, strategy: Strategy, stage: Stage) -> Passes:
@@ -339,52 +332,19 @@ def rank_calls(config: Config, strategy: Strategy, stages: Sequence[Stage], own:
         work = (passes.forward + passes.input_backward + passes.weight_backward).without_overlap()
         calls += [call._replace(times=call.times * strategy.micro_batches) for call in work.calls]
     sums = gradient_sums(config, strategy, stages, own)
-    calls += [call for one in (*sums.by_stage, sums.tied) for call in one]
+    calls += [call for one in (*sums.by_stage, sums.shared) for call in one]
     calls += parameter_gather(config, strategy, rank_parameters(stages, own))
-    owners = placement(strategy.schedule, strategy.pipeline, strategy.virtual_stages)
-    n_messages = message_count(owners, own) * strategy.micro_batches
-    return Work(calls=(*calls, Call("pipeline", "send", message_bytes(config, strategy), n_messages)))
+    return Work(calls=(*calls, *messages(strategy, stages, own)))
 
 
-@dataclass(frozen=True)
-class GradientSums:
-    """Collectives after the backwards."""
-
-    by_stage: list[list[Call]]
-    tied: list[Call]
-    """Of the tied embedding, after all stages."""
-
-
-def gradient_sums(config: Config, strategy: Strategy, stages: Sequence[Stage], own: Sequence[int]) -> GradientSums:
-    """Return the sums of gradients of a rank's stages. As `megagpt/engine/gradient_sync.py` and ZeRO make them."""
-    kind = {0: "all-reduce", 1: "reduce", 2: "reduce", 3: "reduce-scatter"}[strategy.zero_stage]
-    has_both = len(stages) > 1 and 0 in own and len(stages) - 1 in own
-    n_tied = 0
-    if config.model.tie_embeddings and (0 in own or len(stages) - 1 in own):
-        n_tied = config.model.padded_vocab_size // strategy.tensor * config.model.n_embd
-
-    def shards(n_parameters: int) -> list[Call]:
-        if strategy.shards == 1 or n_parameters == 0:
-            return []
-        return [Call("dp_cp", kind, GRADIENT_BYTES * n_parameters)]
-
-    by_stage = []
+def messages(strategy: Strategy, stages: Sequence[Stage], own: Sequence[int]) -> list[Call]:
+    """Return what a rank with the stages `own` sends in a step: hidden states, and the gradients of those received."""
+    owners, calls = placement(strategy.schedule, strategy.pipeline, strategy.virtual_stages), []
     for stage in own:
-        ends = config.model.tie_embeddings and stage in (0, len(stages) - 1)
-        partial = stages[stage].partial
-        calls = [Call("tensor", "all-reduce", GRADIENT_BYTES * partial)] if partial and strategy.tensor > 1 else []
-        by_stage.append(calls + shards(stages[stage].parameters - (n_tied if ends else 0)))
-    tied = shards(n_tied)
-    if n_tied and strategy.pipeline > 1 and not has_both and len(stages) > 1:
-        tied = [Call("embedding", "all-reduce", GRADIENT_BYTES * n_tied), *tied]
-    return GradientSums(by_stage, tied)
-
-
-def parameter_gather(config: Config, strategy: Strategy, n_parameters: int) -> list[Call]:
-    """Return the gather of updated weights of ZeRO 1 and 2."""
-    if strategy.shards == 1 or strategy.zero_stage not in (1, 2):
-        return []
-    return [Call("dp_cp", "all-gather", ITEMSIZE[config.training.weight_precision] * n_parameters)]
+        for neighbour, sender in ((stage + 1, stage), (stage - 1, stage - 1)):
+            if 0 <= neighbour < len(stages) and owners[neighbour] != owners[stage]:
+                calls += [Call("pipeline", "send", size, strategy.micro_batches) for size in stages[sender].messages]
+    return calls
 
 
 def optimizer_work(config: Config, strategy: Strategy, n_parameters: int) -> Work:
@@ -392,15 +352,6 @@ def optimizer_work(config: Config, strategy: Strategy, n_parameters: int) -> Wor
     shards = strategy.shards if strategy.zero_stage >= 1 else 1
     per_owned = 4 + 8 + 28 + 4 + ITEMSIZE[config.training.weight_precision]
     return Work(moved=GRADIENT_BYTES * n_parameters + per_owned * n_parameters / shards, kernels=20)
-
-
-def message_count(owners: Sequence[int], own: Sequence[int]) -> int:
-    """Return the messages that a rank sends for one micro-batch, forward and backward."""
-    last = len(owners) - 1
-    return sum(
-        (stage < last and owners[stage + 1] != owners[stage]) + (stage > 0 and owners[stage - 1] != owners[stage])
-        for stage in own
-    )
 
 
 def model_parameters(config: Config, model: StageModel) -> int:

@@ -8,14 +8,16 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megagpt.planner.layers import LayerCost
-from megagpt.planner.memory import MemoryEstimate, estimate, message_bytes
-from megagpt.planner.predict import Planner, StageTimes, optimizer_work, parameter_gather, splits_backward
+from megagpt.planner.gradient_sums import KINDS, has_buckets, parameter_gather
+from megagpt.planner.layer_sizes import LayerCost
+from megagpt.planner.memory import GRADIENT_BYTES, MemoryEstimate, estimate, message_bytes
+from megagpt.planner.model_parts import EMBEDDING, OUTPUT
+from megagpt.planner.predict import Planner, StageTimes, optimizer_work
 from megagpt.planner.strategy import Strategy
 from megagpt.planner.timing import Clock
 from megagpt.planner.work import Call, Overlap, Work
 from megagpt.schedules.plan import ActionKind
-from megagpt.schedules.registry import make_plan
+from megagpt.schedules.registry import make_plan, splits_backward
 
 DELAYED = ("zb_h1", "interleaved_zero_bubble")
 """Schedules whose rank r delays weight gradients by r backwards."""
@@ -36,8 +38,10 @@ class _Layers:
     block: StageTimes
     first: StageTimes
     last: StageTimes
-    block_cost: LayerCost
+    block_parameters: int
     block_saved: float
+    block_deferred: float
+    block_working: int
     embedding: LayerCost
     output: LayerCost
 
@@ -152,40 +156,46 @@ class QuickEstimator:
                 compiled=strategy.compiled,
             )
         )
-        times = _largest_rank(layers, config.model.n_layer, strategy.stages, strategy.chunks)
+        times = _largest_rank(layers, config.model.n_blocks, strategy.stages, strategy.chunks)
         transfer = clock.call_seconds(Call("pipeline", "send", message_bytes(config, strategy)))
         memory = self._memory(strategy, layers)
         step = pipeline_seconds(strategy.schedule, strategy.pipeline, strategy.micro_batches, strategy.chunks, times, transfer)
-        return QuickEstimate(step + self._after_backward(strategy, clock, memory.parameters), memory)
+        backward = times.backward / strategy.chunks
+        return QuickEstimate(step + self._after_backward(strategy, clock, memory.parameters, backward), memory)
 
-    def _after_backward(self, strategy: Strategy, clock: Clock, n_parameters: int) -> float:
+    def _after_backward(self, strategy: Strategy, clock: Clock, n_parameters: int, backward: float) -> float:
+        """Return the time after the last backward, which takes `backward` on the last chunk."""
         config = self._planner.config
-        kind = {0: "all-reduce", 3: "reduce-scatter"}.get(strategy.zero_stage, "reduce")
         exposed = n_parameters / (strategy.chunks if strategy.zero_stage else 1)
         gathers = sum(clock.call_seconds(call) for call in parameter_gather(config, strategy, n_parameters))
         update = clock.compute_seconds(optimizer_work(config, strategy, n_parameters))
-        return clock.call_seconds(Call("dp_cp", kind, 4 * exposed)) + gathers + update
+        sums = clock.call_seconds(Call("dp_cp", KINDS[strategy.zero_stage], GRADIENT_BYTES * exposed))
+        if has_buckets(config, strategy):  # the embedding's sum is never hidden
+            embedding = config.model.padded_vocab_size // strategy.tensor * config.model.n_embd
+            last = GRADIENT_BYTES * min(exposed, embedding)
+            sums = max(sums - backward, clock.call_seconds(Call("dp_cp", KINDS[strategy.zero_stage], last)))
+        return sums + gathers + update
 
     def _memory(self, strategy: Strategy, layers: _Layers) -> MemoryEstimate:
         """Return the memory of the first rank, or of the last one if it needs more."""
         config = self._planner.config
         model = config.model
         # A rank with several chunks rarely has the largest number of layers in each.
-        per_chunk = model.n_layer / strategy.stages if strategy.chunks > 1 else -(-model.n_layer // strategy.stages)
+        per_chunk = model.n_blocks / strategy.stages if strategy.chunks > 1 else -(-model.n_blocks // strategy.stages)
         held = math.ceil(per_chunk * strategy.chunks)
         chunk = per_chunk * layers.block_saved
         head = model.padded_vocab_size // strategy.tensor * model.n_embd
-        blocks = held * layers.block_cost.parameters
-        working = layers.block_cost.working
+        blocks = held * layers.block_parameters
+        working = layers.block_working
         last_saved = layers.output.saved + layers.output.held
         if strategy.pipeline == 1:
             n_parameters = blocks + layers.embedding.parameters + layers.output.parameters
             n_parameters += 0 if model.tie_embeddings else head
-            largest, working = max(head, layers.block_cost.parameters), max(working, layers.output.working)
+            largest, working = max(head, layers.block_parameters), max(working, layers.output.working)
             return estimate(config, strategy, n_parameters, chunk + last_saved, largest, working)
-        largest = max(head, layers.block_cost.parameters)
+        largest = max(head, layers.block_parameters)
         name, ranks, micro_batches = strategy.schedule, strategy.pipeline, strategy.micro_batches
-        held_chunks = held_bytes(name, ranks, micro_batches, strategy.chunks, chunk, per_chunk * layers.block_cost.deferred)
+        held_chunks = held_bytes(name, ranks, micro_batches, strategy.chunks, chunk, per_chunk * layers.block_deferred)
         first = estimate(config, strategy, blocks + layers.embedding.parameters, held_chunks, largest, working)
         # Each delayed weight gradient of the output layer is as large as its weight.
         n_delayed = min(ranks - 1, micro_batches) / strategy.chunks if name in DELAYED else 0
@@ -203,26 +213,22 @@ class QuickEstimator:
     def _times_of_layers(self, strategy: Strategy) -> _Layers:
         planner = self._planner
         clock = planner.clock(strategy)
-        embedding, output, blocks = planner.model.costs(strategy)
-        counts = planner.model.window_counts
+        costs, counts = planner.model.costs(strategy), planner.model.block_counts
         total = sum(counts.values())
-        parts = [(counts[window] / total, _times(cost, strategy, clock)) for window, cost in blocks.items()]
-        block = StageTimes(
-            *(
-                sum(share * getattr(times, name) for share, times in parts)
-                for name in ("forward", "backward", "input_backward", "weight_backward")
-            )
-        )
-        cost = next(iter(blocks.values()))
-        shared = planner.model.shared_bytes(strategy, 1) if strategy.recompute == "full" else 0
+        parts = [(count / total, costs[kind], _times(costs[kind], strategy, clock)) for kind, count in counts.items()]
+        names = ("forward", "backward", "input_backward", "weight_backward")
+        block = StageTimes(*(sum(share * getattr(times, name) for share, _, times in parts) for name in names))
+        kept = sum(planner.model.kept(strategy, range(total))) / total
         return _Layers(
             block,
-            _times(embedding, strategy, clock),
-            _times(output, strategy, clock),
-            cost,
-            cost.saved + shared,
-            embedding,
-            output,
+            _times(costs[EMBEDDING], strategy, clock),
+            _times(costs[OUTPUT], strategy, clock),
+            round(sum(share * cost.parameters for share, cost, _ in parts)),
+            sum(share * cost.saved for share, cost, _ in parts) + kept,
+            sum(share * cost.deferred for share, cost, _ in parts),
+            max(cost.working for _, cost, _ in parts),
+            costs[EMBEDDING],
+            costs[OUTPUT],
         )
 
 

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megagpt.config.schema import Config
 from megagpt.parallel.topology import Layout
 from megagpt.planner.dry_run import open_dry_run
-from megagpt.planner.layers import LOSS_CHUNK_MIB
+from megagpt.planner.layer_sizes import LOSS_CHUNK_MIB
 from megagpt.planner.step_simulation import Held, peak_held
 from megagpt.planner.traffic import Traffic, count_traffic
 from megagpt.schedules.registry import make_plan

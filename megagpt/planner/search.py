@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megagpt.config.rules import broken_rules, divisors
-from megagpt.config.schema import Config
+from megagpt.config.schema import Config, ModelConfig
 from megagpt.errors import ConfigError
-from megagpt.planner.layers import is_explicit
+from megagpt.planner.layer_sizes import is_explicit
 from megagpt.planner.predict import PARTS, Planner, Prediction
 from megagpt.planner.quick_estimate import QuickEstimate, QuickEstimator
 from megagpt.planner.strategy import Strategy
@@ -52,10 +52,10 @@ def candidates(config: Config, gpus: int, gpus_per_node: int) -> Iterator[Strate
         if config.training.global_batch_size % data:
             continue
         per_rank = config.training.global_batch_size // data
-        splits_sequence = tensor > 1 and config.model.n_positions % (tensor * context) == 0
+        splits_sequence = tensor > 1 and all(length % (tensor * context) == 0 for length in _lengths(config.model))
         for micro_batch in (size for size in divisors(per_rank) if size <= MAX_MICRO_BATCH):
             for zero in _zero_stages(config, pipeline, data * context):
-                for schedule, virtual_stages in _schedules(config.model.n_layer, pipeline):
+                for schedule, virtual_stages in _schedules(config.model.n_blocks, pipeline):
                     compiled = zero < 3 if config.training.compile == "auto" else config.training.compile
                     # Fused attention saves nothing that grows with the square of the sequence.
                     selective = ("selective",) if is_explicit(config.model, compiled) else ()
@@ -83,13 +83,19 @@ def _layouts(config: Config, gpus: int, gpus_per_node: int) -> Iterator[tuple[in
         if tensor > gpus_per_node or model.ffn_hidden_size % tensor or model.vocab_multiple % tensor:
             continue
         for pipeline in divisors(gpus // tensor):
-            if pipeline > min(model.n_layer, MAX_PIPELINE):
+            if pipeline > min(model.n_blocks, MAX_PIPELINE):
                 continue
             for context in divisors(gpus // tensor // pipeline):
-                if context > 1 and (model.n_positions < LONG_SEQUENCE or context > gpus_per_node):
+                if context > 1 and (max(_lengths(model)) < LONG_SEQUENCE or context > gpus_per_node):
                     continue
-                if model.n_head % (tensor * context) == 0 and model.n_positions % (tensor * context) == 0:
+                ranks = tensor * context
+                if model.n_head % ranks == 0 and all(length % ranks == 0 for length in _lengths(model)):
                     yield tensor, pipeline, context
+
+
+def _lengths(model: ModelConfig) -> tuple[int, ...]:
+    """Return the tokens of a sequence in each stack."""
+    return (model.n_positions, model.source_length) if model.encoder_layers else (model.n_positions,)
 
 
 def _zero_stages(config: Config, pipeline: int, shards: int) -> tuple[int, ...]:
@@ -102,7 +108,7 @@ def _zero_stages(config: Config, pipeline: int, shards: int) -> tuple[int, ...]:
     return (1, 3)
 
 
-def _schedules(n_layer: int, pipeline: int) -> Iterator[tuple[str, int]]:
+def _schedules(n_blocks: int, pipeline: int) -> Iterator[tuple[str, int]]:
     if pipeline == 1:
         yield "1f1b", 1
         return
@@ -111,7 +117,7 @@ def _schedules(n_layer: int, pipeline: int) -> Iterator[tuple[str, int]]:
             continue
         for virtual_stages in range(2, MAX_VIRTUAL_STAGES + 1) if spec.interleaved else (1,):
             chunks = virtual_stages if spec.interleaved else spec.fixed_chunks or 1
-            if pipeline * chunks <= n_layer:
+            if pipeline * chunks <= n_blocks:
                 yield name, virtual_stages
 
 

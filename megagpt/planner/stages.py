@@ -1,13 +1,14 @@
 """Pipeline stages of a run: which layers each has, and the cost of one micro-batch on it. Does not import torch."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from megagpt.config.schema import Config
 from megagpt.pipeline.partition import balance
-from megagpt.planner.layers import LayerCost, balanced_flops, block_cost, embedding_cost, output_cost
+from megagpt.planner.layer_sizes import LayerCost
+from megagpt.planner.model_parts import Kept, Kind, model_parts
 from megagpt.planner.step_simulation import Held
 from megagpt.planner.strategy import Strategy
 
@@ -18,15 +19,26 @@ class Stage:
 
     layers: range
     costs: tuple[LayerCost, ...]
-    """Of the embedding, the blocks and the output layer, as far as the stage has them."""
+    """Of the embeddings, the blocks and the output layer, as far as the stage has them."""
+    blocks: tuple[int, ...]
+    """Indices of the blocks in `costs`."""
     parameters: int
-    """Of this stage's rank; a tied output layer that has its own copy is included."""
-    tied: int
-    """Those of the token embedding if the first and the last stage share it."""
+    """Of this stage's rank, copies of shared ones included."""
+    shared: Mapping[str, int]
+    """Those that several places of the model share, such as a tied embedding: name -> numbers."""
     saved: int
     """Bytes that a micro-batch in flight keeps on the rank."""
+    held_beside: int
+    """Those of them that are no saved tensors."""
     deferred: int
     """Bytes that it keeps for delayed weight gradients."""
+    messages: tuple[int, ...]
+    """Bytes of the tensors of a micro-batch that the stage hands to the next one."""
+
+    @property
+    def own_parameters(self) -> int:
+        """Parameters without the shared ones."""
+        return self.parameters - sum(self.shared.values())
 
     @property
     def held(self) -> Held:
@@ -50,25 +62,26 @@ class StageModel:
     def __init__(self, config: Config) -> None:
         """`model.vocab_size` must be known."""
         self._config = config
-        model = config.model
-        self._windows = [model.window_of(layer) for layer in range(model.n_layer)]
-        self._flops = [balanced_flops(config, window) for window in self._windows]
-        self._first = float(model.n_embd) if model.position_embedding == "learned" else 0.0
-        self._last = float(2 * model.padded_vocab_size * model.n_embd)
+        self._parts = model_parts(config)
         self._split = lru_cache(None)(self._balance)
-        self._costs = lru_cache(None)(self._layer_costs)
+        self._costs = lru_cache(None)(self._parts.costs)
 
     def split(self, n_stages: int) -> tuple[range, ...]:
         """Return the layers of each stage, as the modules divide them (`megagpt/model/meta_model.py`)."""
         return self._split(n_stages)
 
     @property
-    def window_counts(self) -> dict[int | None, int]:
-        """Number of layers with each attention window."""
-        return dict(Counter(self._windows))
+    def block_counts(self) -> dict[Kind, int]:
+        """Number of blocks of each kind."""
+        return dict(Counter(self._parts.blocks))
 
-    def costs(self, strategy: Strategy) -> tuple[LayerCost, LayerCost, dict[int | None, LayerCost]]:
-        """Return the costs of embedding, output layer, and blocks by their window."""
+    @property
+    def core_flops(self) -> float:
+        """Forward FLOPs of attention scores and weighted values of a sample, as a full square."""
+        return self._parts.core_flops
+
+    def costs(self, strategy: Strategy) -> dict[Kind, LayerCost]:
+        """Return the costs of the embeddings, the blocks and the output layer."""
         return self._costs(
             Strategy(
                 tensor=strategy.tensor,
@@ -83,42 +96,48 @@ class StageModel:
 
     def stages(self, strategy: Strategy) -> list[Stage]:
         """Return the stages, in order. The schedule must not be "auto"."""
-        embedding, output, blocks = self.costs(strategy)
-        n_stages, config = strategy.stages, self._config
-        stages = []
-        for index, layers in enumerate(self.split(n_stages)):
-            own = [blocks[self._windows[layer]] for layer in layers]
-            first, last = index == 0, index == n_stages - 1
-            costs = ([embedding] if first else []) + own + ([output] if last else [])
-            tied = config.model.tie_embeddings and n_stages > 1 and (first or last)
-            saved = sum(cost.saved + cost.held for cost in costs) + self.shared_bytes(strategy, len(layers))
-            parameters = sum(cost.parameters for cost in costs)
-            head = config.model.padded_vocab_size // strategy.tensor * config.model.n_embd
-            if last and (not config.model.tie_embeddings or not first):
-                parameters += head
-            deferred = sum(cost.deferred for cost in costs)
-            stages.append(Stage(layers, tuple(costs), parameters, head if tied else 0, saved, deferred))
-        return stages
+        return [self._stage(strategy, layers) for layers in self.split(strategy.stages)]
 
-    def shared_bytes(self, strategy: Strategy, layers: int) -> int:
-        """Return the bytes that the blocks of a stage save together: inputs of recomputed groups, rotary tables."""
-        config = self._config
-        model, itemsize = config.model, 4 if config.training.weight_precision == "fp32" else 2
-        if strategy.recompute == "full":
-            ranks = strategy.context * (strategy.tensor if strategy.sequence_parallel else 1)
-            stream = strategy.micro_batch * model.n_positions // ranks * model.n_embd * itemsize
-            return -(-layers // strategy.recompute_layers) * stream
-        if model.position_embedding == "rotary":
-            rotated = int(model.head_size * model.rotary.fraction) // 2
-            return 2 * model.n_positions * rotated * itemsize
-        return 0
+    def kept(self, strategy: Strategy, layers: range) -> Kept:
+        """Return what the blocks of a stage keep together of a micro-batch."""
+        return self._parts.kept(strategy, layers)
+
+    def _stage(self, strategy: Strategy, layers: range) -> Stage:
+        parts, known = self._parts.of_stage(layers), self.costs(strategy)
+        costs = tuple(known[kind] for kind in parts)
+        shared, beside = self._shared(strategy, layers)
+        kept = self.kept(strategy, layers)
+        held = sum(cost.held for cost in costs) + kept.held
+        return Stage(
+            layers,
+            costs,
+            tuple(index for index, kind in enumerate(parts) if kind in self.block_counts),
+            sum(cost.parameters for cost in costs) + beside,
+            shared,
+            sum(cost.saved for cost in costs) + kept.saved + held,
+            held,
+            sum(cost.deferred for cost in costs),
+            self._parts.messages(strategy, layers),
+        )
+
+    def _shared(self, strategy: Strategy, layers: range) -> tuple[dict[str, int], int]:
+        """Return the shared parameters of a stage, and the number of its parameters beyond those of its parts.
+
+        Each stage has one copy of the token embedding, however often it uses it.
+        """
+        model, parts = self._config.model, self._parts
+        size = model.padded_vocab_size // strategy.tensor * model.n_embd
+        places, is_last = parts.embedding_places(layers), layers.stop == model.n_blocks
+        has_tokens = places > 0 or (is_last and model.tie_embeddings)
+        matrices = has_tokens + (is_last and not model.tie_embeddings)
+        is_shared = has_tokens and (model.tie_embeddings or model.encoder_layers > 0)
+        costs = self.costs(strategy)
+        shared = {name: costs[kind].parameters for name, kind in parts.shared_biases(layers).items()}
+        return {**({"token embedding": size} if is_shared else {}), **shared}, (matrices - places) * size
 
     def _balance(self, n_stages: int) -> tuple[range, ...]:
-        return tuple(balance(self._flops, n_stages, self._first, self._last))
-
-    def _layer_costs(self, strategy: Strategy) -> tuple[LayerCost, LayerCost, dict[int | None, LayerCost]]:
-        blocks = {window: block_cost(self._config, strategy, window) for window in dict.fromkeys(self._windows)}
-        return embedding_cost(self._config, strategy), output_cost(self._config, strategy), blocks
+        parts = self._parts
+        return tuple(balance(parts.block_flops, n_stages, parts.first_flops, parts.last_flops))
 
 
 def stages_of_rank(ranks_of_stages: Sequence[int], rank: int) -> list[int]:

@@ -86,3 +86,8 @@ def chunks_per_rank(name: str, virtual_stages: int = 1) -> int:
         hint = f"; {others} can have more" if others else ""
         raise ValueError(f"{name}: virtual_stages must be {schedule.valid_virtual_stages}, not {virtual_stages}{hint}")
     return virtual_stages if schedule.fixed_chunks is None else schedule.fixed_chunks
+
+
+def splits_backward(schedule: str) -> bool:
+    """Return whether a schedule computes gradients of inputs and of weights at different times."""
+    return schedule not in ("1f1b", "gpipe", "interleaved_1f1b")

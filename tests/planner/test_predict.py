@@ -12,10 +12,11 @@ from megagpt.errors import ConfigError
 from megagpt.parallel.topology import Layout
 from megagpt.planner.dry_run import open_dry_run
 from megagpt.planner.flops import training_flops_per_token
+from megagpt.planner.gradient_sums import gradient_sums
 from megagpt.planner.hardware import Hardware, find_hardware
-from megagpt.planner.layers import LOSS_CHUNK_MIB
+from megagpt.planner.layer_sizes import LOSS_CHUNK_MIB
 from megagpt.planner.parameters import parameter_count
-from megagpt.planner.predict import Planner, Prediction, gradient_sums, rank_traffic, stage_work
+from megagpt.planner.predict import Planner, Prediction, rank_traffic, stage_work
 from megagpt.planner.published_runs import PublishedRun, published_runs
 from megagpt.planner.stages import StageModel
 from megagpt.planner.strategy import Strategy
@@ -189,7 +190,7 @@ def test_gradient_sums_have_every_parameter_once() -> None:
         for rank in range(2):
             own = [stage for stage, owner in enumerate(owners) if owner == rank]
             sums = gradient_sums(config, strategy, stages, own)
-            calls = [call for one in (*sums.by_stage, sums.tied) for call in one if call.axis == "dp_cp"]
+            calls = [call for one in (*sums.by_stage, sums.shared) for call in one if call.axis == "dp_cp"]
             total += sum(call.bytes for call in calls) / 4
         copies = config.model.padded_vocab_size * config.model.n_embd if schedule == "1f1b" else 0
         padding = (config.model.padded_vocab_size - 61) * config.model.n_embd
