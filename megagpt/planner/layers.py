@@ -126,7 +126,10 @@ def _inside_block(sizes: Sizes, core: Core) -> int:
         streams = 2 if model.parallel_branches == "one_norm" else 3
     total = streams * stream + norms_of_block(model) * saved_by_norm(sizes)
     total += _saved_by_attention(sizes, core)
-    total += (sizes.parts + 1 + (model.gated_mlp and not sizes.compiled)) * sizes.tokens * sizes.inner * e
+    inner = sizes.parts + 1
+    if not sizes.compiled:
+        inner += model.gated_mlp - (model.activation == "relu" and not model.gated_mlp)  # relu saves its output only
+    total += inner * sizes.tokens * sizes.inner * e
     if model.resid_pdrop > 0:
         is_fused = sizes.compiled and before and not after and model.parallel_branches == "no"
         total += 2 * (8 * sizes.own_tokens if is_fused else sizes.own_tokens * sizes.width)
@@ -161,7 +164,9 @@ def _saved_by_attention(sizes: Sizes, core: Core) -> int:
         return total
     if not sizes.grouped:
         return total + 3 * query
-    return total + (2 * kv if sizes.kv_split == sizes.tensor else keys) + (0 if copied else query)
+    if sizes.kv_split == sizes.tensor:
+        return total + 2 * kv + (0 if copied else query)
+    return total + keys + (0 if copied else query + keys)
 
 
 def _block_forward(sizes: Sizes, core: Core) -> Work:

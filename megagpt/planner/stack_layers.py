@@ -51,9 +51,13 @@ def _saved_by_core(queries: Sizes, keys: Sizes, is_explicit: bool) -> int:
     if queries.strategy.recompute == "selective":
         return out
     if is_explicit:
-        dropped = queries.model.attn_pdrop > 0
-        return out + _scores(queries, keys) * (e + (e + 1 if dropped else 0))
-    moved_out = queries.model.position_embedding == "rotary" or queries.strategy.context > 1
+        if queries.model.attn_pdrop > 0:
+            return out + _scores(queries, keys) * (2 * e + 1)
+        # Scaled queries and keys and a copy of the values, all for as many heads as the queries have.
+        repeated = 2 * (out - own_kv(queries)) if queries.grouped else 0
+        return 4 * out + repeated + 2 * e * _scores(queries, keys)
+    rotated = queries is keys and queries.model.position_embedding == "rotary"
+    moved_out = rotated or queries.strategy.context > 1
     return out + 4 * queries.heads * queries.tokens + (out if moved_out else 0)
 
 
@@ -124,7 +128,10 @@ def _saved_heads(sizes: Sizes, source: Sizes) -> int:
     query, kv = sizes.tokens * sizes.query * sizes.itemsize, source.tokens * sizes.kv * sizes.itemsize
     if sizes.strategy.context > 1:
         return query + 2 * exchanged_kv(source)
-    return query + (2 * kv if sizes.kv_split == sizes.tensor else 2 * own_kv(source))
+    if sizes.kv_split == sizes.tensor:
+        return query + 2 * kv
+    keys = own_kv(source)  # copies of the heads that this rank needs, and their numbers
+    return query + 2 * keys + 16 * keys // (source.tokens * sizes.model.head_size * sizes.itemsize)
 
 
 def _exchanges(sizes: Sizes, source: Sizes) -> Work:
