@@ -29,7 +29,7 @@ def main(names: list[str]) -> int:
                 for number, chunk in dry_run.chunks.items():
                     stage = stages[number]
                     parameters = sum(parameter.numel() for parameter in chunk.parameters())
-                    saved = dry_run.saved_bytes(number) + sum(cost.held for cost in stage.costs)
+                    saved = dry_run.saved_bytes(number) + stage.held_beside
                     if (stage.parameters, stage.saved) != (parameters, saved):
                         wrong += 1
                         print(f"{name} stage {number}: {stage.parameters} {stage.saved}, counted {parameters} {saved}")

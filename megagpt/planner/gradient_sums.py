@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megagpt.config.schema import Config
-from megagpt.planner.layer_sizes import ITEMSIZE
+from megagpt.planner.layer_sizes import ITEMSIZE, LayerCost
 from megagpt.planner.memory import GRADIENT_BYTES, shared_on_rank
 from megagpt.planner.stages import Stage
 from megagpt.planner.strategy import Strategy
@@ -64,8 +64,8 @@ def exposed_seconds(config: Config, strategy: Strategy, stage: Stage, calls: Seq
     (call,) = replicas
     now = free = 0.0
     in_buckets = 0
-    for n_parameters, seconds in _buckets(config, stage, clock):
-        now += seconds
+    for cost, n_parameters in buckets(config, stage):
+        now += clock.seconds(cost.backward)
         if n_parameters:
             in_buckets += n_parameters
             free = max(free, now) + clock.call_seconds(call._replace(bytes=GRADIENT_BYTES * n_parameters))
@@ -79,21 +79,20 @@ def has_buckets(config: Config, strategy: Strategy) -> bool:
     return in_parts and not splits_backward(strategy.schedule)
 
 
-def _buckets(config: Config, stage: Stage, clock: Clock) -> list[tuple[int, float]]:
-    """Return, in the order of the backward, the parameters of a bucket that is complete, or 0, and the seconds until then.
+def buckets(config: Config, stage: Stage) -> list[tuple[LayerCost, int]]:
+    """Return the parts of a stage in the order of the backward, each with the parameters of the bucket that it completes, or 0.
 
     As `make_buckets` in `megagpt/engine/reduction.py` divides the blocks.
     """
-    least, waiting, result = config.zero.reduce_bucket_mib * 2**20, 0, list[tuple[int, float]]()
+    least, waiting, result = config.zero.reduce_bucket_mib * 2**20, 0, list[tuple[LayerCost, int]]()
     blocks = stage.blocks
     for index, cost in reversed(list(enumerate(stage.costs))):
-        seconds = clock.seconds(cost.backward)
         ready = 0
         if index in blocks[1:]:
             waiting += cost.parameters
             if GRADIENT_BYTES * waiting >= least:
                 ready, waiting = waiting, 0
-        result.append((ready, seconds))
+        result.append((cost, ready))
     return result
 
 

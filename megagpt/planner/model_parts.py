@@ -117,7 +117,7 @@ class EncoderDecoder:
         model = config.model
         self._config = config
         self._n_encoder = model.encoder_layers
-        self.blocks: list[Kind] = ["encoder block"] * model.encoder_layers + ["decoder block"] * model.n_layer
+        self.blocks: list[Kind] = [*["encoder block"] * model.encoder_layers, *["decoder block"] * model.n_layer]
         flops = {"encoder block": balanced_encoder_flops(config), "decoder block": balanced_decoder_flops(config)}
         self.block_flops = [flops[str(kind)] for kind in self.blocks]
         source, target = model.source_length, model.n_positions

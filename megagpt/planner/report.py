@@ -8,7 +8,7 @@ from megagpt.planner.predict import Prediction
 from megagpt.planner.search import SearchResult, reason
 
 GIB = 2**30
-AXES = {"tensor": "tensor", "context": "context", "dp_cp": "data", "pipeline": "pipeline", "embedding": "tied embedding"}
+AXES = {"tensor": "tensor", "context": "context", "dp_cp": "data", "pipeline": "pipeline", "embedding": "shared weights"}
 """Axis of the traffic -> its name in a report."""
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "communication", "working")
 

@@ -97,18 +97,15 @@ def saved_by_dry_run(config: Config, strategy: Strategy) -> tuple[list[int], lis
     return list(parameters), list(partials), list(saved)
 
 
-DECODERS = [name for name in sorted(shipped_configs()) if not load_config(name).model.encoder_layers]
-"""Shipped configs that the closed formulas cover."""
-
-
 def shortened(name: str, *overrides: str) -> Config:
-    """Return a shipped config with 3 layers on at most two pipeline ranks: all layers are alike."""
+    """Return a shipped config with 3 layers in a stack, on at most two pipeline ranks: all layers are alike."""
     config = load_config(name)
-    pipeline = min(2, config.parallel.pipeline)
-    return load_config(name, ["model.n_layer=3", f"parallel.pipeline={pipeline}", "model.vocab_size=50176", *overrides])
+    sizes = ["model.n_layer=3", f"parallel.pipeline={min(2, config.parallel.pipeline)}", "model.vocab_size=50176"]
+    encoder = ["model.encoder_layers=3"] if config.model.encoder_layers else []
+    return load_config(name, [*sizes, *encoder, *overrides])
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", sorted(shipped_configs()))
 def test_the_formulas_are_those_of_the_modules_for_every_shipped_config(name: str) -> None:
     config = shortened(name)
     parallel = config.parallel
@@ -141,6 +138,50 @@ def test_the_formulas_are_those_of_the_modules_with_dropout_contexts_and_fp32(
 ) -> None:
     config = shortened(name, "model.n_positions=256", *overrides)
     strategy = Strategy.of(config, config.parallel.tensor * config.parallel.context, compiled)
+    assert saved_by_formula(config, strategy) == saved_by_dry_run(config, strategy)
+
+
+SPLIT = ["parallel.tensor=2", "parallel.sequence_parallel=true", "parallel.pipeline=3"]
+ENCODERS = {
+    "T5 v1.1": ["parallel.pipeline=3"],
+    "T5 v1.1, full recompute": ["parallel.pipeline=2", "training.recompute=full", "training.recompute_layers=2"],
+    "T5 v1.1, sequence parallel": SPLIT,
+    "T5 v1.0, context 2": [
+        "parallel.context=2",
+        "parallel.tensor=2",
+        "parallel.pipeline=3",
+        "model.tie_embeddings=true",
+        "model.gated_mlp=false",
+        "model.activation=relu",
+    ],
+    "dropout": ["model.resid_pdrop=0.1", "model.embd_pdrop=0.1", "parallel.pipeline=3"],
+    "rotary, nothing recomputed": ["model.position_embedding=rotary", "training.recompute=none", "parallel.pipeline=2"],
+    "learned positions, layer norms": ["model.position_embedding=learned", "model.norm=layernorm", *SPLIT],
+    "fp32, biases": [
+        "training.precision=fp32",
+        "model.qkv_bias=true",
+        "model.attention_bias=true",
+        "model.mlp_bias=true",
+        *SPLIT,
+    ],
+    "grouped heads that tensor ranks share": ["model.n_kv_head=3", *SPLIT],
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("case", ENCODERS)
+def test_the_formulas_are_those_of_the_modules_for_models_with_an_encoder(case: str, compiled: bool) -> None:
+    config = shortened("t5-v1.1-base", "training.micro_batch_size=4", *ENCODERS[case])
+    parallel = config.parallel
+    strategy = Strategy.of(config, parallel.tensor * parallel.pipeline * parallel.context, compiled)
+    assert saved_by_formula(config, strategy) == saved_by_dry_run(config, strategy)
+
+
+@pytest.mark.parametrize("overrides", [[], SPLIT, ["parallel.context=2"], ["model.n_kv_head=4", "parallel.tensor=2"]])
+def test_without_a_gpu_a_trained_bias_keeps_the_scores_that_are_not_recomputed(overrides: list[str]) -> None:
+    config = shortened("t5-v1.1-base", "training.micro_batch_size=4", "training.recompute=none", *overrides)
+    parallel = config.parallel
+    strategy = Strategy.of(config, parallel.tensor * parallel.pipeline * parallel.context, compiled=False)
     assert saved_by_formula(config, strategy) == saved_by_dry_run(config, strategy)
 
 

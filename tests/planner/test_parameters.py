@@ -8,7 +8,6 @@ from support.runs import Tree, tiny_config
 
 from megagpt.config import data_parallel_size, load_config
 from megagpt.hugging_face.model_keys import MODEL_KEYS
-from megagpt.planner.dry_run_memory import largest_rank_memory
 from megagpt.planner.memory import peak_memory
 from megagpt.planner.parameters import parameter_count, parameters_by_group
 from megagpt.planner.strategy import Strategy
@@ -92,8 +91,7 @@ def test_every_shipped_size_is_tested() -> None:
 @pytest.mark.parametrize("name", NODES)
 def test_the_layout_of_a_shipped_config_fits_its_gpus(name: str) -> None:
     config = load_config(name)
-    predict = largest_rank_memory if config.model.encoder_layers else peak_memory
-    assert predict(config, Strategy.of(config, 8 * NODES[name])).total / 2**30 < SPARE * GPU_GIB
+    assert peak_memory(config, Strategy.of(config, 8 * NODES[name])).total / 2**30 < SPARE * GPU_GIB
     assert config.parallel.tensor <= 8  # within a node
 
 

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megagpt.config import Config, load_config
 from megagpt.config.find import shipped_configs
 from megagpt.errors import ConfigError
+from megagpt.model.meta_model import stage_layers
 from megagpt.parallel.topology import Layout
 from megagpt.planner.dry_run import open_dry_run
 from megagpt.planner.flops import training_flops_per_token
@@ -26,31 +27,38 @@ from megagpt.schedules.registry import placement
 H100 = find_hardware("H100")
 
 
-DECODERS = [name for name in sorted(shipped_configs()) if not load_config(name).model.encoder_layers]
-"""Shipped configs that the closed formulas cover."""
+CONFIGS = sorted(shipped_configs())
 
 
 def shortened(name: str, *overrides: str) -> Config:
-    """Return a shipped config with 3 layers, at most two pipeline ranks and two micro-batches."""
+    """Return a shipped config with 3 layers in a stack, at most two pipeline ranks and two micro-batches."""
     config = load_config(name)
     sizes = ["model.n_layer=3", f"parallel.pipeline={min(2, config.parallel.pipeline)}", "model.vocab_size=50176"]
     batch = f"training.global_batch_size={4 * config.training.micro_batch_size}"
     chunks = f"training.loss_chunk_mib={LOSS_CHUNK_MIB[True]}"  # of a GPU, also in the dry run
-    return load_config(name, [*sizes, batch, chunks, *overrides])
+    encoder = ["model.encoder_layers=3"] if config.model.encoder_layers else []
+    return load_config(name, [*sizes, *encoder, batch, chunks, *overrides])
 
 
+NO_SEQUENCE_PARALLELISM = ["parallel.sequence_parallel=false"]
 LAYOUTS = {
-    "6B, no sequence parallelism": ("6B", ["parallel.sequence_parallel=false"]),
+    "6B, no sequence parallelism": ("6B", NO_SEQUENCE_PARALLELISM),
     "6B, full recompute": ("6B", ["training.recompute=full", "training.recompute_layers=2", "model.n_layer=4"]),
-    "6B, full recompute, no sequence parallelism": ("6B", ["training.recompute=full", "parallel.sequence_parallel=false"]),
+    "6B, full recompute, no sequence parallelism": ("6B", ["training.recompute=full", *NO_SEQUENCE_PARALLELISM]),
     "350M, context 2, ZeRO-0": ("350M", ["parallel.context=2", "zero.stage=0"]),
     "llama, context 2, full recompute": ("llama-3.2-1B", ["parallel.context=2", "training.recompute=full"]),
     "6B, zbv": ("6B", ["parallel.schedule=v_half", "model.n_layer=5"]),
     "1.3B, ZeRO-3": ("1.3B", ["zero.stage=3"]),
+    "T5, no sequence parallelism, full recompute": ("t5-v1.1-3B", [*NO_SEQUENCE_PARALLELISM, "training.recompute=full"]),
+    "T5, pipeline 3": ("t5-v1.1-3B", ["parallel.pipeline=3"]),
+    "T5, context 2, ZeRO-0": ("t5-v1.1-3B", ["parallel.context=2", "parallel.pipeline=2", "zero.stage=0"]),
+    "T5, tied, zbv": ("t5-v1.1-base", ["parallel.pipeline=3", "parallel.schedule=zbv", "model.tie_embeddings=true"]),
+    "T5, grouped heads that tensor ranks share": ("t5-v1.1-3B", ["model.n_kv_head=1", "parallel.pipeline=2"]),
+    "T5, ZeRO-3": ("t5-v1.1-base", ["zero.stage=3"]),
 }
 
 
-@pytest.mark.parametrize("case", [*DECODERS, *LAYOUTS])
+@pytest.mark.parametrize("case", [*CONFIGS, *LAYOUTS])
 def test_calls_and_bytes_of_every_collective_are_those_of_the_dry_run(case: str) -> None:
     name, overrides = LAYOUTS.get(case, (case, []))
     config = shortened(name, *overrides)
@@ -69,26 +77,27 @@ def test_calls_and_bytes_of_every_collective_are_those_of_the_dry_run(case: str)
                 assert calls == pytest.approx(expected[key].calls), key
 
 
-@pytest.mark.parametrize("name", ["125M", "6B", "llama-3.1-8B", "pythia-1.4B", "olmo2-7B"])
+@pytest.mark.parametrize("name", ["125M", "6B", "llama-3.1-8B", "pythia-1.4B", "olmo2-7B", "t5-v1.1-3B"])
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_flops_of_matrix_products_are_those_that_the_modules_compute(name: str, recompute: str) -> None:
     config = shortened(name, f"training.recompute={recompute}")
-    strategy = Strategy.of(config, config.parallel.tensor * config.parallel.pipeline)
+    compiled = not config.model.encoder_layers  # without a GPU, the products of attention with a trained bias are counted
+    strategy = Strategy.of(config, config.parallel.tensor * config.parallel.pipeline, compiled)
     layout = Layout(strategy.tensor, strategy.pipeline)
-    with open_dry_run(config, layout, 0, compiled=True) as dry_run, FlopCounterMode(display=False) as counter:
+    with open_dry_run(config, layout, 0, compiled) as dry_run, FlopCounterMode(display=False) as counter:
         dry_run.forward_backward()
     work = stage_work(config, strategy, StageModel(config).stages(strategy)[0])
     products = sum(one.product_flops for one in (work.forward, work.input_backward, work.weight_backward))
     assert counter.get_total_flops() == products
 
 
-@pytest.mark.parametrize("name", [name for name in DECODERS if name != "quickstart"])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if not name.startswith("quickstart")])
 def test_parameters_and_model_flops_are_those_of_the_meta_model(name: str) -> None:
     config = load_config(name)
     strategy = Strategy.of(config, config.parallel.tensor * config.parallel.pipeline)
     prediction = Planner(config, H100).predict(strategy)
     assert prediction.parameters == parameter_count(config)
-    assert prediction.model_flops == prediction.tokens * training_flops_per_token(config)
+    assert prediction.model_flops // prediction.tokens == training_flops_per_token(config)
 
 
 def test_recomputed_flops_are_those_of_the_published_formula() -> None:
@@ -195,3 +204,9 @@ def test_gradient_sums_have_every_parameter_once() -> None:
         copies = config.model.padded_vocab_size * config.model.n_embd if schedule == "1f1b" else 0
         padding = (config.model.padded_vocab_size - 61) * config.model.n_embd
         assert total == parameter_count(config) + copies + padding
+
+
+def test_layers_of_encoder_and_decoder_are_divided_as_the_modules_divide_them() -> None:
+    for name, n_stages in (("t5-v1.1-base", 3), ("t5-v1.1-large", 5), ("t5-v1.1-11B", 8)):
+        config = load_config(name, ["model.encoder_positions=512", "model.n_positions=256"])
+        assert list(StageModel(config).split(n_stages)) == stage_layers(config, n_stages)
