@@ -183,7 +183,8 @@ class QuickEstimator:
         # A rank with several chunks rarely has the largest number of layers in each.
         per_chunk = model.n_blocks / strategy.stages if strategy.chunks > 1 else -(-model.n_blocks // strategy.stages)
         held = math.ceil(per_chunk * strategy.chunks)
-        chunk = per_chunk * layers.block_saved
+        kept = sum(self._planner.model.kept(strategy, range(math.ceil(per_chunk))))
+        chunk = per_chunk * layers.block_saved + kept
         head = model.padded_vocab_size // strategy.tensor * model.n_embd
         blocks = held * layers.block_parameters
         working = layers.block_working
@@ -218,13 +219,12 @@ class QuickEstimator:
         parts = [(count / total, costs[kind], _times(costs[kind], strategy, clock)) for kind, count in counts.items()]
         names = ("forward", "backward", "input_backward", "weight_backward")
         block = StageTimes(*(sum(share * getattr(times, name) for share, _, times in parts) for name in names))
-        kept = sum(planner.model.kept(strategy, range(total))) / total
         return _Layers(
             block,
             _times(costs[EMBEDDING], strategy, clock),
             _times(costs[OUTPUT], strategy, clock),
             round(sum(share * cost.parameters for share, cost, _ in parts)),
-            sum(share * cost.saved for share, cost, _ in parts) + kept,
+            sum(share * cost.saved for share, cost, _ in parts),
             sum(share * cost.deferred for share, cost, _ in parts),
             max(cost.working for _, cost, _ in parts),
             costs[EMBEDDING],

@@ -53,9 +53,9 @@ def _saved_by_core(queries: Sizes, keys: Sizes, is_explicit: bool) -> int:
     if is_explicit:
         if queries.model.attn_pdrop > 0:
             return out + _scores(queries, keys) * (2 * e + 1)
-        # Scaled queries and keys and a copy of the values, all for as many heads as the queries have.
-        repeated = 2 * (out - own_kv(queries)) if queries.grouped else 0
-        return 4 * out + repeated + 2 * e * _scores(queries, keys)
+        # In fp32: the scores, and queries, keys and values, each for all heads, instead of those that are counted elsewhere.
+        elsewhere = out + 2 * (exchanged_kv if queries.strategy.context > 1 else own_kv)(queries)
+        return out + 4 * (3 * queries.tokens * queries.query + _scores(queries, keys)) - elsewhere
     rotated = queries is keys and queries.model.position_embedding == "rotary"
     moved_out = rotated or queries.strategy.context > 1
     return out + 4 * queries.heads * queries.tokens + (out if moved_out else 0)

@@ -40,6 +40,15 @@ def test_json_has_the_same_numbers_and_the_ranking(capsys: pytest.CaptureFixture
     assert all(one["slower_because"] for one in tree["search"]["ranking"][1:])
 
 
+def test_a_model_with_an_encoder_has_a_plan_and_a_search(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    page = tmp_path / "plan.html"
+    assert main(["--config", "t5-v1.1-large", "--gpus", "8", "--gpu", "H100", "--search", "--html", str(page)]) == 0
+    text = capsys.readouterr().out
+    assert "783,150,080 parameters" in text and "the fastest of each kind" in text
+    assert "1,310,720,000,000 tokens" in text  # of source and target
+    assert "Memory by pipeline rank" in page.read_text()
+
+
 def test_the_html_report_is_one_file_with_charts_for_light_and_dark(tmp_path: Path) -> None:
     page = tmp_path / "plan.html"
     assert main(["--config", "6B", "--gpus", "32", "--gpu", "H100", "--html", str(page)]) == 0

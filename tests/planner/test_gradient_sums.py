@@ -59,7 +59,7 @@ def test_on_a_fast_network_only_the_first_block_and_the_ends_wait() -> None:
 
 
 def test_on_a_slow_network_the_sums_are_hidden_as_far_as_the_backward_lasts() -> None:
-    config = config_of(zero={"reduce_bucket_mib": 1.0}, training={"global_batch_size": 64})
+    config = config_of(zero={"reduce_bucket_mib": 1.0}, training={"global_batch_size": 256})
     exposed, stage, clock, call = summed(config, "25GbE")
     of_block, output = clock.seconds(stage.costs[1].backward), clock.seconds(stage.costs[-1].backward)
     covered = 5 * of_block + clock.seconds(stage.costs[0].backward)  # the first bucket starts behind the last block
@@ -73,7 +73,7 @@ def test_on_a_slow_network_the_sums_are_hidden_as_far_as_the_backward_lasts() ->
     [{"zero": {"stage": 0}}, {"zero": {"stage": 2, "offload_optimizer": "cpu"}}, {"zero": {"reduce_bucket_mib": 1e6}}],
 )
 def test_without_buckets_all_sums_wait(sections: Tree) -> None:
-    exposed, _, clock, call = summed(config_of(training={"global_batch_size": 64}, **sections), "25GbE")
+    exposed, _, clock, call = summed(config_of(training={"global_batch_size": 256}, **sections), "25GbE")
     assert exposed == pytest.approx(clock.call_seconds(call))
 
 

@@ -107,7 +107,8 @@ def shortened(name: str, *overrides: str) -> Config:
 
 @pytest.mark.parametrize("name", sorted(shipped_configs()))
 def test_the_formulas_are_those_of_the_modules_for_every_shipped_config(name: str) -> None:
-    config = shortened(name)
+    # It recomputes nothing: see test_without_a_gpu_a_trained_bias_keeps_the_scores_that_are_not_recomputed.
+    config = shortened(name, *(["training.compile=false"] if name == "quickstart_t5" else []))
     parallel = config.parallel
     strategy = Strategy.of(config, 2 * parallel.tensor * parallel.pipeline)
     assert saved_by_formula(config, strategy) == saved_by_dry_run(config, strategy)
@@ -177,7 +178,9 @@ def test_the_formulas_are_those_of_the_modules_for_models_with_an_encoder(case: 
     assert saved_by_formula(config, strategy) == saved_by_dry_run(config, strategy)
 
 
-@pytest.mark.parametrize("overrides", [[], SPLIT, ["parallel.context=2"], ["model.n_kv_head=4", "parallel.tensor=2"]])
+@pytest.mark.parametrize(
+    "overrides", [SPLIT, ["parallel.context=2", "training.precision=fp32"], ["model.n_kv_head=4", "parallel.tensor=2"]]
+)
 def test_without_a_gpu_a_trained_bias_keeps_the_scores_that_are_not_recomputed(overrides: list[str]) -> None:
     config = shortened("t5-v1.1-base", "training.micro_batch_size=4", "training.recompute=none", *overrides)
     parallel = config.parallel

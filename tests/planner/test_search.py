@@ -74,11 +74,12 @@ def test_estimates_of_a_pipeline_are_close_to_its_simulation(name: str) -> None:
                 assert 0 <= flying - peak_activations(plan) <= 2
 
 
-def test_estimates_are_close_to_predictions() -> None:
-    planner = Planner(load_config("6B"), find_hardware("H100"))
+@pytest.mark.parametrize(("name", "n_samples"), [("6B", 40), ("t5-v1.1-3B", 20)])
+def test_estimates_are_close_to_predictions(name: str, n_samples: int) -> None:
+    planner = Planner(load_config(name), find_hardware("H100"))
     estimator = QuickEstimator(planner)
     found = [strategy for strategy in candidates(planner.config, 32, 8) if strategy.micro_batches >= 2 * strategy.pipeline]
-    for strategy in random.Random(1).sample(found, 40):
+    for strategy in random.Random(1).sample(found, n_samples):
         estimate, prediction = estimator.estimate(strategy), planner.predict(strategy)
         is_v = strategy.schedule in ("v_half", "v_min")  # depend most on the ratio of the times
         assert estimate.seconds == pytest.approx(prediction.step_seconds, rel=0.5 if is_v else 0.2), strategy
