@@ -1,26 +1,27 @@
 """Time and memory of a strategy without simulating its schedule, for the search. Does not import torch.
 
 Bubbles come from closed formulas (Narayanan et al., arXiv 2104.04473; Qi et al., arXiv 2401.10241). They are exact for 1F1B and
-GPipe and close for the others; layers are assumed to be spread evenly. `tests/planner/test_search.py` has the errors.
+GPipe and close for the others; equal layers are assumed to be spread evenly. `tests/planner/test_search.py` has the errors.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 from megagpt.planner.gradient_sums import KINDS, has_buckets, parameter_gather
 from megagpt.planner.layer_sizes import LayerCost
 from megagpt.planner.memory import GRADIENT_BYTES, MemoryEstimate, estimate, message_bytes
-from megagpt.planner.model_parts import EMBEDDING, OUTPUT
+from megagpt.planner.model_parts import EMBEDDING, OUTPUT, Kind
 from megagpt.planner.predict import Planner, StageTimes, optimizer_work
 from megagpt.planner.strategy import Strategy
 from megagpt.planner.timing import Clock
 from megagpt.planner.work import Call, Overlap, Work
 from megagpt.schedules.plan import ActionKind
-from megagpt.schedules.registry import make_plan, splits_backward
+from megagpt.schedules.registry import make_plan, placement, splits_backward
 
 DELAYED = ("zb_h1", "interleaved_zero_bubble")
 """Schedules whose rank r delays weight gradients by r backwards."""
+NAMES = tuple(field.name for field in fields(StageTimes))
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class _Layers:
     """Times and sizes of the parts of the model, for one micro-batch and rank."""
 
     block: StageTimes
+    """The mean of all blocks."""
+    by_kind: dict[Kind, StageTimes]
     first: StageTimes
     last: StageTimes
     block_parameters: int
@@ -139,6 +142,7 @@ class QuickEstimator:
     def __init__(self, planner: Planner) -> None:
         self._planner = planner
         self._layers = lru_cache(None)(self._times_of_layers)
+        self._counts = lru_cache(None)(planner.model.block_counts_by_stage)
 
     def estimate(self, strategy: Strategy) -> QuickEstimate:
         """Return time and memory of a strategy."""
@@ -156,12 +160,25 @@ class QuickEstimator:
                 compiled=strategy.compiled,
             )
         )
-        times = _largest_rank(layers, config.model.n_blocks, strategy.stages, strategy.chunks)
+        times = self._largest_rank(strategy, layers)
         transfer = clock.call_seconds(Call("pipeline", "send", message_bytes(config, strategy)))
         memory = self._memory(strategy, layers)
         step = pipeline_seconds(strategy.schedule, strategy.pipeline, strategy.micro_batches, strategy.chunks, times, transfer)
         backward = times.backward / strategy.chunks
         return QuickEstimate(step + self._after_backward(strategy, clock, memory.parameters, backward), memory)
+
+    def _largest_rank(self, strategy: Strategy, layers: _Layers) -> StageTimes:
+        """Return the times of the rank that computes longest."""
+        if len(layers.by_kind) == 1:
+            return _rank_of_equal_blocks(layers, self._planner.config.model.n_blocks, strategy.stages, strategy.chunks)
+        totals = [[0.0] * len(NAMES) for _ in range(strategy.pipeline)]
+        owners = placement(strategy.schedule, strategy.pipeline, strategy.virtual_stages)
+        for owner, counts in zip(owners, self._counts(strategy.stages), strict=True):
+            for kind, count in counts.items():
+                totals[owner] = _plus(totals[owner], layers.by_kind[kind], count)
+        for owner, end in ((owners[0], layers.first), (owners[-1], layers.last)):
+            totals[owner] = _plus(totals[owner], end, 1)
+        return StageTimes(*max(totals, key=lambda times: times[0] + times[1]))
 
     def _after_backward(self, strategy: Strategy, clock: Clock, n_parameters: int, backward: float) -> float:
         """Return the time after the last backward, which takes `backward` on the last chunk."""
@@ -217,10 +234,10 @@ class QuickEstimator:
         costs, counts = planner.model.costs(strategy), planner.model.block_counts
         total = sum(counts.values())
         parts = [(count / total, costs[kind], _times(costs[kind], strategy, clock)) for kind, count in counts.items()]
-        names = ("forward", "backward", "input_backward", "weight_backward")
-        block = StageTimes(*(sum(share * getattr(times, name) for share, _, times in parts) for name in names))
+        block = StageTimes(*(sum(share * getattr(times, name) for share, _, times in parts) for name in NAMES))
         return _Layers(
             block,
+            {kind: times for kind, (_, _, times) in zip(counts, parts, strict=True)},
             _times(costs[EMBEDDING], strategy, clock),
             _times(costs[OUTPUT], strategy, clock),
             round(sum(share * cost.parameters for share, cost, _ in parts)),
@@ -246,7 +263,11 @@ def _times(cost: LayerCost, strategy: Strategy, clock: Clock) -> StageTimes:
     )
 
 
-def _largest_rank(layers: _Layers, n_layer: int, n_stages: int, chunks: int) -> StageTimes:
+def _plus(total: list[float], times: StageTimes, count: int) -> list[float]:
+    return [value + count * getattr(times, name) for value, name in zip(total, NAMES, strict=True)]
+
+
+def _rank_of_equal_blocks(layers: _Layers, n_layer: int, n_stages: int, chunks: int) -> StageTimes:
     """Return the times of the rank that computes longest, if its stages have as many layers as fits best."""
     block = layers.block.forward + layers.block.backward
     first, last = (part.forward + part.backward for part in (layers.first, layers.last))
@@ -280,6 +301,6 @@ def _scaled(layers: _Layers, n_layer: int, first: float, last: float) -> StageTi
     return StageTimes(
         *(
             n_layer * getattr(layers.block, name) + first * getattr(layers.first, name) + last * getattr(layers.last, name)
-            for name in ("forward", "backward", "input_backward", "weight_backward")
+            for name in NAMES
         )
     )

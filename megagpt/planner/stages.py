@@ -75,6 +75,10 @@ class StageModel:
         """Number of blocks of each kind."""
         return dict(Counter(self._parts.blocks))
 
+    def block_counts_by_stage(self, n_stages: int) -> list[dict[Kind, int]]:
+        """Return the number of blocks of each kind in each stage."""
+        return [dict(Counter(self._parts.blocks[layer] for layer in layers)) for layers in self.split(n_stages)]
+
     @property
     def core_flops(self) -> float:
         """Forward FLOPs of attention scores and weighted values of a sample, as a full square."""
