@@ -38,6 +38,8 @@ COMMANDS = (
     "evaluate",
     "plot-losses",
     "draw-schedule",
+    "plan",
+    "benchmark-cluster",
     "find-learning-rate",
     "finetune-classifier",
     "get-gpt2-tokenizer",

@@ -23,6 +23,7 @@ from megagpt.distributed.launcher import Launcher, read_launcher
 from megagpt.errors import ConfigError, MegagptError, ReportedError
 from megagpt.output import lossy_output, note
 from megagpt.planner.auto_schedule import resolve_schedule
+from megagpt.planner.hardware import Hardware, gpu_of_device
 from megagpt.resilience.interruption import ending_at_once
 from megagpt.training.loggers.check import check_loggers
 
@@ -202,10 +203,20 @@ def with_schedule(config: Config, dp_size: int) -> Config:
         if time.monotonic() - start > SILENT_SECONDS:
             note(f"parallel.schedule: {done} of {total} schedules simulated")
 
-    config, reason = resolve_schedule(config, n_micro_batches // dp_size, report)
+    config, reason = resolve_schedule(config, n_micro_batches // dp_size, report, dp_size, _own_hardware(config))
     if reason:
         note(f"parallel.schedule: {reason}")
     return config
+
+
+def _own_hardware(config: Config) -> Hardware | None:
+    """Return the cluster of this machine's GPU for schedule "auto"; None without a GPU that the planner knows."""
+    if config.parallel.schedule != "auto":
+        return None  # torch is not needed yet
+    import torch
+
+    entry = gpu_of_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    return None if entry is None else Hardware(entry, entry.network)
 
 
 def _broadcast_config(config: Config | None, device: Any) -> Config:

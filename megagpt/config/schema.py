@@ -248,16 +248,17 @@ class ModelConfig(Section):
 
 
 class ScheduleCosts(Section):
-    """Times of one micro-batch on all layers of one pipeline rank, in any unit, and the memory limit of a rank."""
+    """Times of one micro-batch on all layers of one pipeline rank, in any unit, and the memory limit of a rank. Without times
+    the planner predicts those of each stage, in seconds (docs/planner.md)."""
 
-    forward: float = Field(default=1.0, gt=0)
-    """Time of the forward."""
-    input_backward: float = Field(default=1.0, gt=0)
-    """Time of the backward that computes the gradient of the layers' input."""
-    weight_backward: float = Field(default=1.0, gt=0)
-    """Time of the backward that computes the weight gradients."""
-    transfer: float = Field(default=0.0, ge=0)
-    """Travel time of a message between two ranks."""
+    forward: float | None = Field(default=None, gt=0)
+    """Time of the forward; with another time given, 1 if absent."""
+    input_backward: float | None = Field(default=None, gt=0)
+    """Time of the backward that computes the gradient of the layers' input; with another time given, 1 if absent."""
+    weight_backward: float | None = Field(default=None, gt=0)
+    """Time of the backward that computes the weight gradients; with another time given, 1 if absent."""
+    transfer: float | None = Field(default=None, ge=0)
+    """Travel time of a message between two ranks; predicted if absent, or 0 with other times given."""
     max_micro_batches: float | None = Field(default=None, gt=0)
     """Maximum number of in-flight micro-batches that fit in a rank's memory; unlimited if absent."""
 
@@ -273,9 +274,9 @@ class ParallelConfig(Section):
     """Context-parallel size: ranks that share each sequence, for long sequences."""
     schedule: ScheduleName = "1f1b"
     """Pipeline schedule: the order of forwards and backwards. docs/schedules.md compares them. "auto" simulates all of them
-    with the costs in `schedule_costs`, picks the fastest that fits in memory, and logs the reason."""
+    with the planner's times of the stages (or those in `schedule_costs`), picks the fastest, and logs the reason."""
     schedule_costs: ScheduleCosts = ScheduleCosts()
-    """Costs that the "auto" schedule search uses."""
+    """Times that the "auto" schedule search uses instead of predicted ones, and its memory limit."""
     virtual_stages: int = Field(default=1, ge=1, le=10_000)
     """Chunks of layers on each pipeline rank. The interleaved schedules need 2 or more; zbv, v_half and v_min always have 2."""
     sequence_parallel: bool = False

@@ -4,15 +4,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from megagpt.planner.schedule_costs import CostModel
-from megagpt.schedules.registry import SCHEDULES, chunks_per_rank, make_plan
-from megagpt.schedules.simulate import peak_activations, step_time
+from megagpt.planner.step_simulation import ROUNDING, simulate_step
+from megagpt.schedules.registry import SCHEDULES, chunks_per_rank
 
 MAX_CHUNKS = 4
 """Largest number of chunks per rank that is tried: each further chunk adds messages and saves less of the bubble."""
-_ROUNDING = 1 + 1e-9
-"""Tolerance for sums of the same times in another order."""
-FILL = 4
-"""Micro-batches, in multiples of the ranks, after which a step is expected to repeat itself."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,7 @@ def best_plan(
     for name, virtual_stages in candidates:
         choices.append(_simulate(name, virtual_stages, ranks, micro_batches, costs, transfer))
         report(len(choices), len(candidates))
-    limit = float("inf") if max_in_flight is None else max_in_flight * _ROUNDING
+    limit = float("inf") if max_in_flight is None else max_in_flight * ROUNDING
     fitting = [choice for choice in choices if choice.in_flight <= limit]
     if not fitting:
         smallest = min(choices, key=lambda choice: choice.in_flight)
@@ -81,36 +77,10 @@ def _candidates(ranks: int, max_stages: int | None) -> Iterator[tuple[str, int]]
 
 
 def _simulate(name: str, virtual_stages: int, ranks: int, micro_batches: int, costs: CostModel, transfer: float) -> Choice:
-    """Simulate one schedule.
-
-    With many micro-batches a step repeats itself: `ranks` more of them add a constant time. So the shortest steps that show
-    this, with the same remainder of micro-batches, are simulated, and the time of the full step follows from them.
-    """
+    """Simulate one schedule."""
     chunks = chunks_per_rank(name, virtual_stages)
-    cost = costs(ranks * chunks)
-
-    def measure(count: int) -> tuple[float, int]:
-        plan = make_plan(name, ranks, count, virtual_stages)
-        return step_time(plan, cost, transfer), peak_activations(plan)
-
-    remainder = micro_batches % ranks
-    # The rounds of interleaved schedules share the remainder, one micro-batch each.
-    rounds = FILL + remainder if SCHEDULES[name].interleaved else FILL
-    while (rounds + 3) * ranks + remainder < micro_batches:
-        first, second, third = (measure((rounds + more) * ranks + remainder) for more in range(3))
-        if _is_linear(first[0], second[0], third[0]) and third[1] - second[1] == second[1] - first[1]:
-            periods = (micro_batches - remainder) // ranks - rounds - 2
-            makespan = third[0] + periods * (third[0] - second[0])
-            peak = third[1] + periods * (third[1] - second[1])
-            return Choice(name, virtual_stages, ranks * chunks, makespan, peak / chunks)
-        rounds *= 2
-    makespan, peak = measure(micro_batches)
-    return Choice(name, virtual_stages, ranks * chunks, makespan, peak / chunks)
-
-
-def _is_linear(first: float, second: float, third: float) -> bool:
-    """Return whether the three values grow by equal differences, but for rounding."""
-    return abs((third - second) - (second - first)) <= (_ROUNDING - 1) * third
+    step = simulate_step(name, virtual_stages, ranks, micro_batches, costs(ranks * chunks), transfer)
+    return Choice(name, virtual_stages, ranks * chunks, step.makespan, max(step.peaks) / chunks)
 
 
 def _ranked(choices: list[Choice]) -> list[Choice]:
@@ -118,7 +88,7 @@ def _ranked(choices: list[Choice]) -> list[Choice]:
     remaining = list(choices)
     ranked = []
     while remaining:
-        shortest = min(choice.makespan for choice in remaining) * _ROUNDING
+        shortest = min(choice.makespan for choice in remaining) * ROUNDING
         equal = [choice for choice in remaining if choice.makespan <= shortest]
         best = min(equal, key=lambda choice: (choice.in_flight, choice.n_stages))
         ranked.append(best)

@@ -4,9 +4,9 @@ The modules, the executor and the gradient reductions are the real ones, so what
 backward is found by counting, not by formulas.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,24 +20,37 @@ from megagpt.model.forward_context import MicroBatch
 from megagpt.model.gpt import activation_dtype
 from megagpt.model.meta_model import stage_layers
 from megagpt.parallel.deferred_gradients import DeferredGradients
+from megagpt.parallel.kernels import Kernels
 from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.topology import Layout, Topology
 from megagpt.pipeline.executor import Executor
 from megagpt.planner.fake_world import fake_world
 from megagpt.schedules.registry import make_plan, placement
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class PlainKernels(Kernels):
+    """Runs the functions that a GPU compiles as plain code, because fake tensors have no compiled code; they save the same."""
+
+    def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Return function(*args)."""
+        return function(*args, **kwargs)
+
 
 class DryRun:
     """One rank's chunks as fake tensors. Create it with `open_dry_run`."""
 
-    def __init__(self, config: Config, layout: Layout, mode: FakeTensorMode) -> None:
+    def __init__(self, config: Config, layout: Layout, mode: FakeTensorMode, compiled: bool = False) -> None:
         parallel = config.parallel
         self.config = config
         self.topology = Topology.create(layout.tensor, layout.pipeline, context=layout.context)
         self.deferred_gradients = DeferredGradients()
         self.dtype = activation_dtype(config)
         self.rank_of_stage = placement(parallel.schedule, layout.pipeline, parallel.virtual_stages)
-        context = ParallelContext.of(self.topology, parallel.sequence_parallel, self.deferred_gradients)
+        kernels = PlainKernels(compiled)
+        context = ParallelContext.of(self.topology, parallel.sequence_parallel, self.deferred_gradients, kernels)
         self.layers = stage_layers(config, len(self.rank_of_stage))
         self.shared = shared_parameters(config, self.layers)
         self._mode = mode
@@ -106,10 +119,13 @@ class DryRun:
 
 
 @contextmanager
-def open_dry_run(config: Config, layout: Layout, rank: int) -> Iterator[DryRun]:
-    """Yield a dry run of `rank`. No process group may exist. `parallel.schedule` must not be "auto"."""
+def open_dry_run(config: Config, layout: Layout, rank: int, compiled: bool = False) -> Iterator[DryRun]:
+    """Yield a dry run of `rank`. No process group may exist. `parallel.schedule` must not be "auto".
+
+    `compiled`: run the autograd functions that a GPU runs, which save less, with their compiled parts as plain code.
+    """
     with fake_world(rank, layout.world_size):
-        yield DryRun(config, layout, FakeTensorMode(allow_non_fake_inputs=True))
+        yield DryRun(config, layout, FakeTensorMode(allow_non_fake_inputs=True), compiled)
 
 
 @contextmanager

@@ -61,7 +61,12 @@ def simulate(plan: Plan, cost: Cost | None = None, transfer: float = 0.0, in_ord
 
 
 def step_time(plan: Plan, cost: Cost, transfer: float = 0.0) -> float:
-    """Return the makespan that `simulate` computes without `in_order`, many times faster; the plan is not checked.
+    """Return the makespan that `simulate` computes without `in_order`, many times faster; see `finish_times`."""
+    return max(finish_times(plan, cost, transfer))
+
+
+def finish_times(plan: Plan, cost: Cost, transfer: float = 0.0) -> list[float]:
+    """Return when each rank ends its last action, as `simulate` without `in_order` has it, faster; the plan is not checked.
 
     The cost must not depend on the micro-batch. Of an action's inputs only one can come from another rank or stage: the
     result of the neighbouring stage. The others are earlier in the rank's own list.
@@ -107,7 +112,7 @@ def step_time(plan: Plan, cost: Cost, transfer: float = 0.0) -> float:
         next_index[rank], free_at[rank] = index, time
     if waiting:
         raise ScheduleError(f"deadlock: ranks {sorted(waiting.values())} wait for each other")
-    return max(free_at)
+    return free_at
 
 
 def peak_activations(plan: Plan) -> int:

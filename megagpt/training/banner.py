@@ -16,8 +16,10 @@ from megagpt.engine.deepspeed_internals import local_size
 from megagpt.engine.freezing import has_frozen_weights, trained_names
 from megagpt.engine.optimizer import is_unrelated_apex, optimizer_name
 from megagpt.parallel.topology import Layout
-from megagpt.planner.memory import state_memory
+from megagpt.planner.memory import estimate, peak_memory
 from megagpt.planner.parameters import parameter_count
+from megagpt.planner.predict import is_supported
+from megagpt.planner.strategy import Strategy
 from megagpt.training.evaluation import evaluated_samples
 from megagpt.training.run_warnings import config_warnings, data_warnings, epochs_of_each, tokenizer_warnings
 from megagpt.training.throughput import peak_tflops
@@ -52,7 +54,7 @@ def banner(trainer: Trainer, rank_parameters: int) -> list[str]:
         f"megagpt {__version__}, PyTorch {torch.__version__}",
         f"model      {parameter_count(config):,} parameters{_trained(config)}",
         f"layout     {layout_line(config, layout)}",
-        f"memory     {memory_line(config, layout, rank_parameters)}",
+        f"memory     {memory_line(config, layout, rank_parameters, trainer.engine.compiles)}",
         f"device     {device_line(trainer.device, config.training.precision)}",
         f"kernels    {kernels_line(trainer.engine.compiles, optimizer_name(trainer.engine.optimizer))}",
         *length_lines(config, trainer.step, trainer.total_steps),
@@ -82,14 +84,28 @@ def layout_line(config: Config, layout: Layout) -> str:
     )
 
 
-def memory_line(config: Config, layout: Layout, rank_parameters: int) -> str:
-    """Return the memory of the largest rank, which has `rank_parameters`, without activations."""
-    total = state_memory(config, layout, rank_parameters).total
-    size = f"{total / 2**30:.3g} GiB" if total >= 2**30 else f"{total / 2**20:.3g} MiB"
+def memory_line(config: Config, layout: Layout, rank_parameters: int, compiled: bool) -> str:
+    """Return the memory of the largest rank, which has `rank_parameters`, as the planner predicts it.
+
+    `compiled`: whether the functions between matrix products are compiled.
+    """
+    strategy = Strategy.of(config, layout.world_size, compiled)
+    if not is_supported(config):
+        total = estimate(config, strategy, rank_parameters, 0, 0, 0).total
+        return (
+            f"the largest rank has {rank_parameters:,} parameters: at most {_size(total)} of weights, gradients and optimizer "
+            "states; activations come on top"
+        )
+    peak = peak_memory(config, strategy)
     return (
-        f"the largest rank has {rank_parameters:,} parameters: {size} of weights, gradients and optimizer states; "
-        "activations come on top"
+        f"predicted peak {_size(peak.total)} on the largest rank: weights {_size(peak.weights)}, gradients "
+        f"{_size(peak.gradients)}, optimizer {_size(peak.optimizer)}, activations {_size(peak.activations)}, "
+        f"buffers {_size(peak.communication + peak.working)}"
     )
+
+
+def _size(n_bytes: float) -> str:
+    return f"{n_bytes / 2**30:.3g} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.3g} MiB"
 
 
 def device_line(device: torch.device, precision: str) -> str:

@@ -48,6 +48,7 @@ SMALLER = {
     "train_tokenizer": ["--vocab-size", "400"],
     "find_learning_rate": ["--steps", "30"],
     "generate_text": ["--device", "cpu", "--max-tokens", "10"],
+    "benchmark_cluster": ["--size", "64", "--mebibytes", "1"],
     "evaluate": ["--device", "cpu"],
 }
 """Arguments that make a tool's work small, and possible without a GPU; they override those before them."""
@@ -95,7 +96,7 @@ class CommandRunner:
             subprocess.run(["bash", "-c", command], check=True)
         else:
             ranks = self._interpreted(program, arguments, command)
-            if ranks.module in ON_RANKS and "--print-config" not in ranks.arguments:
+            if ranks.module in ON_RANKS and not {"--print-config", "--dry-run"} & set(ranks.arguments):
                 self._train(ranks, command)
                 return
             self._remove_outputs(ranks.arguments)

@@ -12,6 +12,8 @@ from support.runs import corpus, open_trainer, tiny_config
 from megagpt.config import Config
 from megagpt.data.blend import build_datasets
 from megagpt.parallel.topology import Layout
+from megagpt.planner.memory import peak_memory
+from megagpt.planner.strategy import Strategy
 from megagpt.training.banner import (
     announce_run,
     banner,
@@ -72,37 +74,45 @@ def test_a_gpu_has_its_peak_or_a_reason_for_having_none(name: str, text: str, mo
     assert device_line(torch.device("cpu"), "bf16") == "CPU, bf16"
 
 
-def test_the_memory_of_weights_gradients_and_adam_in_fp32_is_20_bytes_per_parameter() -> None:
-    """4 for the weight, 4 for its gradient, 12 for the optimizer's copy and two moments."""
-    text = memory_line(tiny_config(zero={"stage": 0}), Layout(data=4), 2**30)
-    assert text.startswith("the largest rank has 1,073,741,824 parameters: 20 GiB of")
-    text = memory_line(tiny_config(zero={"stage": 0}), Layout(data=4), 2**20)
-    assert text.startswith("the largest rank has 1,048,576 parameters: 20 MiB of")
+def test_the_memory_is_the_planner_s_prediction_with_its_parts() -> None:
+    """fp32: 4 bytes for a weight, 4 for its gradient, 12 for the optimizer's copy and two moments."""
+    config = tiny_config(zero={"stage": 0}, model={"n_embd": 64})
+    strategy = Strategy.of(config, 4, compiled=False)
+    peak = peak_memory(config, strategy)
+    assert (peak.weights, peak.optimizer) == (4 * peak.parameters, 12 * peak.parameters)
+    text = memory_line(config, Layout(data=4), peak.parameters, compiled=False)
+    assert text.startswith(
+        f"predicted peak {peak.total / 2**20:.3g} MiB on the largest rank: weights {peak.weights / 2**20:.3g} "
+    )
+    assert f"activations {peak.activations / 2**20:.3g} MiB" in text
 
 
-def largest_rank(config: Config, capture: Path) -> tuple[int, str]:
-    """Announce a run; return the number of this rank's parameters and what it has printed."""
+def test_frozen_weights_have_an_upper_limit_without_activations() -> None:
+    config = tiny_config(zero={"stage": 0}, training={"freeze": ["embedding.*"]})
+    text = memory_line(config, Layout(data=4), 2**20, compiled=False)
+    assert text.startswith("the largest rank has 1,048,576 parameters: at most 20 MiB of")
+
+
+def announced(config: Config, capture: Path) -> str:
+    """Announce a run; return what this rank has printed."""
     trainer = open_trainer(config)
     path = capture / f"rank_{trainer.topology.rank}"
     with path.open("w") as stream, contextlib.redirect_stdout(stream):
         announce_run(trainer)
-    n_parameters = sum(parameter.numel() for parameter in trainer.engine.parameters)
     trainer.close()
-    return n_parameters, path.read_text()
+    return path.read_text()
 
 
-def test_the_memory_is_that_of_the_largest_rank_and_only_rank_0_prints(ranks: Pool, tmp_path: Path) -> None:
-    """The first stage of three has the token embedding."""
+def test_only_rank_0_prints_and_the_memory_is_that_of_the_largest_rank(ranks: Pool, tmp_path: Path) -> None:
     config = tiny_config(
         model={"vocab_size": 1009, "tie_embeddings": False, "n_layer": 3},
         data={"train": corpus(tmp_path)},
         parallel={"pipeline": 3},
     )
-    (first, text), (second, silence), *_ = results = ranks.run(3, largest_rank, config, tmp_path)
-    largest = max(size for size, _ in results)
-    assert first != second
-    assert f"the largest rank has {largest:,} parameters" in text
-    assert silence == ""
+    text, *silence = ranks.run(3, announced, config, tmp_path)
+    peak = peak_memory(config, Strategy.of(config, 3, compiled=False))
+    assert f"predicted peak {peak.total / 2**20:.3g} MiB on the largest rank" in text
+    assert silence == ["", ""]
 
 
 def labels(lines: list[str]) -> list[str]:
