@@ -258,8 +258,7 @@ def require_supported(config: Config) -> None:
         raise ConfigError(f"{key}: the planner covers runs that train all weights; leave it out")
     if config.model.encoder_layers:
         raise ConfigError(
-            f"model.encoder_layers: {config.model.encoder_layers}; the planner covers models without an encoder; "
-            "pretrain_t5.py --dry-run counts one rank"
+            f"model.encoder_layers: {config.model.encoder_layers}; times are predicted for models without an encoder only"
         )
     if config.data.task not in ("text", "chat"):
         raise ConfigError(f'data.task: the planner covers "text" and "chat", not "{config.data.task}"')
