@@ -123,7 +123,7 @@ def tuning_command() -> str:
     return (
         f"{LAUNCHER} pretrain_t5.py --config {CONFIG} --set data.task=pairs data.paths={PAIRS}_pairs "
         f"data.long_examples=truncate checkpoint.initialize_from={FOLDER.checkpoints} checkpoint.dir={TUNED.checkpoints} "
-        f"logging.metrics_file={TUNED.metrics} training.steps=100 optimizer.learning_rate=1e-3"
+        f"logging.metrics_file={TUNED.metrics} training.steps=200"
     )
 
 

@@ -472,8 +472,6 @@ def _samples(config: Config) -> Iterator[Problem]:
         yield Problem(
             (key, "zero.stage"), f"{key}: the output layer's weights are not in one place under zero.stage 3; use 0, 1 or 2"
         )
-    if config.model.encoder_layers:
-        yield Problem((key, "model.encoder_layers"), f"{key}: does not work with an encoder yet; leave it out")
     if config.data.task == "classification":
         yield Problem((key, "data.task"), f'{key}: a model of data.task "classification" writes no text; leave it out')
     if evaluation.sample_tokens >= config.model.n_positions:

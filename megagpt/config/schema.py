@@ -568,7 +568,8 @@ class EvaluationConfig(Section):
     """Prompts that the model continues at each evaluation, by its most likely tokens. The texts are printed and in the metrics
     file. Each new token takes a forward of all prompts. Needs data.tokenizer, and zero.stage 0 to 2."""
     sample_tokens: int = Field(default=32, ge=1, le=100_000)
-    """New tokens for each of sample_prompts. The end of a prompt is used if both do not fit in model.n_positions."""
+    """New tokens for each of sample_prompts. The end of a prompt is used if both do not fit in model.n_positions. With an
+    encoder the prompts are sources, of which the first model.encoder_positions tokens are used."""
 
 
 class CheckpointConfig(Section):

@@ -82,8 +82,8 @@ def init_deepspeed(launcher: Launcher, backend: str, timeout: timedelta) -> None
     os.environ["LOCAL_RANK"] = str(launcher.local_rank)
     # It refuses another local rank of mpirun, which torchrun's ranks inherit if mpirun has started torchrun.
     os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
-    # Its shared-memory operator is for inference only; refusing it saves a compilation and the need for a compiler. It is the
-    # only reader of this table, which DeepSpeed would otherwise fill by running a compiler for each operator: 0.8 s.
+    # Its shared-memory operator is for inference only; refusing it saves a compilation and the need for a compiler. Nothing
+    # else uses this table, which DeepSpeed would otherwise fill by running a compiler for each operator: 0.8 s.
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     # DeepSpeed 0.19 calls collectives by the names that torch 2.13 replaced, in every step.
     warnings.filterwarnings("ignore", r".*(all_gather_into_tensor|reduce_scatter_tensor)", FutureWarning)

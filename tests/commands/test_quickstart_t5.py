@@ -38,9 +38,9 @@ def test_a_function_without_its_docstring_is_summarized_by_the_first_line_of_it(
 
 
 def test_a_paragraph_is_summarized_by_its_first_sentence() -> None:
-    paragraph = "The war ended in that year. " + "Nobody knew what would follow it, and few people asked. " * 5
+    paragraph = "The war ended in that year. " + "No one knew what would follow it, and few people asked. " * 5
     (pair,) = summary_pairs([f"A title\n\n{paragraph}\n\nToo short. To use.\n"])
-    assert pair.target == "The war ended in that year." and pair.source.startswith("Nobody knew what")
+    assert pair.target == "The war ended in that year." and pair.source.startswith("No one knew what")
 
 
 @pytest.fixture

@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import pytest
+from support.encoder_decoder import t5_config
 from support.pool import Pool
 from support.runs import Tree, corpus, create_engine, full_model, run_trainer, tiny_config
 from support.texts import expected_greedy
 
 from megagpt.config import Config
 from megagpt.errors import ConfigError
+from megagpt.inference.beam_search import BeamSearch, search
 from megagpt.training.samples import SampleTexts
 
 PROMPTS = ["abc", "a much longer one", ""]
@@ -47,6 +49,19 @@ def test_every_layout_gives_the_most_likely_tokens_of_the_full_model(name: str, 
         new = tokens[: tokens.index(256)] if 256 in tokens else tokens
         expected.append({"prompt": prompt, "text": bytes(new).decode(errors="replace")})
     assert ranks.run(world, texts_of, config_of(**sections)) == [expected] * world
+
+
+@pytest.mark.parametrize("name", ["1 process", "tensor 2 x pipeline 2 x data 2", "sequence parallel, context 2"])
+def test_with_an_encoder_the_texts_are_the_targets_of_greedy_search(name: str, ranks: Pool) -> None:
+    world, sections = LAYOUTS[name]
+    keys: Tree = {"vocab_size": 257, "init_std": 0.5, "tie_embeddings": False}
+    evaluation: Tree = {"sample_prompts": PROMPTS, "sample_tokens": 6}
+    config = t5_config(model=keys, evaluation=evaluation, data={"tokenizer": "byte"}, **sections)
+    sources = [[*prompt.encode()[:23], 256] for prompt in PROMPTS]
+    targets = search(full_model(config).eval(), sources, BeamSearch(max_tokens=6), {256})
+    written = [bytes(token for token in target.tokens if token != 256).decode(errors="replace") for target in targets]
+    expected = [{"prompt": prompt, "text": text} for prompt, text in zip(PROMPTS, written, strict=True)]
+    assert ranks.run(world, texts_of, config) == [expected] * world
 
 
 def test_texts_are_logged_at_each_evaluation_and_change_no_step(
