@@ -189,7 +189,7 @@ def _write(
     tokens: int | None,
 ) -> None:
     if args.html is not None:
-        title = f"{Path(args.config).stem} on {args.gpus:,} {hardware.gpu.name}"
+        title = f"{Path(args.config).name.removesuffix('.json')} on {args.gpus:,} {hardware.gpu.name}"
         args.html.write_text(html_report(title, config, hardware, prediction, tokens, result), encoding="utf-8")
         print(f"{args.html}: written", file=sys.stderr)
     if args.write is not None:

@@ -54,6 +54,8 @@ def pretrain(args: argparse.Namespace, launcher: Launcher) -> int:
     if args.print_config:
         return _print_config(args, launcher)
     if args.dry_run:
+        if launcher.world_size > 1:
+            raise ConfigError(f"--dry-run: is one process, but there are {launcher.world_size}; start it with python")
         return _dry_run(args)
     with lossy_output(), job.open_trainer(args.config, args.set, launcher) as trainer:
         from megagpt.training.banner import announce_run

@@ -5,18 +5,17 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from megagpt.config.schema import Config
-from megagpt.errors import ConfigError
+from megagpt.planner.coverage import require_supported
 from megagpt.planner.hardware import Hardware
-from megagpt.planner.layers import ITEMSIZE
-from megagpt.planner.memory import GRADIENT_BYTES, MemoryEstimate, message_bytes, rank_memory, rank_parameters
+from megagpt.planner.memory import MemoryEstimate, message_bytes, rank_memory, rank_parameters
+from megagpt.planner.rank_work import gradient_sums, optimizer_work, parameter_gather, rank_calls
+from megagpt.planner.stage_times import Passes, StageTimes, cost_of, splits_backward, stage_times, stage_work
 from megagpt.planner.stages import Stage, StageModel, stages_of_rank
 from megagpt.planner.step_simulation import StepSimulation, simulate_step
 from megagpt.planner.strategy import Strategy
 from megagpt.planner.timing import Clock, Efficiency
-from megagpt.planner.work import Call, Overlap, Work
-from megagpt.schedules.plan import Action, ActionKind
+from megagpt.planner.work import Call, Work
 from megagpt.schedules.registry import placement
-from megagpt.schedules.simulate import Cost
 
 PARTS = (
     "matrix products",
@@ -34,16 +33,6 @@ PARTS = (
 
 
 @dataclass(frozen=True)
-class StageTimes:
-    """Seconds of one micro-batch on a stage."""
-
-    forward: float
-    backward: float
-    input_backward: float
-    weight_backward: float
-
-
-@dataclass(frozen=True)
 class Prediction:
     """What a step of a run needs: on every rank, and in time."""
 
@@ -56,7 +45,7 @@ class Prediction:
     """Seconds of a message between stages."""
     step_seconds: float
     bubble: float
-    """Share of the time of the forwards and backwards in which the busiest rank waits."""
+    """Share of the time of the forwards and backwards in which a rank waits, on average."""
     parts: dict[str, float]
     """Seconds of the rank that ends last, by `PARTS`; the sum is the step."""
     traffic: dict[tuple[str, str], tuple[float, float]]
@@ -150,7 +139,7 @@ class Planner:
         update = max(ranks, key=lambda rank: rank.optimizer + rank.gather)
         step_seconds = last.end + update.optimizer + update.gather
         parts = {**last.parts, "optimizer": update.optimizer, "parameter gather": update.gather}
-        busiest = max(rank.busy for rank in ranks)
+        busy = sum(rank.busy for rank in ranks) / len(ranks)
         model_flops, repeated = self._flops(strategy, stages)
         precision = "fp32" if config.training.precision == "fp32" else "bf16"
         return Prediction(
@@ -159,7 +148,7 @@ class Planner:
             tuple(times),
             transfer,
             step_seconds,
-            1 - busiest / step.makespan,
+            max(0.0, 1 - busy / step.makespan),
             {name: parts[name] for name in PARTS if parts.get(name)},
             max(ranks, key=lambda rank: rank.communication).traffic,
             model_flops,
@@ -240,166 +229,6 @@ class _Rank:
     gather: float
     traffic: dict[tuple[str, str], tuple[float, float]]
     communication: float
-
-
-@dataclass(frozen=True)
-class Passes:
-    """Work of one micro-batch on a stage."""
-
-    forward: Work
-    input_backward: Work
-    weight_backward: Work
-
-
-def require_supported(config: Config) -> None:
-    """Raise ConfigError for what the closed formulas do not cover."""
-    if config.lora.rank is not None or config.training.freeze:
-        key = "lora.rank" if config.lora.rank is not None else "training.freeze"
-        raise ConfigError(f"{key}: the planner covers runs that train all weights; leave it out")
-    if config.model.encoder_layers:
-        raise ConfigError(
-            f"model.encoder_layers: {config.model.encoder_layers}; times are predicted for models without an encoder only"
-        )
-    if config.data.task not in ("text", "chat"):
-        raise ConfigError(f'data.task: the planner covers "text" and "chat", not "{config.data.task}"')
-
-
-def is_supported(config: Config) -> bool:
-    """Return whether the closed formulas cover a config."""
-    try:
-        require_supported(config)
-    except ConfigError:
-        return False
-    return True
-
-
-def splits_backward(schedule: str) -> bool:
-    """Return whether a schedule computes gradients of inputs and of weights at different times."""
-    return schedule not in ("1f1b", "gpipe", "interleaved_1f1b")
-
-
-def stage_work(config: Config, strategy: Strategy, stage: Stage) -> Passes:
-    """Return the work of a stage: that of its layers, and under ZeRO-3 the gathers of their weights."""
-    forward, inputs, weights = Work(), Work(), Work()
-    for cost in stage.costs:
-        forward, inputs, weights = forward + cost.forward, inputs + cost.input_backward, weights + cost.weight_backward
-    if strategy.zero_stage == 3:
-        size = ITEMSIZE[config.training.weight_precision] * stage.parameters
-        call = Call("dp_cp", "all-gather", size)
-        forward += Work(overlaps=(Overlap(call, forward),))
-        inputs += Work(overlaps=(Overlap(call, inputs + weights),))
-    return Passes(forward, inputs, weights)
-
-
-def stage_times(config: Config, strategy: Strategy, stages: Sequence[Stage], clock: Clock) -> list[StageTimes]:
-    """Return the seconds of one micro-batch on each stage; stages that are alike are computed once."""
-    known: dict[tuple[int, ...], StageTimes] = {}
-    result = []
-    for stage in stages:
-        key = tuple(map(id, stage.costs))
-        if key not in known:
-            passes = stage_work(config, strategy, stage)
-            known[key] = StageTimes(
-                clock.seconds(passes.forward),
-                clock.seconds(passes.input_backward + passes.weight_backward),
-                clock.seconds(passes.input_backward.without_overlap()),
-                clock.seconds(passes.weight_backward.without_overlap()),
-            )
-        result.append(known[key])
-    return result
-
-
-def cost_of(times: Sequence[StageTimes]) -> Cost:
-    """Return the cost function of the simulation."""
-
-    def cost(action: Action) -> float:
-        of = times[action.stage]
-        return {
-            ActionKind.FORWARD: of.forward,
-            ActionKind.BACKWARD: of.backward,
-            ActionKind.BACKWARD_INPUT: of.input_backward,
-            ActionKind.BACKWARD_WEIGHT: of.weight_backward,
-        }[action.kind]
-
-    return cost
-
-
-def rank_traffic(config: Config, strategy: Strategy, rank: int) -> dict[tuple[str, str], tuple[float, float]]:
-    """Return calls and bytes of a pipeline rank's collectives and sends in a step, by axis and kind."""
-    owners = placement(strategy.schedule, strategy.pipeline, strategy.virtual_stages)
-    return rank_calls(config, strategy, StageModel(config).stages(strategy), stages_of_rank(owners, rank)).traffic()
-
-
-def rank_calls(config: Config, strategy: Strategy, stages: Sequence[Stage], own: Sequence[int]) -> Work:
-    """Return all collectives and sends of a rank with the stages `own` in a step."""
-    calls: list[Call] = []
-    for stage in own:
-        passes = stage_work(config, strategy, stages[stage])
-        work = (passes.forward + passes.input_backward + passes.weight_backward).without_overlap()
-        calls += [call._replace(times=call.times * strategy.micro_batches) for call in work.calls]
-    sums = gradient_sums(config, strategy, stages, own)
-    calls += [call for one in (*sums.by_stage, sums.tied) for call in one]
-    calls += parameter_gather(config, strategy, rank_parameters(stages, own))
-    owners = placement(strategy.schedule, strategy.pipeline, strategy.virtual_stages)
-    n_messages = message_count(owners, own) * strategy.micro_batches
-    return Work(calls=(*calls, Call("pipeline", "send", message_bytes(config, strategy), n_messages)))
-
-
-@dataclass(frozen=True)
-class GradientSums:
-    """Collectives after the backwards."""
-
-    by_stage: list[list[Call]]
-    tied: list[Call]
-    """Of the tied embedding, after all stages."""
-
-
-def gradient_sums(config: Config, strategy: Strategy, stages: Sequence[Stage], own: Sequence[int]) -> GradientSums:
-    """Return the sums of gradients of a rank's stages. As `megagpt/engine/gradient_sync.py` and ZeRO make them."""
-    kind = {0: "all-reduce", 1: "reduce", 2: "reduce", 3: "reduce-scatter"}[strategy.zero_stage]
-    has_both = len(stages) > 1 and 0 in own and len(stages) - 1 in own
-    n_tied = 0
-    if config.model.tie_embeddings and (0 in own or len(stages) - 1 in own):
-        n_tied = config.model.padded_vocab_size // strategy.tensor * config.model.n_embd
-
-    def shards(n_parameters: int) -> list[Call]:
-        if strategy.shards == 1 or n_parameters == 0:
-            return []
-        return [Call("dp_cp", kind, GRADIENT_BYTES * n_parameters)]
-
-    by_stage = []
-    for stage in own:
-        ends = config.model.tie_embeddings and stage in (0, len(stages) - 1)
-        partial = stages[stage].partial
-        calls = [Call("tensor", "all-reduce", GRADIENT_BYTES * partial)] if partial and strategy.tensor > 1 else []
-        by_stage.append(calls + shards(stages[stage].parameters - (n_tied if ends else 0)))
-    tied = shards(n_tied)
-    if n_tied and strategy.pipeline > 1 and not has_both and len(stages) > 1:
-        tied = [Call("embedding", "all-reduce", GRADIENT_BYTES * n_tied), *tied]
-    return GradientSums(by_stage, tied)
-
-
-def parameter_gather(config: Config, strategy: Strategy, n_parameters: int) -> list[Call]:
-    """Return the gather of updated weights of ZeRO 1 and 2."""
-    if strategy.shards == 1 or strategy.zero_stage not in (1, 2):
-        return []
-    return [Call("dp_cp", "all-gather", ITEMSIZE[config.training.weight_precision] * n_parameters)]
-
-
-def optimizer_work(config: Config, strategy: Strategy, n_parameters: int) -> Work:
-    """Return the work of zeroing the gradients, the gradient's norm, clipping, Adam, and the copy to the weights' dtype."""
-    shards = strategy.shards if strategy.zero_stage >= 1 else 1
-    per_owned = 4 + 8 + 28 + 4 + ITEMSIZE[config.training.weight_precision]
-    return Work(moved=GRADIENT_BYTES * n_parameters + per_owned * n_parameters / shards, kernels=20)
-
-
-def message_count(owners: Sequence[int], own: Sequence[int]) -> int:
-    """Return the messages that a rank sends for one micro-batch, forward and backward."""
-    last = len(owners) - 1
-    return sum(
-        (stage < last and owners[stage + 1] != owners[stage]) + (stage > 0 and owners[stage - 1] != owners[stage])
-        for stage in own
-    )
 
 
 def model_parameters(config: Config, model: StageModel) -> int:

@@ -10,7 +10,9 @@ from functools import lru_cache
 
 from megagpt.planner.layers import LayerCost
 from megagpt.planner.memory import MemoryEstimate, estimate, message_bytes
-from megagpt.planner.predict import Planner, StageTimes, optimizer_work, parameter_gather, splits_backward
+from megagpt.planner.predict import Planner
+from megagpt.planner.rank_work import optimizer_work, parameter_gather
+from megagpt.planner.stage_times import StageTimes, splits_backward
 from megagpt.planner.strategy import Strategy
 from megagpt.planner.timing import Clock
 from megagpt.planner.work import Call, Overlap, Work

@@ -9,8 +9,9 @@ from megagpt.config import load_config
 from megagpt.parallel.topology import Layout
 from megagpt.planner.hardware import find_hardware
 from megagpt.planner.memory import predict_memory
-from megagpt.planner.predict import Planner, rank_traffic
+from megagpt.planner.predict import Planner
 from megagpt.planner.rank_report import report_rank
+from megagpt.planner.rank_work import rank_traffic
 from megagpt.planner.strategy import Strategy
 
 
