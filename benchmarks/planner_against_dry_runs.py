@@ -1,6 +1,6 @@
 """Compare the planner's closed formulas with dry runs of every pipeline stage of every shipped config at full size.
 
-`python benchmarks/planner_against_dry_runs.py [NAME ...]` takes some minutes for all configs and needs no GPU. Its exit code is
+`python benchmarks/planner_against_dry_runs.py [NAME ...]` takes two minutes for all configs and needs no GPU. Its exit code is
 1 if a number differs.
 """
 
