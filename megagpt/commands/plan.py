@@ -22,6 +22,7 @@ from megagpt.planner.strategy import Strategy
 EXAMPLE = """examples:
   python tools/plan.py --config configs/175B.json --gpus 1024 --gpu A100-80GB
   python tools/plan.py --config configs/6B.json --gpus 64 --gpu H100 --search --write best.json
+  python tools/plan.py --config configs/t5-v1.1-base.json --gpus 8 --gpu A100-80GB
   python tools/plan.py --config configs/llama-3.1-70B.json --gpus 512 --gpu H100 --network 8x400G --html plan.html
 Memory is in GiB (2^30 bytes), bandwidths in GB/s (10^9 bytes) for one direction, times in seconds. docs/planner.md describes
 the model and how close it is to published runs."""
@@ -72,6 +73,9 @@ def _run(args: argparse.Namespace) -> None:
     config = load_config(args.config, overrides)
     if config.model.vocab_size is None:
         raise ConfigError(f"{args.config}: model.vocab_size: set it, because the planner reads no tokenizer")
+    if config.model.encoder_layers:
+        _count(args, config, hardware)
+        return
     planner = Planner(config, hardware)
     result = None
     if args.search:
@@ -90,6 +94,27 @@ def _run(args: argparse.Namespace) -> None:
         if result is not None:
             print("\n" + "\n".join(ranking_table(result)))
     _write(args, config, hardware, prediction, result, tokens)
+    if problem is not None:
+        raise ConfigError(problem)
+
+
+def _count(args: argparse.Namespace, config: Config, hardware: Hardware) -> None:
+    """Report what is counted for a model with an encoder. Raises ConfigError if the layout does not fit."""
+    from megagpt.planner.counted import count_step, counted_report, counted_tree, excess  # they import torch, which is slow
+
+    for option in ("search", "html"):
+        if getattr(args, option):
+            raise ConfigError(f"--{option}: needs times, which are not predicted for a model with an encoder; leave it out")
+    strategy = Strategy.of(config, args.gpus)
+    if config.parallel.schedule == "auto":
+        config, _ = resolve_schedule(config, strategy.micro_batches, data=strategy.data, hardware=hardware)
+        strategy = Strategy.of(config, args.gpus)
+    counted = count_step(config, strategy)
+    problem = excess(counted, hardware)
+    if args.json:
+        print(json.dumps({**counted_tree(counted, hardware), "problem": problem}, indent=2))
+    else:
+        print(counted_report(counted, hardware))
     if problem is not None:
         raise ConfigError(problem)
 
@@ -114,7 +139,7 @@ def run_tokens(config: Config) -> int | None:
     """Return the tokens of the run; None if epochs give its length."""
     training = config.training
     if training.steps is not None:
-        return training.steps * training.global_batch_size * config.model.n_positions
+        return training.steps * training.global_batch_size * config.model.sample_tokens
     return training.tokens
 
 

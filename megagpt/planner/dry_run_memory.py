@@ -9,7 +9,12 @@ from megagpt.planner.strategy import Strategy
 
 
 def largest_rank_memory(config: Config, strategy: Strategy) -> MemoryEstimate:
-    """Return the memory of the pipeline rank that needs most, without temporary tensors and most buffers.
+    """Return the memory of the pipeline rank that needs most; see `memory_by_rank`."""
+    return max(memory_by_rank(config, strategy), key=lambda memory: memory.total)
+
+
+def memory_by_rank(config: Config, strategy: Strategy) -> list[MemoryEstimate]:
+    """Return the memory of each pipeline rank, without temporary tensors and most buffers.
 
     No process group may exist. `parallel.schedule` must not be "auto".
     """
@@ -23,4 +28,4 @@ def largest_rank_memory(config: Config, strategy: Strategy) -> MemoryEstimate:
     held = [Held(saved[stage], saved[stage]) for stage in sorted(saved)]
     peaks = peaks_in_flight(strategy.schedule, strategy.virtual_stages, strategy.pipeline, strategy.micro_batches, held)
     ranks = zip(n_parameters, peaks, strict=True)
-    return max((estimate(config, strategy, number, peak, 0, 0) for number, peak in ranks), key=lambda memory: memory.total)
+    return [estimate(config, strategy, number, peak, 0, 0) for number, peak in ranks]

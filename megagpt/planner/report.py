@@ -1,9 +1,10 @@
 """A prediction as text and as a tree for JSON. Does not import torch."""
 
-from typing import Any
+from typing import Any, Protocol
 
 from megagpt.config.schema import Config
 from megagpt.planner.hardware import Hardware
+from megagpt.planner.memory import MemoryEstimate
 from megagpt.planner.predict import Prediction
 from megagpt.planner.search import SearchResult, reason
 
@@ -11,6 +12,14 @@ GIB = 2**30
 AXES = {"tensor": "tensor", "context": "context", "dp_cp": "data", "pipeline": "pipeline", "embedding": "tied embedding"}
 """Axis of the traffic -> its name in a report."""
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "communication", "working")
+
+
+class HasMemory(Protocol):
+    """A prediction with the memory of each pipeline rank."""
+
+    @property
+    def memory(self) -> tuple[MemoryEstimate, ...]:
+        """Of each pipeline rank."""
 
 
 def text_report(config: Config, hardware: Hardware, prediction: Prediction, tokens: int | None) -> str:
@@ -41,7 +50,7 @@ def text_report(config: Config, hardware: Hardware, prediction: Prediction, toke
     return "\n".join([*lines, "", *traffic_table(prediction)])
 
 
-def memory_table(prediction: Prediction) -> list[str]:
+def memory_table(prediction: HasMemory) -> list[str]:
     """Return the memory of the pipeline ranks in GiB; neighbours that need the same are one line."""
     heads = ("weights", "gradients", "optimizer", "activations", "buffers", "working", "total")
     lines = ["rank       " + "".join(f"{head:>13}" for head in heads) + "   (GiB)"]
@@ -53,7 +62,7 @@ def memory_table(prediction: Prediction) -> list[str]:
     return lines
 
 
-def rank_ranges(prediction: Prediction) -> list[tuple[int, int]]:
+def rank_ranges(prediction: HasMemory) -> list[tuple[int, int]]:
     """Return the first and last of each range of pipeline ranks with equal memory."""
     ranges: list[tuple[int, int]] = []
     for rank, memory in enumerate(prediction.memory):

@@ -11,6 +11,7 @@ from megagpt.config import load_config
 from megagpt.planner.hardware import find_hardware
 from megagpt.planner.memory import peak_memory
 from megagpt.planner.predict import Planner
+from megagpt.planner.report import size
 from megagpt.planner.strategy import Strategy
 
 SMALL = ["--config", "350M", "--gpus", "8", "--gpu", "H100"]
@@ -89,3 +90,23 @@ def test_schedule_auto_is_chosen_as_a_run_chooses_it(capsys: pytest.CaptureFixtu
     assert main(arguments) == 0
     fixed = json.loads(capsys.readouterr().out)
     assert auto["strategy"]["schedule"] != "auto" and auto["step_seconds"] < fixed["step_seconds"]
+
+
+def test_a_model_with_an_encoder_has_counted_memory_and_communication(capsys: pytest.CaptureFixture[str]) -> None:
+    """The sums of a tied embedding and of the relative biases over their stages are counted, too."""
+    layout = ["model.encoder_layers=3", "model.n_layer=3", "parallel.pipeline=4", "parallel.tensor=2", "zero.stage=1"]
+    arguments = ["--config", "t5-v1.1-base", "--gpus", "16", "--gpu", "H100", "--set", *layout]
+    assert main([*arguments, "--json"]) == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert tree["problem"] is None and tree["gpus"] == 16
+    assert len(tree["memory_bytes_by_pipeline_rank"]) == 4
+    total = sum(memory["parameters"] for memory in tree["memory_bytes_by_pipeline_rank"])
+    assert 2 * total > tree["parameters"]  # two tensor ranks, and copies of the embedding
+    calls = {(one["axis"], one["kind"]): one for one in tree["communication_per_step"]}
+    assert calls["tied embedding", "all-reduce"]["calls"] >= 1 and calls["pipeline", "send"]["bytes"] > 0
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    peak = tree["memory_bytes_by_pipeline_rank"][tree["peak_pipeline_rank"]]["total"]
+    assert f"memory     {size(peak)} of" in text and "no times are predicted" in text
+    assert main([*arguments, "--search"]) == 2
+    assert "--search: needs times, which are not predicted for a model with an encoder" in capsys.readouterr().err
