@@ -12,6 +12,7 @@ from megagpt.distributed.launcher import Launcher
 from megagpt.engine.deepspeed_config import deepspeed_config
 from megagpt.errors import ConfigError
 from megagpt.output import lossy_output, report_unwritable
+from megagpt.planner.coverage import require_all_trained
 
 EXAMPLE = """examples:
   deepspeed --num_gpus 8 pretrain_gpt.py --config configs/6B.json --set parallel.tensor=8 --set parallel.pipeline=1
@@ -83,6 +84,7 @@ def _print_config(args: argparse.Namespace, launcher: Launcher) -> int:
 def _dry_run(args: argparse.Namespace) -> int:
     """Print what one rank does in a step. Raises ConfigError if the rank or the number of ranks does not fit."""
     config, dp_size = _resolved_config(args, args.world_size)
+    require_all_trained(config)
     parallel = config.parallel
     ranks = parallel.tensor * parallel.pipeline * parallel.context * dp_size
     if not 0 <= args.rank < ranks:
