@@ -1,6 +1,6 @@
 """Compare the planner's closed formulas with dry runs of every pipeline stage of every shipped config at full size.
 
-`python benchmarks/planner_against_dry_runs.py [NAME ...]` takes some minutes for all configs and needs no GPU. Its exit code is
+`python benchmarks/planner_against_dry_runs.py [NAME ...]` takes two minutes for all configs and needs no GPU. Its exit code is
 1 if a number differs.
 """
 
@@ -21,6 +21,9 @@ def main(names: list[str]) -> int:
         config = load_config(name)
         if config.model.vocab_size is None:
             config = load_config(name, ["model.vocab_size=1024"])
+        if config.model.encoder_layers:
+            print(f"{name}: has an encoder, which the formulas do not cover")
+            continue
         strategy = Strategy.of(config, 2 * config.parallel.tensor * config.parallel.pipeline * config.parallel.context)
         layout = Layout(strategy.tensor, strategy.pipeline, strategy.context, strategy.data)
         stages, wrong = StageModel(config).stages(strategy), 0

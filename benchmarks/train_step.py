@@ -1,11 +1,13 @@
 """The entire training step of megagpt beside Hugging Face's model: one process, same shape, alternating, ratio of medians.
 
 megagpt's steps are those of a real run (`Trainer.train`): data from a memory-mapped corpus, DeepSpeed ZeRO-1, clipping,
-fused AdamW, a log line every step. Hugging Face's are GPT2LMHeadModel or LlamaForCausalLM with torch's fused AdamW and
-clip_grad_norm_, on a batch already in memory. One runs after each log line of the other. Seconds per step, in fp32.
+fused AdamW, a log line every step. Hugging Face's are GPT2LMHeadModel, LlamaForCausalLM or T5ForConditionalGeneration with
+torch's fused AdamW and clip_grad_norm_, on a batch already in memory. One runs after each log line of the other. Seconds per
+step, in fp32.
 
   OMP_NUM_THREADS=1 python benchmarks/train_step.py --threads 1
   OMP_NUM_THREADS=1 python benchmarks/train_step.py --threads 1 --shape llama
+  OMP_NUM_THREADS=1 python benchmarks/train_step.py --threads 1 --shape t5
 """
 
 import argparse
@@ -29,6 +31,7 @@ import torch
 from megagpt.config import Config, build_config
 from megagpt.config.schema import ModelConfig
 from megagpt.data.blend import build_datasets
+from megagpt.data.encoder_samples import encoder_format
 from megagpt.data.indexed import IndexedWriter
 from megagpt.distributed.launcher import Launcher
 from megagpt.distributed.process_group import TIMEOUT, init_process_group
@@ -61,6 +64,28 @@ SHAPES: dict[str, tuple[dict[str, Any], int]] = {
             "ffn_hidden": 688,
             "n_positions": 256,
             "vocab_size": 32000,
+        },
+        8,
+    ),
+    "t5": (
+        {
+            "encoder_layers": 6,
+            "n_layer": 6,
+            "n_embd": 256,
+            "n_head": 8,
+            "ffn_hidden": 688,
+            "encoder_positions": 256,
+            "n_positions": 64,
+            "vocab_size": 32000,
+            "norm": "rmsnorm",
+            "gated_mlp": True,
+            "activation": "gelu_tanh",
+            "position_embedding": "relative",
+            "attention_scale": 1.0,
+            "tie_embeddings": False,
+            "qkv_bias": False,
+            "attention_bias": False,
+            "mlp_bias": False,
         },
         8,
     ),
@@ -121,11 +146,12 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
         config = build_run(folder, args.shape, WARM_UP + args.rounds, args.compile)
-        trainer = Trainer(config, Topology(), build_datasets(config.data, config.model.n_positions), device)
+        datasets = build_datasets(config.data, config.model.n_positions, encoder_format(config.model))
+        trainer = Trainer(config, Topology(), datasets, device)
         timer = trainer.logger = AlternatingTimer(trainer.logger, hugging_face_step(config))
         trainer.train()
         trainer.close()
-    tokens = config.training.global_batch_size * config.model.n_positions
+    tokens = config.training.global_batch_size * config.model.sample_tokens
     medians = {name: statistics.median(seconds[WARM_UP:]) for name, seconds in timer.seconds.items()}
     for name, median in medians.items():
         counted = timer.seconds[name][WARM_UP:]
@@ -137,14 +163,15 @@ def main() -> None:
 def build_run(folder: str, shape: str, steps: int, compiled: bool) -> Config:
     """Write a corpus of random tokens and return the config of a run on it."""
     model, sequences = SHAPES[shape]
-    n_tokens = (steps + 2) * sequences * (model["n_positions"] + 1)
+    n_tokens = (steps + 2) * sequences * (model["n_positions"] + model.get("encoder_positions", 0) + 1)
+    task = {"task": "span_corruption", "tokenizer": "byte"} if "encoder_layers" in model else {}
     dtype = np.dtype(np.uint16 if model["vocab_size"] <= 2**16 else np.int32)
     with IndexedWriter(f"{folder}/random", dtype) as writer:
         writer.add_documents(np.random.default_rng(0).integers(0, model["vocab_size"], n_tokens).astype(dtype), [n_tokens])
     return build_config(
         {
             "model": model,
-            "data": {"train": f"{folder}/random"},
+            "data": {"train": f"{folder}/random", **task},
             "training": {
                 "steps": steps,
                 "micro_batch_size": sequences,
@@ -186,12 +213,15 @@ class AlternatingTimer:
 def hugging_face_step(config: Config) -> Callable[[], None]:
     """Return a function that runs one training step of Hugging Face's model."""
     shape = config.model
-    model = (_llama if shape.position_embedding == "rotary" else _gpt2)(shape)
+    model = MODELS[shape.position_embedding](shape)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
     tokens = torch.randint(0, shape.tokens_in_vocab, (config.training.global_batch_size, shape.n_positions))
+    inputs = tokens
+    if shape.encoder_layers:
+        inputs = torch.randint(0, shape.tokens_in_vocab, (config.training.global_batch_size, shape.source_length))
 
     def step() -> None:
-        model(tokens, labels=tokens).loss.backward()
+        model(inputs, labels=tokens).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -235,6 +265,32 @@ def _llama(shape: ModelConfig) -> Any:
             eos_token_id=None,
         )
     )
+
+
+def _t5(shape: ModelConfig) -> Any:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    model = T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=shape.tokens_in_vocab,
+            d_model=shape.n_embd,
+            d_kv=shape.head_size,
+            d_ff=shape.ffn_hidden_size,
+            num_layers=shape.encoder_layers,
+            num_decoder_layers=shape.n_layer,
+            num_heads=shape.n_head,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+            decoder_start_token_id=0,
+        )
+    )
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # transformers 5 ties it
+    return model
+
+
+MODELS = {"learned": _gpt2, "rotary": _llama, "relative": _t5}
+"""model.position_embedding -> the model of transformers."""
 
 
 if __name__ == "__main__":

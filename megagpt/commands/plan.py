@@ -22,6 +22,7 @@ from megagpt.planner.strategy import Strategy
 EXAMPLE = """examples:
   python tools/plan.py --config configs/175B.json --gpus 1024 --gpu A100-80GB
   python tools/plan.py --config configs/6B.json --gpus 64 --gpu H100 --search --write best.json
+  python tools/plan.py --config configs/t5-v1.1-base.json --gpus 8 --gpu A100-80GB
   python tools/plan.py --config configs/llama-3.1-70B.json --gpus 512 --gpu H100 --network 8x400G --html plan.html
 Memory is in GiB (2^30 bytes), bandwidths in GB/s (10^9 bytes) for one direction, times in seconds. docs/planner.md describes
 the model and how close it is to published runs."""
@@ -164,7 +165,7 @@ def _write(
     tokens: int | None,
 ) -> None:
     if args.html is not None:
-        title = f"{Path(args.config).stem} on {args.gpus:,} {hardware.gpu.name}"
+        title = f"{Path(args.config).name.removesuffix('.json')} on {args.gpus:,} {hardware.gpu.name}"
         args.html.write_text(html_report(title, config, hardware, prediction, tokens, result), encoding="utf-8")
         print(f"{args.html}: written", file=sys.stderr)
     if args.write is not None:

@@ -12,6 +12,7 @@ from megagpt.distributed.launcher import Launcher
 from megagpt.engine.deepspeed_config import deepspeed_config
 from megagpt.errors import ConfigError
 from megagpt.output import lossy_output, report_unwritable
+from megagpt.planner.coverage import require_supported
 
 EXAMPLE = """examples:
   deepspeed --num_gpus 8 pretrain_gpt.py --config configs/6B.json --set parallel.tensor=8 --set parallel.pipeline=1
@@ -54,6 +55,8 @@ def pretrain(args: argparse.Namespace, launcher: Launcher) -> int:
     if args.print_config:
         return _print_config(args, launcher)
     if args.dry_run:
+        if launcher.world_size > 1:
+            raise ConfigError(f"--dry-run: is one process, but there are {launcher.world_size}; start it with python")
         return _dry_run(args)
     with lossy_output(), job.open_trainer(args.config, args.set, launcher) as trainer:
         from megagpt.training.banner import announce_run
@@ -81,6 +84,7 @@ def _print_config(args: argparse.Namespace, launcher: Launcher) -> int:
 def _dry_run(args: argparse.Namespace) -> int:
     """Print what one rank does in a step. Raises ConfigError if the rank or the number of ranks does not fit."""
     config, dp_size = _resolved_config(args, args.world_size)
+    require_supported(config)
     parallel = config.parallel
     ranks = parallel.tensor * parallel.pipeline * parallel.context * dp_size
     if not 0 <= args.rank < ranks:

@@ -120,7 +120,8 @@ class Export:
         imported = [self._imported_from.model_type] if self._imported_from is not None else []
         candidates = [wanted] if wanted is not None else [*(kind for kind in imported if kind in FAMILIES), *FAMILIES]
         lacking = {kind: MODEL_KEYS[kind].missing(self.config.model) for kind in candidates}
-        nearest = min(candidates, key=lambda kind: len(lacking[kind]))  # the first of equals
+        # One with an encoder if the model has one; the first of equals.
+        nearest = min(candidates, key=lambda kind: ("encoder_layers" in lacking[kind], len(lacking[kind])))
         if lacking[nearest]:
             differences = [f"model.{key} {ours} (it has {theirs})" for key, (ours, theirs) in lacking[nearest].items()]
             subject = "the nearest family of Hugging Face, " if wanted is None else ""

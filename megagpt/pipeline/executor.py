@@ -132,9 +132,7 @@ class _Step:
                 case ActionKind.BACKWARD:
                     self.backward(stage, micro_batch)
                 case ActionKind.BACKWARD_INPUT:
-                    with self.executor.deferred_gradients.deferring() as jobs:
-                        self.backward(stage, micro_batch)
-                    self.deferred[stage, micro_batch] = jobs
+                    self.backward_input(stage, micro_batch)
                 case ActionKind.BACKWARD_WEIGHT:
                     self.backward_weight(stage, micro_batch)
             if self.reduction is not None and index in self.executor.last_actions:
@@ -176,6 +174,11 @@ class _Step:
             message = tuple(gradient for x in saved.inputs if (gradient := x.grad) is not None)
             assert len(message) == len(saved.inputs)
             self.transfers.send(ActionKind.BACKWARD, stage - 1, micro_batch, message, self.ranks[stage - 1])
+
+    def backward_input(self, stage: int, micro_batch: int) -> None:
+        with self.executor.deferred_gradients.deferring() as jobs:  # no longer referenced once they have run
+            self.backward(stage, micro_batch)
+        self.deferred[stage, micro_batch] = jobs
 
     def backward_weight(self, stage: int, micro_batch: int) -> None:
         with torch.no_grad():  # as inside a backward

@@ -6,10 +6,12 @@ from megagpt.config.rules import broken_rules
 from megagpt.config.schema import Config
 from megagpt.errors import ConfigError
 from megagpt.planner.choose_schedule import best_plan
+from megagpt.planner.coverage import is_supported
 from megagpt.planner.hardware import Hardware, find_hardware
 from megagpt.planner.memory import message_bytes
-from megagpt.planner.predict import Planner, cost_of, is_supported, stage_times
+from megagpt.planner.predict import Planner
 from megagpt.planner.schedule_costs import CostModel, even_costs
+from megagpt.planner.stage_times import cost_of, stage_times
 from megagpt.planner.strategy import Strategy
 from megagpt.planner.work import Call
 from megagpt.schedules.simulate import Cost

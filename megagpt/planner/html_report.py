@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from megagpt.config.schema import Config
 from megagpt.planner.hardware import Hardware
-from megagpt.planner.predict import Prediction, cost_of
+from megagpt.planner.predict import Prediction
 from megagpt.planner.report import (
     AXES,
     GIB,
@@ -21,6 +21,7 @@ from megagpt.planner.report import (
     time_parts,
 )
 from megagpt.planner.search import SearchResult, reason
+from megagpt.planner.stage_times import cost_of
 from megagpt.schedules.plan import ActionKind
 from megagpt.schedules.registry import make_plan
 from megagpt.schedules.simulate import simulate
@@ -103,7 +104,7 @@ def _cards(prediction: Prediction, tokens: int | None) -> Iterator[str]:
     ]
     if tokens is not None:
         hours = prediction.gpu_hours(tokens)
-        values.append((f"{hours / prediction.strategy.gpus / 24:,.1f} days", f"for {tokens / 1e9:,.4g}B tokens"))
+        values.append((f"{hours / prediction.strategy.gpus / 24:,.1f} days", f"for {tokens / 1e9:,.0f}B tokens"))
         values.append((f"{hours:,.0f}", "GPU-hours"))
     yield '<div class="cards">'
     yield from (f'<div class="card"><b>{escape(value)}</b><span>{escape(name)}</span></div>' for value, name in values)

@@ -5,19 +5,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from megagpt.config.schema import Config
-from megagpt.errors import ConfigError
+from megagpt.planner.coverage import require_supported
 from megagpt.planner.gradient_sums import exposed_seconds, gradient_sums, parameter_gather
 from megagpt.planner.hardware import Hardware
-from megagpt.planner.layer_sizes import ITEMSIZE
-from megagpt.planner.memory import GRADIENT_BYTES, MemoryEstimate, message_bytes, rank_memory, rank_parameters
+from megagpt.planner.memory import MemoryEstimate, message_bytes, rank_memory, rank_parameters
+from megagpt.planner.rank_work import optimizer_work, rank_calls
+from megagpt.planner.stage_times import Passes, StageTimes, cost_of, stage_times, stage_work
 from megagpt.planner.stages import Stage, StageModel, stages_of_rank
 from megagpt.planner.step_simulation import StepSimulation, simulate_step
 from megagpt.planner.strategy import Strategy
 from megagpt.planner.timing import Clock, Efficiency
-from megagpt.planner.work import Call, Overlap, Work
-from megagpt.schedules.plan import Action, ActionKind
+from megagpt.planner.work import Call, Work
 from megagpt.schedules.registry import placement, splits_backward
-from megagpt.schedules.simulate import Cost
 
 PARTS = (
     "matrix products",
@@ -32,18 +31,6 @@ PARTS = (
     "parameter gather",
 )
 """Where the time of a step goes, in this order."""
-TASKS = ("text", "chat", "span_corruption", "prefix_lm", "pairs")
-"""Values of `data.task` whose steps the planner covers."""
-
-
-@dataclass(frozen=True)
-class StageTimes:
-    """Seconds of one micro-batch on a stage."""
-
-    forward: float
-    backward: float
-    input_backward: float
-    weight_backward: float
 
 
 @dataclass(frozen=True)
@@ -59,7 +46,7 @@ class Prediction:
     """Seconds of a message between stages."""
     step_seconds: float
     bubble: float
-    """Share of the time of the forwards and backwards in which the busiest rank waits."""
+    """Share of the time of the forwards and backwards in which a rank waits, on average."""
     parts: dict[str, float]
     """Seconds of the rank that ends last, by `PARTS`; the sum is the step."""
     traffic: dict[tuple[str, str], tuple[float, float]]
@@ -153,7 +140,7 @@ class Planner:
         update = max(ranks, key=lambda rank: rank.optimizer + rank.gather)
         step_seconds = last.end + update.optimizer + update.gather
         parts = {**last.parts, "optimizer": update.optimizer, "parameter gather": update.gather}
-        busiest = max(rank.busy for rank in ranks)
+        busy = sum(rank.busy for rank in ranks) / len(ranks)
         model_flops, repeated = self._flops(strategy, stages)
         precision = "fp32" if config.training.precision == "fp32" else "bf16"
         return Prediction(
@@ -162,7 +149,7 @@ class Planner:
             tuple(times),
             transfer,
             step_seconds,
-            1 - busiest / step.makespan,
+            max(0.0, 1 - busy / step.makespan),
             {name: parts[name] for name in PARTS if parts.get(name)},
             max(ranks, key=lambda rank: rank.communication).traffic,
             model_flops,
@@ -242,116 +229,6 @@ class _Rank:
     gather: float
     traffic: dict[tuple[str, str], tuple[float, float]]
     communication: float
-
-
-@dataclass(frozen=True)
-class Passes:
-    """Work of one micro-batch on a stage."""
-
-    forward: Work
-    input_backward: Work
-    weight_backward: Work
-
-
-def require_supported(config: Config) -> None:
-    """Raise ConfigError for what the closed formulas do not cover."""
-    if config.lora.rank is not None or config.training.freeze:
-        key = "lora.rank" if config.lora.rank is not None else "training.freeze"
-        raise ConfigError(f"{key}: the planner covers runs that train all weights; leave it out")
-    if config.data.task not in TASKS:
-        names = ", ".join(f'"{task}"' for task in TASKS)
-        raise ConfigError(f'data.task: the planner covers {names}, not "{config.data.task}"')
-
-
-def is_supported(config: Config) -> bool:
-    """Return whether the closed formulas cover a config."""
-    try:
-        require_supported(config)
-    except ConfigError:
-        return False
-    return True
-
-
-def stage_work(config: Config, strategy: Strategy, stage: Stage) -> Passes:
-    """Return the work of a stage: that of its layers, and under ZeRO-3 the gathers of their weights."""
-    forward, inputs, weights = Work(), Work(), Work()
-    for cost in stage.costs:
-        forward, inputs, weights = forward + cost.forward, inputs + cost.input_backward, weights + cost.weight_backward
-    if strategy.zero_stage == 3:
-        size = ITEMSIZE[config.training.weight_precision] * stage.parameters
-        call = Call("dp_cp", "all-gather", size)
-        forward += Work(overlaps=(Overlap(call, forward),))
-        inputs += Work(overlaps=(Overlap(call, inputs + weights),))
-    return Passes(forward, inputs, weights)
-
-
-def stage_times(config: Config, strategy: Strategy, stages: Sequence[Stage], clock: Clock) -> list[StageTimes]:
-    """Return the seconds of one micro-batch on each stage; stages that are alike are computed once."""
-    known: dict[tuple[int, ...], StageTimes] = {}
-    result = []
-    for stage in stages:
-        key = tuple(map(id, stage.costs))
-        if key not in known:
-            passes = stage_work(config, strategy, stage)
-            known[key] = StageTimes(
-                clock.seconds(passes.forward),
-                clock.seconds(passes.input_backward + passes.weight_backward),
-                clock.seconds(passes.input_backward.without_overlap()),
-                clock.seconds(passes.weight_backward.without_overlap()),
-            )
-        result.append(known[key])
-    return result
-
-
-def cost_of(times: Sequence[StageTimes]) -> Cost:
-    """Return the cost function of the simulation."""
-
-    def cost(action: Action) -> float:
-        of = times[action.stage]
-        return {
-            ActionKind.FORWARD: of.forward,
-            ActionKind.BACKWARD: of.backward,
-            ActionKind.BACKWARD_INPUT: of.input_backward,
-            ActionKind.BACKWARD_WEIGHT: of.weight_backward,
-        }[action.kind]
-
-    return cost
-
-
-def rank_traffic(config: Config, strategy: Strategy, rank: int) -> dict[tuple[str, str], tuple[float, float]]:
-    """Return calls and bytes of a pipeline rank's collectives and sends in a step, by axis and kind."""
-    owners = placement(strategy.schedule, strategy.pipeline, strategy.virtual_stages)
-    return rank_calls(config, strategy, StageModel(config).stages(strategy), stages_of_rank(owners, rank)).traffic()
-
-
-def rank_calls(config: Config, strategy: Strategy, stages: Sequence[Stage], own: Sequence[int]) -> Work:
-    """Return all collectives and sends of a rank with the stages `own` in a step."""
-    calls: list[Call] = []
-    for stage in own:
-        passes = stage_work(config, strategy, stages[stage])
-        work = (passes.forward + passes.input_backward + passes.weight_backward).without_overlap()
-        calls += [call._replace(times=call.times * strategy.micro_batches) for call in work.calls]
-    sums = gradient_sums(config, strategy, stages, own)
-    calls += [call for one in (*sums.by_stage, sums.shared) for call in one]
-    calls += parameter_gather(config, strategy, rank_parameters(stages, own))
-    return Work(calls=(*calls, *messages(strategy, stages, own)))
-
-
-def messages(strategy: Strategy, stages: Sequence[Stage], own: Sequence[int]) -> list[Call]:
-    """Return what a rank with the stages `own` sends in a step: hidden states, and the gradients of those received."""
-    owners, calls = placement(strategy.schedule, strategy.pipeline, strategy.virtual_stages), []
-    for stage in own:
-        for neighbour, sender in ((stage + 1, stage), (stage - 1, stage - 1)):
-            if 0 <= neighbour < len(stages) and owners[neighbour] != owners[stage]:
-                calls += [Call("pipeline", "send", size, strategy.micro_batches) for size in stages[sender].messages]
-    return calls
-
-
-def optimizer_work(config: Config, strategy: Strategy, n_parameters: int) -> Work:
-    """Return the work of zeroing the gradients, the gradient's norm, clipping, Adam, and the copy to the weights' dtype."""
-    shards = strategy.shards if strategy.zero_stage >= 1 else 1
-    per_owned = 4 + 8 + 28 + 4 + ITEMSIZE[config.training.weight_precision]
-    return Work(moved=GRADIENT_BYTES * n_parameters + per_owned * n_parameters / shards, kernels=20)
 
 
 def model_parameters(config: Config, model: StageModel) -> int:

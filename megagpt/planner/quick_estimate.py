@@ -12,7 +12,9 @@ from megagpt.planner.gradient_sums import KINDS, has_buckets, parameter_gather
 from megagpt.planner.layer_sizes import LayerCost
 from megagpt.planner.memory import GRADIENT_BYTES, MemoryEstimate, estimate, message_bytes
 from megagpt.planner.model_parts import EMBEDDING, OUTPUT, Kind
-from megagpt.planner.predict import Planner, StageTimes, optimizer_work
+from megagpt.planner.predict import Planner
+from megagpt.planner.rank_work import optimizer_work
+from megagpt.planner.stage_times import StageTimes
 from megagpt.planner.strategy import Strategy
 from megagpt.planner.timing import Clock
 from megagpt.planner.work import Call, Overlap, Work

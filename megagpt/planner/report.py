@@ -27,7 +27,7 @@ def text_report(config: Config, hardware: Hardware, prediction: Prediction, toke
         *memory_table(prediction),
         "",
         f"FLOPs      {prediction.model_flops:.4g} per step, {prediction.hardware_flops:.4g} with recomputation",
-        f"step       {duration(prediction.step_seconds)}; bubble {prediction.bubble:.1%}",
+        f"step       {duration(prediction.step_seconds)}; ranks wait for {prediction.bubble:.1%} of it on average (bubble)",
         *(f"             {name:32} {duration(value):>10}  {share:5.1%}" for name, value, share in time_parts(prediction)),
         f"speed      {prediction.tokens_per_second:,.0f} tokens/s, {prediction.tflops_per_gpu:.1f} TFLOP/s per GPU, "
         f"MFU {prediction.mfu:.1%}",

@@ -16,9 +16,9 @@ from megagpt.engine.deepspeed_internals import local_size
 from megagpt.engine.freezing import has_frozen_weights, trained_names
 from megagpt.engine.optimizer import is_unrelated_apex, optimizer_name
 from megagpt.parallel.topology import Layout
+from megagpt.planner.coverage import is_supported
 from megagpt.planner.memory import estimate, peak_memory
 from megagpt.planner.parameters import parameter_count
-from megagpt.planner.predict import is_supported
 from megagpt.planner.strategy import Strategy
 from megagpt.training.evaluation import evaluated_samples
 from megagpt.training.run_warnings import config_warnings, data_warnings, epochs_of_each, tokenizer_warnings

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.encoder_decoder import T5
 from support.families import random_model
 from support.pool import Pool
 from support.runs import corpus, run_trainer, tiny_config
 from support.saved import flip_bit, save_small
+from support.trained import write_random
 
 from megagpt.commands import generate_text, inspect_checkpoint
 from megagpt.commands.convert_checkpoint import main
@@ -219,6 +221,12 @@ def test_a_model_that_no_family_covers_is_refused_with_what_the_nearest_one_lack
     assert "the nearest family of Hugging Face, GPT2LMHeadModel has no counterpart for model.attention_softcap 5.0" in line
     assert "LlamaForCausalLM has no counterpart for" in error(capsys, *arguments, "--family", "llama")
     assert not (tmp_path / "hf").exists()
+
+
+def test_the_nearest_family_of_a_model_with_an_encoder_has_one(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    checkpoint = write_random(tmp_path / "own", "byte", 257, **{**T5, "norm": "layernorm"})
+    line = error(capsys, "to-hf", checkpoint, "--output", tmp_path / "hf")
+    assert "the nearest family of Hugging Face, T5ForConditionalGeneration has no counterpart for model." in line
 
 
 def test_wrong_arguments_are_errors_of_one_line(

@@ -89,7 +89,7 @@ def test_a_missing_tokenizer_is_refused(tmp_path: Path) -> None:
 
 def test_an_impossible_layout_is_refused_with_the_world_sizes_that_fit(tmp_path: Path) -> None:
     result = pretrain(config_file(tmp_path, parallel={"tensor": 2}))
-    assert_refused(result, "a world of 1 ranks does not fit", "fit: 2, 4, 8")
+    assert_refused(result, "a world of 1 ranks does not fit", "fit: 2, 4")
 
 
 def test_an_incomplete_launcher_environment_is_refused(tmp_path: Path) -> None:

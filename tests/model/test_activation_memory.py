@@ -16,6 +16,7 @@ from megagpt.model.block import Block
 from megagpt.model.chunk import build_chunk
 from megagpt.model.dropout_masks import token_keys
 from megagpt.model.forward_context import ForwardContext, MicroBatch
+from megagpt.model.place import Place
 from megagpt.parallel.deferred_gradients import DeferredGradients
 from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.topology import Topology
@@ -41,7 +42,7 @@ def bytes_saved(recompute: str, dropout: float, tensor: int = 1) -> float:
     parallel = ParallelContext()
     if tensor > 1:
         parallel = ParallelContext.of(Topology.create(tensor, 1), True, DeferredGradients())
-    block = Block(0, config, parallel).to(torch.bfloat16).train()
+    block = Block(Place(0), config, parallel).to(torch.bfloat16).train()
     weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
     saved_tensors: dict[int, torch.Tensor] = {}
 

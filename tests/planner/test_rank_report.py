@@ -9,8 +9,9 @@ from megagpt.config import load_config
 from megagpt.parallel.topology import Layout
 from megagpt.planner.hardware import find_hardware
 from megagpt.planner.memory import predict_memory
-from megagpt.planner.predict import Planner, rank_traffic
+from megagpt.planner.predict import Planner
 from megagpt.planner.rank_report import report_rank
+from megagpt.planner.rank_work import rank_traffic
 from megagpt.planner.strategy import Strategy
 
 
@@ -46,8 +47,11 @@ def test_the_command_prints_the_counts_and_the_groups(capsys: pytest.CaptureFixt
     [
         (["--rank", "8"], "error: --rank 8: expected 0 to 7, because there are 8 ranks"),
         (["--world-size", "3"], "error: parallel: a world of 3 ranks does not fit tensor 4 x pipeline 2"),
+        (["--set", "lora.rank=4"], "error: lora.rank: the planner covers runs that train all weights"),
     ],
 )
-def test_ranks_that_do_not_exist_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ranks_that_do_not_exist_and_frozen_weights_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["--config", "6B", "--dry-run", *arguments]) == 2
     assert capsys.readouterr().err.startswith(message)

@@ -9,9 +9,10 @@ from megagpt.config import Config, load_config
 from megagpt.config.rules import broken_rules, data_parallel_size
 from megagpt.errors import ConfigError
 from megagpt.planner.hardware import find_hardware
-from megagpt.planner.predict import Planner, StageTimes
+from megagpt.planner.predict import Planner
 from megagpt.planner.quick_estimate import QuickEstimator, in_flight, pipeline_seconds
 from megagpt.planner.search import candidates, nearest_that_fits, reason, search
+from megagpt.planner.stage_times import StageTimes
 from megagpt.planner.strategy import Strategy
 from megagpt.schedules.registry import SCHEDULES, chunks_per_rank, make_plan
 from megagpt.schedules.simulate import kind_costs, peak_activations, step_time

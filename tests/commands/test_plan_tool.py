@@ -98,3 +98,14 @@ def test_schedule_auto_is_chosen_as_a_run_chooses_it(capsys: pytest.CaptureFixtu
     assert main(arguments) == 0
     fixed = json.loads(capsys.readouterr().out)
     assert auto["strategy"]["schedule"] != "auto" and auto["step_seconds"] < fixed["step_seconds"]
+
+
+def test_the_plan_of_a_model_with_an_encoder_has_the_sums_of_its_shared_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    layout = ["model.encoder_layers=3", "model.n_layer=3", "parallel.pipeline=4", "parallel.tensor=2", "zero.stage=1"]
+    assert main(["--config", "t5-v1.1-base", "--gpus", "16", "--gpu", "H100", "--json", "--set", *layout]) == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert tree["problem"] is None and tree["gpus"] == 16
+    total = sum(memory["parameters"] for memory in tree["memory_bytes_by_pipeline_rank"])
+    assert len(tree["memory_bytes_by_pipeline_rank"]) == 4 and 2 * total > tree["parameters"]  # two tensor ranks, and copies
+    calls = {(one["axis"], one["kind"]): one for one in tree["communication_per_step"]}
+    assert calls["shared weights", "all-reduce"]["calls"] >= 1 and calls["pipeline", "send"]["bytes"] > 0
