@@ -59,7 +59,7 @@ def test_the_rank_that_hosts_the_store_is_named_when_it_is_stopped(tmp_path: Pat
 
 
 def sleep_in_third_step(rank: int) -> None:
-    """Make rank 1 sleep in its third step, in the second of four micro-batches of the second stage."""
+    """Make rank 1 sleep in its third step, in the second of two micro-batches of the second stage."""
     from megagpt.parallel.embedding import VocabParallelLoss
 
     calls: list[int] = []
@@ -67,7 +67,7 @@ def sleep_in_third_step(rank: int) -> None:
     def count(module: torch.nn.Module, args: object) -> None:
         if rank == 1 and isinstance(module, VocabParallelLoss):
             calls.append(1)
-            if len(calls) == 10:
+            if len(calls) == 6:
                 sleep_long()
 
     torch.nn.modules.module.register_module_forward_pre_hook(count)
