@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from megagpt.commands import shell
-from megagpt.commands.quickstart import LAUNCHER, RANKS, ROOT, add_text_argument
+from megagpt.commands.quickstart import ROOT, add_text_argument
 from megagpt.commands.quickstart_steps import (
     RunFolder,
     StepError,
@@ -35,6 +35,8 @@ from megagpt.errors import DataError
 from megagpt.labels import IGNORED
 
 CONFIG = Path("configs/quickstart_t5.json")
+RANKS = 4
+LAUNCHER = f"deepspeed --log_level error --num_gpus {RANKS}"
 FOLDER = RunFolder(Path("runs/quickstart_t5"))
 PAIRS = FOLDER.data / "summaries"
 """Prefix of the pairs to fine-tune on; HELD_OUT has those to score."""
@@ -123,7 +125,7 @@ def tuning_command() -> str:
     return (
         f"{LAUNCHER} pretrain_t5.py --config {CONFIG} --set data.task=pairs data.paths={PAIRS}_pairs "
         f"data.long_examples=truncate checkpoint.initialize_from={FOLDER.checkpoints} checkpoint.dir={TUNED.checkpoints} "
-        f"logging.metrics_file={TUNED.metrics} training.steps=200"
+        f"logging.metrics_file={TUNED.metrics} training.steps=120"
     )
 
 
