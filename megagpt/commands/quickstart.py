@@ -15,10 +15,9 @@ from pathlib import Path
 from megagpt.commands import shell
 from megagpt.commands.quickstart_steps import (
     RunFolder,
-    StepError,
     StepRunner,
     corpus_entropy,
-    last_eval_loss,
+    learned_loss,
     log,
     make_tokens,
 )
@@ -86,10 +85,7 @@ def run_all_steps(text: Path | None, run_step: StepRunner) -> None:
     tokens, entropy = corpus_entropy(Path(f"{FOLDER.corpus}_text_document"))
     log(f"    {tokens:,} tokens; unigram entropy {entropy:.3f} nats per token, the lowest loss of a model without context")
     run_step(f"Train on {RANKS} CPU ranks", f"{LAUNCHER} pretrain_gpt.py --config {CONFIG}", live=True)
-    loss = last_eval_loss(FOLDER.metrics)
-    log(f"    held-out loss {loss:.3f} nats per token, unigram entropy {entropy:.3f}")
-    if loss >= MAX_LOSS_SHARE * entropy:
-        raise StepError(f"the held-out loss {loss:.3f} is not below {MAX_LOSS_SHARE:.0%} of the unigram entropy {entropy:.3f}")
+    loss = learned_loss(FOLDER.metrics, entropy, MAX_LOSS_SHARE)
     run_step(
         "Generate a few lines of text",
         f"python tools/generate_text.py --checkpoint {FOLDER.checkpoints} --prompt {shlex.quote(prompt)} "

@@ -191,6 +191,15 @@ def last_eval_loss(metrics: Path) -> float:
     return float(losses[-1])
 
 
+def learned_loss(metrics: Path, entropy: float, max_share: float) -> float:
+    """Return the last held-out loss. Raises StepError if it is not below `max_share` of the unigram entropy."""
+    loss = last_eval_loss(metrics)
+    log(f"    held-out loss {loss:.3f} nats per token, unigram entropy {entropy:.3f}")
+    if loss >= max_share * entropy:
+        raise StepError(f"the held-out loss {loss:.3f} is not below {max_share:.0%} of the unigram entropy {entropy:.3f}")
+    return loss
+
+
 def child_environment() -> dict[str, str]:
     """Return the caller's environment, with this interpreter's scripts first in PATH, no GPU, and one thread per rank."""
     scripts = sysconfig.get_path("scripts")

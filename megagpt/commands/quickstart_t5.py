@@ -19,9 +19,8 @@ from megagpt.commands import shell
 from megagpt.commands.quickstart import ROOT, add_text_argument
 from megagpt.commands.quickstart_steps import (
     RunFolder,
-    StepError,
     StepRunner,
-    last_eval_loss,
+    learned_loss,
     log,
     make_tokens,
     unigram_entropy,
@@ -93,10 +92,7 @@ def run_all_steps(text: Path | None, run_step: StepRunner) -> None:
     entropy = target_entropy()
     log(f"    unigram entropy of the targets {entropy:.3f} nats per token, the lowest loss of a model without context")
     run_step(f"Pretrain with span corruption on {RANKS} CPU ranks", f"{LAUNCHER} pretrain_t5.py --config {CONFIG}", live=True)
-    loss = last_eval_loss(FOLDER.metrics)
-    log(f"    held-out loss {loss:.3f} nats per token, unigram entropy {entropy:.3f}")
-    if loss >= MAX_LOSS_SHARE * entropy:
-        raise StepError(f"the held-out loss {loss:.3f} is not below {MAX_LOSS_SHARE:.0%} of the unigram entropy {entropy:.3f}")
+    loss = learned_loss(FOLDER.metrics, entropy, MAX_LOSS_SHARE)
     n_held_out = max(1, round(HELD_OUT_SHARE * len(pairs)))
     for path, part in ((PAIRS.with_suffix(".jsonl"), pairs[:-n_held_out]), (HELD_OUT, pairs[-n_held_out:])):
         path.write_text("".join(json.dumps(pair._asdict()) + "\n" for pair in part), encoding="utf-8")

@@ -70,18 +70,18 @@ class SampleTexts:
     @torch.no_grad()
     def texts(self) -> list[dict[str, Any]]:
         """Return each prompt with its new text. Collective."""
-        begun, device = self._inputs.tokens, self._engine.device
-        lengths = torch.tensor([len(ids) for ids in begun], device=device)
+        prompt_ids, device = self._inputs.tokens, self._engine.device
+        lengths = torch.tensor([len(ids) for ids in prompt_ids], device=device)
         rows = torch.arange(len(lengths), device=device)
         tokens = torch.zeros(len(lengths), self._length, dtype=torch.int64, device=device)
-        for row, ids in enumerate(begun):
+        for row, ids in enumerate(prompt_ids):
             tokens[row, : len(ids)] = torch.tensor(ids)
         for number in range(self._n_new):
             tokens[rows, lengths + number] = self._next_tokens(tokens, lengths + number - 1)
         prompts = self._engine.config.evaluation.sample_prompts
         return [
             {"prompt": prompt, "text": self._text(ids, row[len(ids) : len(ids) + self._n_new].tolist())}
-            for prompt, ids, row in zip(prompts, begun, tokens, strict=True)
+            for prompt, ids, row in zip(prompts, prompt_ids, tokens, strict=True)
         ]
 
     def _next_tokens(self, tokens: Tensor, last: Tensor) -> Tensor:
