@@ -297,7 +297,8 @@ class ZeroConfig(Section):
     reduce_bucket_mib: float = Field(default=64.0, gt=0, le=2**20)
     """Stages 1 and 2: gradients of consecutive blocks, of at least so many MiB in fp32, are summed over the ranks as soon as
     the backward of the last micro-batch has passed these blocks, beside the backward of the others. What is left is summed at
-    the end. Schedules with a split backward sum at the end of a stage."""
+    the end. Schedules with a split backward sum at the end of a stage. Updated weights are gathered in the same buckets, beside
+    the next forward."""
 
 
 class FillInTheMiddleConfig(Section):
@@ -685,6 +686,6 @@ class Config(Section):
     """What a run reports."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Further settings, passed to DeepSpeed unchanged. With an effect: the sizes in zero_optimization, such as
-    reduce_bucket_size, allgather_bucket_size and stage3_prefetch_bucket_size, and the loss scale in fp16, such as
+    stage3_prefetch_bucket_size, under stage 3 or with the optimizer on the CPU, and the loss scale in fp16, such as
     initial_scale_power and loss_scale_window. Without: DeepSpeed's profilers and timers (flops_profiler,
     wall_clock_breakdown). The keys in the table at the end of docs/config.md are refused."""

@@ -162,6 +162,9 @@ class ZeroSteps(Protocol):
     def discard(self) -> None:
         """Drop the reduced gradients. Weights and loss scale do not change."""
 
+    def take_gathers(self, parameters: Iterable[nn.Parameter] | None = None) -> list[Any]:
+        """Return the collectives in flight that bring updated weights, to be waited for; of all parameters if None."""
+
 
 class _DeepSpeedUpdate:
     """The optimizer step by DeepSpeed."""
@@ -177,6 +180,10 @@ class _DeepSpeedUpdate:
         norm = self._engine.get_global_grad_norm()
         skipped = bool(getattr(self._engine.optimizer, "overflow", False))
         return Update(float("nan") if norm is None else float(norm), skipped)
+
+    def take_gathers(self, parameters: Iterable[nn.Parameter] | None = None) -> list[Any]:
+        """Return nothing: `update` has waited for all weights."""
+        return []
 
 
 class PartitionedSteps(_DeepSpeedUpdate):
@@ -276,8 +283,8 @@ class FlatSteps:
 
     averages = False
 
-    def __init__(self, engine: Any, chunks: Sequence[Sequence[nn.Parameter]]) -> None:
-        """`chunks`: parameters that are reduced together."""
+    def __init__(self, engine: Any, buckets: Sequence[Sequence[nn.Parameter]], rests: Sequence[Sequence[nn.Parameter]]) -> None:
+        """`buckets`, `rests`: as `FlatZero` takes them."""
         self._zero = zero = engine.optimizer
         self._clip_grad = float(zero.clip_grad)
         engine.inside_no_sync_ctxt = True  # DeepSpeed's hooks do nothing from here on
@@ -288,7 +295,8 @@ class FlatSteps:
             parameter.grad_dtype = torch.float32
         self._flat = FlatZero(
             [FlatGroup(list(group), weights, master) for group, weights, master in groups],
-            chunks,
+            buckets,
+            rests,
             zero.optimizer,
             zero.dp_process_group,
             zero.mpu.get_model_parallel_group(),
@@ -296,6 +304,7 @@ class FlatSteps:
             frees=engine.zero_optimization_stage() == 2,
         )
         self.begin, self.reduce, self.finish = self._flat.begin, self._flat.reduce, self._flat.finish
+        self.take_gathers = self._flat.take_gathers
 
     def cancel(self) -> None:
         """End without reducing anything."""
@@ -316,11 +325,13 @@ class FlatSteps:
         return getattr(parameter, "model_parallel", False) or self._zero.model_parallel_rank == 0
 
 
-def build_zero_steps(engine: Any, chunks: Sequence[Sequence[nn.Parameter]]) -> ZeroSteps:
-    """Return gradients and optimizer step for the engine's ZeRO stage. `chunks`: parameters that are reduced together."""
+def build_zero_steps(
+    engine: Any, buckets: Sequence[Sequence[nn.Parameter]], rests: Sequence[Sequence[nn.Parameter]]
+) -> ZeroSteps:
+    """Return gradients and optimizer step for the engine's ZeRO stage. `buckets`, `rests`: as `FlatZero` takes them."""
     if engine.zero_optimization_stage() == 3:
         return PartitionedSteps(engine)
-    return OffloadedSteps(engine) if engine.optimizer.cpu_offload else FlatSteps(engine, chunks)
+    return OffloadedSteps(engine) if engine.optimizer.cpu_offload else FlatSteps(engine, buckets, rests)
 
 
 @dataclass(frozen=True)

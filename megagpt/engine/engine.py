@@ -105,18 +105,19 @@ class Engine:
         self._layers = stage_layers(config, len(self._rank_of_stage))
         self.chunks = self._build_chunks()
         self.model = nn.ModuleList(self.chunks.values())
-        self.parameters = list(self.model.parameters())
+        self._parameters = list(self.model.parameters())
         shared = shared_parameters(config, self._layers)
         self._sync = GradientSync(self.chunks, self._rank_of_stage, topology, config.zero.stage, shared)
         check_scales(config)
-        for parameter in self.parameters:
+        for parameter in self._parameters:
             set_group(parameter, group_of_shard(shard_of(parameter), config))
         self._groups = groups_of_model(config)
         add_placeholder_parameters(self.model, self._groups)
         self.deepspeed = self._initialize_deepspeed()
         if config.optimizer.type == "muon":
             self._attach_matrices()
-        self._reduction = ChunkReduction(self._sync, self._buckets(), partial(build_zero_steps, self.deepspeed), self.phase)
+        build_steps = partial(build_zero_steps, self.deepspeed)
+        self._reduction = ChunkReduction(self._sync, self.chunks, self._buckets(), build_steps, self.phase)
         self._zero = self._reduction.zero
         self._executors: dict[tuple[str | None, int, torch.Size, int], Executor] = {}
 
@@ -142,7 +143,10 @@ class Engine:
         return loss_sum
 
     def step(self, learning_rate: float) -> StepResult:
-        """Clip the gradients and update the weights; skip the update if the gradients overflowed. Collective."""
+        """Clip the gradients and update the weights; skip the update if the gradients overflowed. Collective.
+
+        Weights of other ranks may still be on their way; a forward waits for those that it reads.
+        """
         self.phase.enter("optimizer step")
         loss_scale = self.loss_scale
         set_learning_rate(self.deepspeed.optimizer.param_groups, learning_rate)
@@ -171,10 +175,10 @@ class Engine:
         executor = self._executor(self.config.parallel.schedule, [micro_batch])
         executor.step([micro_batch], self._loss_gradient(n_tokens, self.loss_scale))
         self._sync.sum_over_stages()
-        sum_partial_gradients(self.parameters, self.topology.tensor_group)
-        sum_gradients(self.parameters, self.topology.context_group)
+        sum_partial_gradients(self._parameters, self.topology.tensor_group)
+        sum_gradients(self._parameters, self.topology.context_group)
         yield
-        for parameter in self.parameters:
+        for parameter in self._parameters:
             parameter.grad = None
         self._zero.cancel()
 
@@ -196,6 +200,12 @@ class Engine:
         finally:
             for chunk, own in zip(last, usual, strict=True):
                 chunk.objective = own
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters of this rank, with the weights of the last step. Collective."""
+        self._reduction.wait_for_weights()
+        return self._parameters
 
     @property
     def shared(self) -> list[SharedParameter]:
@@ -224,12 +234,13 @@ class Engine:
         return optimizer
 
     def zero_state(self) -> ZeroState:
-        """Return the weights and optimizer states that this rank owns."""
-        optimizer = self.config.optimizer
-        return ZeroState(self.deepspeed, self.parameters, optimizer.type, optimizer.momentum > 0)
+        """Return the weights and optimizer states that this rank owns. Collective."""
+        self._reduction.wait_for_weights()
+        return self._zero_state()
 
     def close(self) -> None:
-        """Free DeepSpeed's resources."""
+        """Free DeepSpeed's resources. Collective."""
+        self._reduction.wait_for_weights()
         self.deepspeed.destroy()
 
     def _build_chunks(self) -> dict[int, Chunk]:
@@ -252,7 +263,7 @@ class Engine:
             raise ConfigError('training.precision: "fp16" is not supported on this device; "bf16" and "fp32" are')
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its notes are not for the user
         check_section(config, topology.layout.dp_cp)
-        mark_for_gradient_norm(self.parameters, topology.layout.tensor)
+        mark_for_gradient_norm(self._parameters, topology.layout.tensor)
         optimizer = build_optimizer(config.optimizer, self.model.parameters())
         try:
             engine, *_ = deepspeed.initialize(
@@ -264,7 +275,7 @@ class Engine:
         except (AssertionError, AttributeError, ImportError, TypeError, ValueError) as error:
             raise explain_refusal(config, error) from error
         check_internals(engine, self.model.parameters())  # with the placeholders, so at least one is trained
-        for parameter in self.parameters:
+        for parameter in self._parameters:
             # Micro-batches accumulate in fp32. DeepSpeed's own option for this (data_types.grad_accum_dtype) would use
             # an optimizer that cannot leave the reduction to the end of the step.
             parameter.grad_dtype = torch.float32
@@ -272,11 +283,11 @@ class Engine:
 
     def _attach_matrices(self) -> None:
         """Give Muon the list of the pieces of matrices that this rank has."""
-        zero, topology = self.zero_state(), self.topology
+        zero, topology = self._zero_state(), self.topology
         shards = topology.dp_cp_group if self.config.zero.stage > 0 else None
         for group, description in zip(self.deepspeed.optimizer.param_groups, self._groups, strict=True):
             segments = []
-            for parameter in self.parameters:
+            for parameter in self._parameters:
                 if not parameter.requires_grad or not description.orthogonal or group_of(parameter) != description:
                     continue
                 shard, found = shard_of(parameter), zero.flat_range(parameter)
@@ -286,6 +297,10 @@ class Engine:
                 groups = tuple(one for one in (shards, split) if one is not None)
                 segments.append(Segment(shard, pieces, offset, groups))
             Muon.attach(group, segments)
+
+    def _zero_state(self) -> ZeroState:
+        optimizer = self.config.optimizer
+        return ZeroState(self.deepspeed, self._parameters, optimizer.type, optimizer.momentum > 0)
 
     def _loss_gradient(self, n_tokens: int | Tensor, scale: float) -> Tensor:
         """Return scale / n_tokens: the gradient of the sum of the token losses, an fp32 scalar on the device."""

@@ -2,8 +2,9 @@
 
 The gradients of a group of parameters are views of one fp32 buffer, laid out like the group's flat weights. So backwards add
 to it in place, the sum over the ranks goes straight to the rank that owns a part (as many bytes as a reduce-scatter), and
-norm, clipping and optimizer each read the rank's part once. DeepSpeed creates the flat weights, the fp32 master weights and
-their division over the ranks (`deepspeed_internals.py`); ZeRO 0 is the case of one rank.
+norm, clipping and optimizer each read the rank's part once. The updated weights come from their owners, in buckets, beside the
+next forward. DeepSpeed creates the flat weights, the fp32 master weights and their division over the ranks
+(`deepspeed_internals.py`); ZeRO 0 is the case of one rank.
 """
 
 import math
@@ -55,20 +56,25 @@ class _Segment:
 
 
 class FlatZero:
-    """Gradients and optimizer step of ZeRO 0 to 2: `begin`, backwards, `reduce` per chunk, `finish`, then `update`."""
+    """Gradients and optimizer step of ZeRO 0 to 2: `begin`, backwards, `reduce` per chunk, `finish`, then `update`.
+
+    After `update`, weights may be read when the collectives that `take_gathers` returns for them are done.
+    """
 
     def __init__(
         self,
         groups: Sequence[FlatGroup],
-        chunks: Sequence[Sequence[nn.Parameter]],
+        buckets: Sequence[Sequence[nn.Parameter]],
+        rests: Sequence[Sequence[nn.Parameter]],
         optimizer: torch.optim.Optimizer,
         shard_group: ProcessGroup,
         model_group: ProcessGroup,
         is_counted: Callable[[nn.Parameter], bool],
         frees: bool,
     ) -> None:
-        """`chunks`: parameters that `reduce` gets together; all others are reduced by `finish`.
+        """`buckets`, `rests`: parameters that `reduce` gets together; all others are reduced by `finish`.
 
+        The weights of each bucket are gathered apart, in this order, after those that are in no bucket.
         `shard_group`: ranks that share the parts; `model_group`: ranks with the other parameters of this replica.
         `is_counted`: whether a parameter's gradient counts in the norm on this rank.
         `frees`: free a chunk's gradients, except this rank's part, as soon as they are reduced (ZeRO 2).
@@ -80,9 +86,7 @@ class FlatZero:
         self._rank, self._n_ranks = dist.get_rank(shard_group), dist.get_world_size(shard_group)
         self._frees = frees and self._n_ranks > 1
         self._place = {p: (index, _offset(p, group)) for index, group in enumerate(groups) for p in group.parameters}
-        in_chunks = {p for chunk in chunks for p in chunk}
-        parts = [[p for p in chunk if p in self._place] for chunk in chunks] + [[p for p in self._place if p not in in_chunks]]
-        self._segments = [segment for part in parts for segment in self._joined(part)]
+        self._segments = [segment for part in self._parts([*buckets, *rests]) for segment in self._joined(part)]
         self._segment_of = {p: segment for segment in self._segments for p, _ in segment.parameters}
         self._counted = list(self._own_ranges(self._joined([p for p in self._place if is_counted(p)])))
         self._full = [] if self._frees else [_zeros(group.weights, len(group.weights)) for group in groups]
@@ -95,6 +99,10 @@ class FlatZero:
             self._allocate()
         self._pending: dict[nn.Parameter, None] = {}
         self._works: list[tuple[Any, _Segment]] = []
+        *in_buckets, rest = self._parts(buckets)
+        self._gathered_together = [rest, *in_buckets]
+        self._gather_of = {p: index for index, part in enumerate(self._gathered_together) for p in part}
+        self._gathers: dict[int, list[Any]] = {}
 
     def begin(self) -> None:
         """Set all gradients to zero, as views of flat buffers."""
@@ -114,12 +122,9 @@ class FlatZero:
         if self._n_ranks == 1:
             return
         for segment in segments:
-            buffer, part = self._buffers[segment], self._part_length(segment.group)
-            for owner in range(segment.start // part, (segment.end - 1) // part + 1):
-                first, last = max(segment.start, owner * part), min(segment.end, (owner + 1) * part)
-                piece = buffer[first - segment.start : last - segment.start]
-                destination = dist.get_global_rank(self._shard_group, owner)
-                self._works.append((dist.reduce(piece, destination, group=self._shard_group, async_op=True), segment))
+            for owner, first, last in self._pieces(segment):
+                piece = self._buffers[segment][first - segment.start : last - segment.start]
+                self._works.append((dist.reduce(piece, owner, group=self._shard_group, async_op=True), segment))
             if self._frees:
                 for parameter, _ in segment.parameters:
                     parameter.grad = None
@@ -138,7 +143,7 @@ class FlatZero:
         self._works = []
 
     def update(self, loss_scale: float, max_norm: float) -> Update:
-        """Clip this rank's gradients to `max_norm` (0: do not), update its weights, and gather all weights. Collective.
+        """Clip this rank's gradients to `max_norm` (0: do not), update its weights, start to gather all weights. Collective.
 
         `loss_scale`: factor that the gradients have. Without any change if their norm is not finite.
         """
@@ -155,11 +160,33 @@ class FlatZero:
             group.master.grad = gradients
         self._optimizer.step()
         for group in self._groups:
-            own = self._part(group.weights)
-            own.copy_(group.master.detach())
-            if self._n_ranks > 1:
-                all_gather_into(group.weights, own, group=self._shard_group)
+            self._part(group.weights).copy_(group.master.detach())
+        if self._n_ranks > 1:
+            self._gathers = {index: self._gather(part) for index, part in enumerate(self._gathered_together)}
         return Update(grad_norm, skipped=False)
+
+    def take_gathers(self, parameters: Iterable[nn.Parameter] | None = None) -> list[Any]:
+        """Return the collectives in flight that bring the weights of these parameters; of all parameters if None.
+
+        Each is returned once, so the caller must wait for it.
+        """
+        if not self._gathers:
+            return []
+        indices = self._gather_of.values() if parameters is None else [self._gather_of.get(p) for p in parameters]
+        return [work for index in dict.fromkeys(indices) if index is not None for work in self._gathers.pop(index, ())]
+
+    def _gather(self, parameters: Sequence[nn.Parameter]) -> list[Any]:
+        """Start to bring the weights of these parameters from their owners; return the collectives."""
+        if len(parameters) == len(self._place):
+            return [
+                all_gather_into(group.weights, self._part(group.weights), group=self._shard_group, async_op=True)
+                for group in self._groups
+            ]
+        return [
+            dist.broadcast(self._groups[segment.group].weights[first:last], owner, group=self._shard_group, async_op=True)
+            for segment in self._joined(parameters)
+            for owner, first, last in self._pieces(segment)
+        ]
 
     def _allocate(self) -> None:
         """Make the buffers of all segments, and the views of them that are the gradients."""
@@ -183,6 +210,18 @@ class FlatZero:
             if dist.get_world_size(group) > 1:
                 dist.all_reduce(total, group=group)
         return total.sqrt()
+
+    def _parts(self, parts: Sequence[Sequence[nn.Parameter]]) -> list[list[nn.Parameter]]:
+        """Return the trained parameters of each part, and at the end those that are in none."""
+        in_parts = {p for part in parts for p in part}
+        return [[p for p in part if p in self._place] for part in parts] + [[p for p in self._place if p not in in_parts]]
+
+    def _pieces(self, segment: _Segment) -> Iterator[tuple[int, int, int]]:
+        """Yield (owner, first, last) of the ranges of a segment that one rank owns; `owner` is a global rank."""
+        part = self._part_length(segment.group)
+        for number in range(segment.start // part, (segment.end - 1) // part + 1):
+            owner = dist.get_global_rank(self._shard_group, number)
+            yield owner, max(segment.start, number * part), min(segment.end, (number + 1) * part)
 
     def _part_length(self, group: int) -> int:
         return len(self._groups[group].weights) // self._n_ranks

@@ -1,7 +1,8 @@
-"""When the gradients of a chunk are summed over the replicas: in buckets of blocks, during the chunk's last backward.
+"""When gradients are summed over the replicas and updated weights gathered: in buckets of blocks, beside other blocks.
 
 A backward goes through the blocks from the last to the first, so the sums of the later blocks can run beside the backward of
 the earlier ones. What is in no bucket (the first blocks, embeddings, norms at the ends) is summed when the chunk is done.
+After the optimizer step it is gathered first: the weights of a bucket arrive while the next forward computes what is before it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,18 +45,26 @@ class ChunkReduction:
     def __init__(
         self,
         sync: GradientSync,
+        chunks: Mapping[int, nn.Module],
         buckets: Mapping[int, Sequence[Bucket]],
-        build_steps: Callable[[Sequence[Sequence[nn.Parameter]]], ZeroSteps],
+        build_steps: Callable[[Sequence[Sequence[nn.Parameter]], Sequence[Sequence[nn.Parameter]]], ZeroSteps],
         phase: PhaseTracker,
     ) -> None:
-        """`buckets`: those of each stage of this rank. `build_steps`: gets the parameters that are summed together."""
+        """`chunks`, `buckets`: those of this rank, by stage.
+
+        `build_steps`: gets the parameters of the buckets in the order of a forward, and those of each stage in no bucket.
+        """
         self._sync = sync
         self._buckets = buckets
         self._rest = {stage: _without(parameters, buckets[stage]) for stage, parameters in sync.by_stage.items()}
         self._waiting: dict[int, list[Bucket]] = {}
         self._phase = phase
-        in_buckets = [bucket.parameters for stage in buckets.values() for bucket in stage]
-        self.zero = build_steps([*in_buckets, *self._rest.values()])
+        in_buckets = [bucket.parameters for stage in buckets.values() for bucket in reversed(stage)]
+        self.zero = build_steps(in_buckets, list(self._rest.values()))
+        for stage, chunk in chunks.items():
+            self._wait_before(chunk, _without(list(chunk.parameters()), buckets[stage]))
+            for bucket in buckets[stage]:
+                self._wait_before(bucket.first, bucket.parameters)
 
     @contextmanager
     def during_backward_of(self, stage: int) -> Iterator[None]:
@@ -75,6 +84,18 @@ class ChunkReduction:
             for bucket in self._waiting.pop(stage, self._buckets[stage]):
                 self._start(bucket.parameters)
             self._start(self._rest[stage])
+
+    def wait_for_weights(self, parameters: Sequence[nn.Parameter] | None = None) -> None:
+        """Wait until the updated weights of these parameters are here; of all parameters if None. Collective."""
+        gathers = self.zero.take_gathers(parameters)
+        if gathers:
+            with self._phase.waiting():
+                for gather in gathers:
+                    gather.wait()
+
+    def _wait_before(self, module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        """Let each forward of the module begin with the weights of the last step."""
+        module.register_forward_pre_hook(lambda module, arguments: self.wait_for_weights(parameters))
 
     def _watch(self, bucket: Bucket, waiting: list[Bucket]) -> Callable[..., None]:
         """Return a hook of a block's forward that starts the sums when the gradient of the block's input is complete.

@@ -1,4 +1,4 @@
-"""Gradient sums of a step: their collectives, and how much of their time is not hidden behind the backward.
+"""Gradient sums and parameter gathers of a step: their collectives, and how much of their time no computation hides.
 
 As `megagpt/engine/gradient_sync.py`, `megagpt/engine/reduction.py` and ZeRO make them. Does not import torch.
 """
@@ -75,8 +75,12 @@ def exposed_seconds(config: Config, strategy: Strategy, stage: Stage, calls: Seq
 
 def has_buckets(config: Config, strategy: Strategy) -> bool:
     """Return whether gradients are summed during the last backward of a chunk."""
-    in_parts = strategy.zero_stage in (1, 2) and config.zero.offload_optimizer == "none"
-    return in_parts and not splits_backward(strategy.schedule)
+    return gathers_in_buckets(config, strategy) and not splits_backward(strategy.schedule)
+
+
+def gathers_in_buckets(config: Config, strategy: Strategy) -> bool:
+    """Return whether updated weights are gathered during the next forward."""
+    return strategy.zero_stage in (1, 2) and config.zero.offload_optimizer == "none"
 
 
 def buckets(config: Config, stage: Stage) -> list[tuple[LayerCost, int]]:
@@ -101,3 +105,29 @@ def parameter_gather(config: Config, strategy: Strategy, n_parameters: int) -> l
     if strategy.shards == 1 or strategy.zero_stage not in (1, 2):
         return []
     return [Call("dp_cp", "all-gather", ITEMSIZE[config.training.weight_precision] * n_parameters)]
+
+
+def exposed_gather_seconds(
+    config: Config, strategy: Strategy, stages: Sequence[Stage], n_parameters: int, clock: Clock
+) -> float:
+    """Return how much longer the first forwards of a rank with these stages take because they wait for updated weights.
+
+    What is in no bucket is gathered first and waited for. Each bucket is waited for by its first block.
+    """
+    calls = parameter_gather(config, strategy, n_parameters)
+    if not calls:
+        return 0.0
+    (call,) = calls
+    if not gathers_in_buckets(config, strategy):
+        return clock.call_seconds(call)
+    parts = [part for stage in stages for part in reversed(buckets(config, stage))]
+    itemsize = call.bytes / n_parameters
+    arrived = now = clock.call_seconds(call._replace(bytes=call.bytes - itemsize * sum(size for _, size in parts)))
+    computed = 0.0
+    for cost, size in parts:
+        if size:
+            arrived += clock.call_seconds(call._replace(bytes=itemsize * size))
+            now = max(now, arrived)
+        now += clock.seconds(cost.forward)
+        computed += clock.seconds(cost.forward)
+    return now - computed

@@ -6,7 +6,7 @@ from functools import cached_property
 
 from megagpt.config.schema import Config
 from megagpt.planner.coverage import require_supported
-from megagpt.planner.gradient_sums import exposed_seconds, gradient_sums, parameter_gather
+from megagpt.planner.gradient_sums import exposed_gather_seconds, exposed_seconds, gradient_sums
 from megagpt.planner.hardware import Hardware
 from megagpt.planner.memory import MemoryEstimate, message_bytes, rank_memory, rank_parameters
 from megagpt.planner.rank_work import optimizer_work, rank_calls
@@ -195,7 +195,6 @@ class Planner:
         parts = {name: strategy.micro_batches * value for name, value in _parts(passes, clock, splits).items()}
         parts["pipeline bubble and messages"] = step.finish[rank] - busy
         parts["gradient sums"] = reduction
-        gather = parameter_gather(self.config, strategy, n_parameters)
         work = rank_calls(self.config, strategy, stages, own)
         update = optimizer_work(self.config, strategy, n_parameters)
         return _Rank(
@@ -204,7 +203,7 @@ class Planner:
             step.finish[rank] + reduction,
             parts,
             clock.compute_seconds(update),
-            sum(clock.call_seconds(call) for call in gather),
+            exposed_gather_seconds(self.config, strategy, mine, n_parameters, clock),
             work.traffic(),
             sum(clock.call_seconds(call) for call in work.calls),
         )

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
-from megagpt.planner.gradient_sums import KINDS, has_buckets, parameter_gather
+from megagpt.planner.gradient_sums import KINDS, gathers_in_buckets, has_buckets, parameter_gather
 from megagpt.planner.layer_sizes import LayerCost
 from megagpt.planner.memory import GRADIENT_BYTES, MemoryEstimate, estimate, message_bytes
 from megagpt.planner.model_parts import EMBEDDING, OUTPUT, Kind
@@ -166,8 +166,7 @@ class QuickEstimator:
         transfer = clock.call_seconds(Call("pipeline", "send", message_bytes(config, strategy)))
         memory = self._memory(strategy, layers)
         step = pipeline_seconds(strategy.schedule, strategy.pipeline, strategy.micro_batches, strategy.chunks, times, transfer)
-        backward = times.backward / strategy.chunks
-        return QuickEstimate(step + self._after_backward(strategy, clock, memory.parameters, backward), memory)
+        return QuickEstimate(step + self._after_backward(strategy, clock, memory.parameters, times), memory)
 
     def _largest_rank(self, strategy: Strategy, layers: _Layers) -> StageTimes:
         """Return the times of the rank that computes longest."""
@@ -182,17 +181,21 @@ class QuickEstimator:
             totals[owner] = _plus(totals[owner], end, 1)
         return StageTimes(*max(totals, key=lambda times: times[0] + times[1]))
 
-    def _after_backward(self, strategy: Strategy, clock: Clock, n_parameters: int, backward: float) -> float:
-        """Return the time after the last backward, which takes `backward` on the last chunk."""
+    def _after_backward(self, strategy: Strategy, clock: Clock, n_parameters: int, times: StageTimes) -> float:
+        """Return the time after the last backward, and that of the next forward for its weights. `times`: of the rank."""
         config = self._planner.config
         exposed = n_parameters / (strategy.chunks if strategy.zero_stage else 1)
         gathers = sum(clock.call_seconds(call) for call in parameter_gather(config, strategy, n_parameters))
         update = clock.compute_seconds(optimizer_work(config, strategy, n_parameters))
         sums = clock.call_seconds(Call("dp_cp", KINDS[strategy.zero_stage], GRADIENT_BYTES * exposed))
+        embedding = config.model.padded_vocab_size // strategy.tensor * config.model.n_embd
         if has_buckets(config, strategy):  # the embedding's sum is never hidden
-            embedding = config.model.padded_vocab_size // strategy.tensor * config.model.n_embd
             last = GRADIENT_BYTES * min(exposed, embedding)
+            backward = times.backward / strategy.chunks
             sums = max(sums - backward, clock.call_seconds(Call("dp_cp", KINDS[strategy.zero_stage], last)))
+        if gathers_in_buckets(config, strategy):
+            first = sum(clock.call_seconds(call) for call in parameter_gather(config, strategy, min(n_parameters, embedding)))
+            gathers = max(gathers - times.forward, first)
         return sums + gathers + update
 
     def _memory(self, strategy: Strategy, layers: _Layers) -> MemoryEstimate:

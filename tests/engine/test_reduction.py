@@ -1,4 +1,4 @@
-"""Gradients are summed over the replicas in buckets, while the last backward runs, with the results of one sum at the end.
+"""Gradients are summed and weights gathered in buckets, beside backward and forward, with the results of one call at the end.
 
 Tolerances as in tests/training/test_layouts.py.
 """
@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 from support.encoder_decoder import T5
 from support.pool import Pool
-from support.runs import Tree, compare, create_engine, full_model, tiny_config, train, train_step
+from support.runs import Tree, compare, create_engine, full_model, local_micro_batches, tiny_config, train, train_step
 
 from megagpt.config import Config
 from megagpt.engine.reduction import make_buckets
@@ -81,6 +81,52 @@ def test_the_sums_of_a_block_start_before_the_products_of_the_one_before_it(rank
 def test_with_one_large_bucket_all_sums_follow_the_backward(ranks: Pool) -> None:
     events = ranks.run(2, events_of_a_step, tiny_config())[0]
     assert "weight gradient" not in events[events.index("sum") :]
+
+
+class RecordedGather:
+    """A started gather that records when it is waited for."""
+
+    def __init__(self, work: Any, events: list[str]) -> None:
+        self.work, self.events = work, events
+
+    def wait(self) -> None:
+        self.events.append("weights")
+        self.work.wait()
+
+
+def events_after_a_step(config: Config) -> tuple[list[str], list[str]]:
+    """Return the waits for weights and the forwards of blocks: in the forward after a step, and when parameters are read."""
+    engine, events = create_engine(config), list[str]()
+    start_broadcast = dist.broadcast
+
+    def broadcast(*args: Any, **kwargs: Any) -> Any:
+        assert kwargs["async_op"], "the gather blocks"
+        return RecordedGather(start_broadcast(*args, **kwargs), events)
+
+    (chunk,) = engine.chunks.values()
+    for number, block in enumerate(chunk.blocks):
+        block.register_forward_pre_hook(lambda *_, number=number: events.append(f"block {number}"))
+    with patch.object(dist, "broadcast", broadcast):
+        train_step(engine, 0)
+        assert "weights" not in events, "the step waits"
+        events.clear()
+        engine.evaluate(local_micro_batches(config, 1, engine.topology)[:2])
+        forward = events.copy()
+        train_step(engine, 1)
+        events.clear()
+        assert len(engine.parameters) > 0
+    engine.close()
+    return forward, events
+
+
+def test_a_block_waits_for_its_own_weights_and_a_reader_for_all(ranks: Pool) -> None:
+    """4 blocks; the first one is gathered with the embeddings."""
+    for forward, read in ranks.run(2, events_after_a_step, with_small_buckets({})):
+        blocks = [event for event in forward if event != "weights"]
+        assert blocks == 2 * ["block 0", "block 1", "block 2", "block 3"]
+        assert all(forward[forward.index(block) - 1] == "weights" for block in blocks)
+        assert "weights" not in forward[forward.index("block 3") :], "the second micro-batch waits again"
+        assert read == forward.count("weights") * ["weights"]
 
 
 def test_buckets_have_at_least_the_size_and_never_the_first_block() -> None:
