@@ -6,10 +6,11 @@ from megagpt.config.schema import Config, ModelConfig
 from megagpt.model.dropout_masks import token_keys
 from megagpt.model.forward_context import MicroBatch
 from megagpt.model.init_scheme import init_stds
-from megagpt.parallel.embedding import VocabParallelEmbedding, VocabParallelLoss
+from megagpt.parallel.embedding import VocabParallelEmbedding
 from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.parameter import mark_second_copy
 from megagpt.parallel.seeding import stable_seed
+from megagpt.parallel.vocab_loss import VocabParallelLoss
 
 TOKEN_EMBEDDING = "embedding.token.weight"
 """Name of the parameter that a tied output layer shares."""

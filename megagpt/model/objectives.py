@@ -12,7 +12,7 @@ from megagpt.config.schema import Config
 from megagpt.labels import IGNORED
 from megagpt.model.forward_context import MicroBatch
 from megagpt.parallel.collectives import gather_sequence
-from megagpt.parallel.embedding import VocabParallelLoss
+from megagpt.parallel.vocab_loss import VocabParallelLoss
 
 
 class Objective(Protocol):

@@ -17,8 +17,8 @@ from megagpt.labels import IGNORED
 from megagpt.model.forward_context import MicroBatch
 from megagpt.parallel.collectives import gather_sequence
 from megagpt.parallel.context_parallel import ContextParallel
-from megagpt.parallel.embedding import VocabParallelLoss
 from megagpt.parallel.topology import Coordinates, Topology
+from megagpt.parallel.vocab_loss import VocabParallelLoss
 
 
 class _Inputs(NamedTuple):

@@ -11,9 +11,9 @@ import torch
 from support.runs import Tree, full_model, parameters_by_name, tiny_config
 from torch import Tensor
 
+from megagpt.labels import IGNORED
 from megagpt.model.forward_context import MicroBatch
 from megagpt.model.gpt import GPTChunk
-from megagpt.parallel.embedding import IGNORED
 
 LENGTHS = [[1, 6, 1, 1, 8], [3, 14]]
 """Lengths of the documents in rows of 17 tokens: 16 inputs and the last label."""

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from megagpt.parallel.embedding import unpadded_entries
+from megagpt.parallel.loss_kernels import unpadded_entries
 from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.parameter import (
     Shard,

@@ -14,8 +14,8 @@ from support.runs import Tree, create_engine, tiny_config, train_step
 
 from megagpt.config import Config
 from megagpt.model.meta_model import stage_layers
-from megagpt.parallel.embedding import CHUNK_MIB
 from megagpt.parallel.topology import Layout
+from megagpt.parallel.vocab_loss import CHUNK_MIB
 from megagpt.planner.collective_counter import CollectiveCounter, TrafficKey
 from megagpt.planner.dry_run import open_dry_run
 from megagpt.planner.traffic import Amount, Traffic, step_traffic

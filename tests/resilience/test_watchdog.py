@@ -60,7 +60,7 @@ def test_the_rank_that_hosts_the_store_is_named_when_it_is_stopped(tmp_path: Pat
 
 def sleep_in_third_step(rank: int) -> None:
     """Make rank 1 sleep in its third step, in the second of two micro-batches of the second stage."""
-    from megagpt.parallel.embedding import VocabParallelLoss
+    from megagpt.parallel.vocab_loss import VocabParallelLoss
 
     calls: list[int] = []
 

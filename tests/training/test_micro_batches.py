@@ -12,7 +12,7 @@ from support.runs import tiny_config
 
 from megagpt.config import Config
 from megagpt.data.sampler import TokenBatch
-from megagpt.parallel.embedding import IGNORED
+from megagpt.labels import IGNORED
 from megagpt.parallel.topology import Layout, Topology
 from megagpt.training.micro_batches import HostBatch, global_batches, positions_in_document, to_host_batch
 
