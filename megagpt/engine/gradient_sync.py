@@ -51,12 +51,6 @@ class GradientSync:
         self.by_stage = {stage: self._without_shared(chunk) for stage, chunk in chunks.items()}
         """Trained parameters of each stage, without the shared ones."""
 
-    def sum_stage(self, stage: int) -> list[nn.Parameter]:
-        """Sum the gradients of a stage whose backwards are done; return its parameters. Collective."""
-        parameters = self.by_stage[stage]
-        self.sum(parameters)
-        return parameters
-
     def sum_shared(self) -> None:
         """Sum the gradients of the shared parameters, after all backwards. Collective."""
         self.sum_over_stages()

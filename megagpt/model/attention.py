@@ -1,6 +1,7 @@
 """Self-attention; the heads are split over the tensor ranks."""
 
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,21 @@ def attention_mask(
     return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, float("-inf"))
 
 
+def output_projection(
+    name: str, model: ModelConfig, parallel: ParallelContext, residual_std: float, add_bias: bool
+) -> RowParallelLinear:
+    """Return the layer behind the heads of an attention, [batch, seq, heads * head size] -> [batch, seq, hidden]."""
+    n_in, bias = model.n_head * model.head_size, model.attention_bias
+    return RowParallelLinear(f"{name}.proj", n_in, model.n_embd, parallel, residual_std, bias, add_bias)
+
+
+def run_core(core: Callable[..., Tensor], recompute: bool, *args: Any) -> Tensor:
+    """Return core(*args); with `recompute` the backward computes it again, so nothing but the arguments is saved."""
+    if not recompute or not torch.is_grad_enabled():
+        return core(*args)
+    return cast(Tensor, checkpoint(core, *args, use_reentrant=False, preserve_rng_state=False))
+
+
 class SelfAttention(nn.Module):
     """[batch, seq, hidden] -> [batch, seq, hidden] (this rank's positions under sequence or context parallelism).
 
@@ -71,9 +87,7 @@ class SelfAttention(nn.Module):
         self.interleaved_rotary = model.rotary.interleaved
         self.scale = model.attention_scale or model.head_size**-0.5
         self.qkv = build_qkv(name, model, parallel)
-        n_in = model.n_head * model.head_size
-        bias = model.attention_bias
-        self.proj = RowParallelLinear(f"{name}.proj", n_in, model.n_embd, parallel, residual_std, bias, add_bias)
+        self.proj = output_projection(name, model, parallel, residual_std, add_bias)
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         heads = self._all_positions(self.qkv(x))
@@ -81,10 +95,7 @@ class SelfAttention(nn.Module):
         if ctx.rotary is not None:
             query, key = (fused.rotate(self.kernels, tensor, ctx.rotary, self.interleaved_rotary) for tensor in (query, key))
         key, value = self._with_earlier(key, value, ctx)
-        if self.recompute_core and torch.is_grad_enabled():
-            out = checkpoint(self._core, query, key, value, ctx, use_reentrant=False, preserve_rng_state=False)
-        else:
-            out = self._core(query, key, value, ctx)
+        out = run_core(self._core, self.recompute_core, query, key, value, ctx)
         # [batch, heads, seq, head size] -> [batch, seq, heads * head size]: this rank's positions, all of its heads
         return self.proj(self.context.sequence_for_heads(out.transpose(1, 2)).flatten(2))
 

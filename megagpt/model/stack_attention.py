@@ -6,16 +6,14 @@ Relative bias and masks are the same in all layers of a stack, so the stack make
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megagpt.config.schema import ModelConfig
-from megagpt.model.attention import SelfAttention
+from megagpt.model.attention import SelfAttention, output_projection, run_core
 from megagpt.model.dropout import WeightDropout
 from megagpt.model.forward_context import ForwardContext
 from megagpt.model.memory_cache import Pair
 from megagpt.model.place import Place
 from megagpt.model.qkv import GroupedQKV
-from megagpt.parallel.linear import RowParallelLinear
 from megagpt.parallel.parallel_context import ParallelContext
 
 
@@ -116,21 +114,14 @@ class CrossAttention(nn.Module):
         self.n_heads = model.n_head // parallel.tp_size
         self.recompute_core = recompute_core
         self.qkv = GroupedQKV(name, model, parallel)
-        n_in = model.n_head * model.head_size
-        bias = model.attention_bias
-        self.proj = RowParallelLinear(f"{name}.proj", n_in, model.n_embd, parallel, residual_std, bias, add_bias)
+        self.proj = output_projection(name, model, parallel, residual_std, add_bias)
         scale = model.attention_scale or model.head_size**-0.5
         self.values = WeightedValues(scale, model, parallel, *place.site, "cross-attention weights")
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         query = self.context.heads_for_sequence(self.qkv.queries(x)).transpose(1, 2)
         key, value = self._keys_and_values(ctx)
-        if self.recompute_core and torch.is_grad_enabled():
-            out = checkpoint(
-                self.values, query, key, value, ctx.memory_mask, ctx, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            out = self.values(query, key, value, ctx.memory_mask, ctx)
+        out = run_core(self.values, self.recompute_core, query, key, value, ctx.memory_mask, ctx)
         return self.proj(self.context.sequence_for_heads(out.transpose(1, 2)).flatten(2))
 
     def flops(self, source_length: int, sequence_length: int) -> int:

@@ -82,8 +82,8 @@ class DryRun:
         """Sum the gradients that ZeRO does not sum, after `forward_backward`."""
         sync = GradientSync(self.chunks, self.rank_of_stage, self.topology, self.config.zero.stage, self.shared)
         with self._mode:
-            for stage in self.chunks:
-                sync.sum_stage(stage)
+            for parameters in sync.by_stage.values():
+                sync.sum(parameters)
             sync.sum_shared()
 
     def saved_bytes(self, stage: int) -> int:

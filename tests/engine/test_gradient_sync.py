@@ -61,9 +61,9 @@ def sums_of_all(tensor: int, pipeline: int, zero_stage: int, rank_of_stage: Sequ
         chunks[stage] = chunk_of(*local)
     sync = GradientSync(chunks, rank_of_stage, topology, zero_stage, {TIED: [0, last]})
     for stage, chunk in chunks.items():
-        returned = sync.sum_stage(stage)
-        trained = [value for value in chunk.parameters() if value.requires_grad and value is not tied]
-        assert len(returned) == len(trained) == 2 and all(a is b for a, b in zip(returned, trained, strict=True))
+        summed, trained = sync.by_stage[stage], [p for p in chunk.parameters() if p.requires_grad and p is not tied]
+        assert len(summed) == len(trained) == 2 and all(a is b for a, b in zip(summed, trained, strict=True))
+        sync.sum(summed)
     stages = {name: ranks_in(value) for name, value in named.items()}
     sync.sum_shared()
     return stages, {name: ranks_in(value) for name, value in named.items()}
