@@ -9,6 +9,7 @@ public interface, so this module reads and drives parts of DeepSpeed's ZeRO opti
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol, cast
@@ -88,6 +89,23 @@ def init_deepspeed(launcher: Launcher, backend: str, timeout: timedelta) -> None
     # DeepSpeed 0.19 calls collectives by the names that torch 2.13 replaced, in every step.
     warnings.filterwarnings("ignore", r".*(all_gather_into_tensor|reduce_scatter_tensor)", FutureWarning)
     deepspeed.init_distributed(backend, timeout=timeout, dist_init_required=False, auto_mpi_discovery=False)
+
+
+@contextmanager
+def without_broadcast(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside the block, DeepSpeed does not send the weights of the first rank to the others, which have the same bits.
+
+    It asks each weight whether it is a shard of DeepSpeed's own linear layers, which differ between ranks. Stage 3 sends each
+    weight nevertheless when it divides it.
+    """
+    marked = [cast(Any, parameter) for parameter in parameters]
+    for parameter in marked:
+        parameter.ds_optim_param = True
+    try:
+        yield
+    finally:
+        for parameter in marked:
+            del parameter.ds_optim_param
 
 
 def mark_for_gradient_norm(parameters: Iterable[nn.Parameter], tp_size: int) -> None:

@@ -26,6 +26,7 @@ from megagpt.engine.deepspeed_internals import (
     build_zero_steps,
     check_internals,
     mark_for_gradient_norm,
+    without_broadcast,
 )
 from megagpt.engine.freezing import add_placeholder_parameters, check_scales, freeze
 from megagpt.engine.gradient_sync import GradientSync, SharedParameter, sum_gradients, sum_partial_gradients
@@ -44,7 +45,7 @@ from megagpt.engine.reduction import Bucket, ChunkReduction, make_buckets
 from megagpt.errors import ConfigError
 from megagpt.model.chunk import Chunk, build_chunk, join_copies, message_tensors, shared_parameters
 from megagpt.model.forward_context import MicroBatch
-from megagpt.model.meta_model import stage_layers
+from megagpt.model.meta_model import meta_model, stage_layers
 from megagpt.model.objectives import Objective
 from megagpt.parallel.deferred_gradients import DeferredGradients
 from megagpt.parallel.kernels import Kernels
@@ -102,7 +103,8 @@ class Engine:
         if parallel.schedule == "auto":
             raise ConfigError('parallel.schedule: "auto" must be resolved first (megagpt.planner.auto_schedule)')
         self._rank_of_stage = placement(parallel.schedule, topology.layout.pipeline, parallel.virtual_stages)
-        self._layers = stage_layers(config, len(self._rank_of_stage))
+        full_model = meta_model(config)
+        self._layers = stage_layers(config, len(self._rank_of_stage), full_model)
         self.chunks = self._build_chunks()
         self.model = nn.ModuleList(self.chunks.values())
         self._parameters = list(self.model.parameters())
@@ -111,7 +113,7 @@ class Engine:
         check_scales(config)
         for parameter in self._parameters:
             set_group(parameter, group_of_shard(shard_of(parameter), config))
-        self._groups = groups_of_model(config)
+        self._groups = groups_of_model(config, full_model)
         add_placeholder_parameters(self.model, self._groups)
         self.deepspeed = self._initialize_deepspeed()
         if config.optimizer.type == "muon":
@@ -266,12 +268,13 @@ class Engine:
         mark_for_gradient_norm(self._parameters, topology.layout.tensor)
         optimizer = build_optimizer(config.optimizer, self.model.parameters())
         try:
-            engine, *_ = deepspeed.initialize(
-                model=self.model,
-                optimizer=optimizer,
-                mpu=DeepSpeedMPU(topology, shard=config.zero.stage > 0),
-                config=deepspeed_config(config, topology.layout.dp_cp),
-            )
+            with without_broadcast(self.model.parameters()):
+                engine, *_ = deepspeed.initialize(
+                    model=self.model,
+                    optimizer=optimizer,
+                    mpu=DeepSpeedMPU(topology, shard=config.zero.stage > 0),
+                    config=deepspeed_config(config, topology.layout.dp_cp),
+                )
         except (AssertionError, AttributeError, ImportError, TypeError, ValueError) as error:
             raise explain_refusal(config, error) from error
         check_internals(engine, self.model.parameters())  # with the placeholders, so at least one is trained

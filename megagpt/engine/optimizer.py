@@ -15,7 +15,6 @@ from torch import nn
 
 from megagpt.config.schema import Config, OptimizerConfig
 from megagpt.engine.muon import Muon
-from megagpt.model.meta_model import meta_model
 from megagpt.parallel.parameter import Shard, shard_of
 
 MUON_MOMENTUM = 0.95
@@ -43,9 +42,12 @@ def group_of_shard(shard: Shard, config: Config) -> Group:
     return Group(matrix, scale, config.optimizer.type == "muon" and in_block)
 
 
-def groups_of_model(config: Config) -> list[Group]:
-    """Return the groups of the full model, in the order that every rank uses; there is one of each number of dims."""
-    groups = {group_of_shard(shard_of(parameter), config) for parameter in meta_model(config).parameters()}
+def groups_of_model(config: Config, model: nn.Module) -> list[Group]:
+    """Return the groups of the full model, in the order that every rank uses; there is one of each number of dims.
+
+    `model`: the meta model of the config.
+    """
+    groups = {group_of_shard(shard_of(parameter), config) for parameter in model.parameters()}
     for matrix in (True, False):
         if not any(group.matrix == matrix for group in groups):
             groups.add(Group(matrix, 1.0))

@@ -29,13 +29,13 @@ def parameter_names(model: nn.Module) -> list[str]:
     return [shard_of(parameter).name for parameter in model.parameters()]
 
 
-def stage_layers(config: Config, n_stages: int) -> list[range]:
+def stage_layers(config: Config, n_stages: int, model: Chunk | None = None) -> list[range]:
     """Return the layers of each pipeline stage, balanced by forward FLOPs, embedding and output layer included.
 
-    The layers of an encoder come first.
+    The layers of an encoder come first. `model`: the meta model, if the caller has it already.
 
     `model.vocab_size` must be known. Raises ValueError if there are more stages than layers.
     """
-    model, length = meta_model(config), config.model.n_positions
+    model, length = model or meta_model(config), config.model.n_positions
     costs = [float(flops) for flops in model.layer_flops()]
     return balance(costs, n_stages, float(model.embedding_flops()), float(length * model.loss.flops_per_token()))

@@ -10,6 +10,7 @@ from support.runs import (
     Tree,
     count_labels,
     create_engine,
+    create_topology,
     local_micro_batches,
     local_weights,
     tiny_config,
@@ -23,6 +24,7 @@ from megagpt.engine.engine import Engine
 from megagpt.errors import ConfigError
 from megagpt.parallel.parallel_context import ParallelContext
 from megagpt.parallel.parameter import mark_second_copy, replicated_parameter, shard_of, sharded_parameter
+from megagpt.planner.collective_counter import CollectiveCounter
 
 ENGINE, OPTIMIZER = deepspeed_internals.ENGINE_ATTRIBUTES, deepspeed_internals.OPTIMIZER_ATTRIBUTES
 STAGE_1_AND_2, STAGE_3 = deepspeed_internals.STAGE_1_AND_2_ATTRIBUTES, deepspeed_internals.STAGE_3_ATTRIBUTES
@@ -63,6 +65,21 @@ def errors_by_attribute(config: Config) -> dict[str, str]:
         errors[f"parameter.{name}"] = error_of(real, Without(parameters[0], name))
     engine.close()
     return errors
+
+
+def broadcasts_of_a_start(config: Config) -> tuple[int, bool]:
+    """Return how many broadcasts create an engine, and whether a parameter keeps the mark that avoids them."""
+    topology = create_topology(config)
+    with CollectiveCounter(topology) as counter:
+        engine = Engine(config, topology, torch.device("cpu"))
+    marked = any(hasattr(parameter, "ds_optim_param") for parameter in engine.parameters)
+    engine.close()
+    return sum(calls for key, calls in counter.calls.items() if key.call == "broadcast"), marked
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_no_weight_is_sent_at_the_start_because_all_ranks_draw_the_same(stage: int, ranks: Pool) -> None:
+    assert ranks.run(2, broadcasts_of_a_start, tiny_config(zero={"stage": stage})) == [(0, False)] * 2
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
