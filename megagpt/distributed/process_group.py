@@ -5,10 +5,11 @@ import os
 import torch
 import torch.distributed as dist
 
+from megagpt.distributed import shared_gloo
 from megagpt.distributed.launcher import Launcher
 from megagpt.distributed.rendezvous import TIMEOUT, meet
 
-__all__ = ["TIMEOUT", "destroy_process_group", "init_process_group", "share_cores"]
+__all__ = ["TIMEOUT", "destroy_process_group", "init_process_group", "share_cores", "use_batch_scheduling"]
 
 
 def init_process_group(launcher: Launcher, device: torch.device) -> dist.Store | None:
@@ -22,7 +23,8 @@ def init_process_group(launcher: Launcher, device: torch.device) -> dist.Store |
         backend = "nccl"
     else:
         share_cores(launcher.local_size if launcher.local_size > 1 else launcher.world_size)
-        backend = "gloo"
+        use_batch_scheduling()
+        backend = shared_gloo.register()
     if launcher.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
         return None
@@ -40,3 +42,12 @@ def destroy_process_group() -> None:
 def share_cores(processes: int) -> None:
     """Give each of `processes` on a machine without GPUs an equal number of CPU threads."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+
+
+def use_batch_scheduling() -> None:
+    """Ask Linux not to interrupt a rank that computes when another rank on its core receives a message.
+
+    Collectives of ranks that share cores take a third of the time (8 ranks on 2 cores).
+    """
+    if hasattr(os, "SCHED_BATCH"):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

@@ -50,7 +50,7 @@ def test_ranks_connect_and_share_a_store(world_size: int) -> None:
         assert process.exitcode == 0
     total, threads = sum(range(1, world_size + 1)), max(1, (os.cpu_count() or 1) // world_size)
     greeting = "hello" if world_size > 1 else None
-    assert outcomes == [(rank, "gloo", total, greeting, threads) for rank in range(world_size)]
+    assert outcomes == [(rank, "shared_gloo", total, greeting, threads) for rank in range(world_size)]
 
 
 def test_the_cores_are_divided_among_the_processes_and_each_has_at_least_one() -> None:

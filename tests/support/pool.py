@@ -19,7 +19,7 @@ from typing import Any
 RANKS = 8
 AFTER_FAILURE = 5.0
 """Seconds to wait for the other ranks after one has failed."""
-MAX_THREADS = 24
+MAX_THREADS = 64
 PRELOAD = [
     "torch",
     "torch._dynamo",
@@ -108,8 +108,11 @@ def skip_imported_objects_in_gc() -> None:
 def _serve(connection: Connection) -> None:
     import torch
 
+    from megagpt.distributed.process_group import use_batch_scheduling
+
     skip_imported_objects_in_gc()
     torch.set_num_threads(1)
+    use_batch_scheduling()
     os.environ["DS_ACCELERATOR"] = "cpu"
     while True:
         try:
@@ -128,11 +131,12 @@ def _in_world(rank: int, world: int, store: str, function: Callable[..., Any], a
     import deepspeed
     import torch.distributed as dist
 
+    from megagpt.distributed import shared_gloo
     from megagpt.distributed.launcher import Launcher
     from megagpt.engine.deepspeed_internals import init_deepspeed
 
     timeout = timedelta(seconds=120)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
+    dist.init_process_group(shared_gloo.register(), init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
     try:
         init_deepspeed(Launcher(rank, world, rank), "gloo", timeout)
         result = function(*args)
