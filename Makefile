@@ -15,7 +15,11 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 # One thread a rank: several ranks share the cores. The hub is never asked: tests run without a network.
 RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline
 
-.PHONY: help setup quickstart quickstart-t5 test test-gpu lint clean
+# Files of tests are shared between so many processes; each has up to 8 ranks of its own.
+TEST_WORKERS ?= 2
+IN_PARALLEL := --numprocesses $(TEST_WORKERS) --dist loadfile
+
+.PHONY: help setup quickstart quickstart-t5 test test-all test-gpu lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,8 +42,11 @@ quickstart: $(STAMP) ## train a small GPT on 8 CPU ranks, start to end, in minut
 quickstart-t5: $(STAMP) ## the same for an encoder and a decoder: span corruption, then summaries
 	$(RUN) $(BIN)/python tools/quickstart_t5.py $(if $(TEXT),--text "$(TEXT)")
 
-test: $(STAMP) ## run the whole test suite
-	$(RUN) $(BIN)/python -m pytest
+test: $(STAMP) ## run the test suite, in TEST_WORKERS=2 processes
+	$(RUN) $(BIN)/python -m pytest $(IN_PARALLEL)
+
+test-all: $(STAMP) ## the same, with all combinations of layouts, models and options
+	$(RUN) MEGAGPT_EXHAUSTIVE=1 $(BIN)/python -m pytest $(IN_PARALLEL)
 
 test-gpu: ## run the tests that need a GPU, with this machine's python (PYTHON=...), which has torch already
 	$(RUN) $(PYTHON) -m pytest tests/gpu

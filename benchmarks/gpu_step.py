@@ -2,7 +2,8 @@
 
 megagpt's steps are those of its training loop (`Trainer.train_step`, batches from a memory-mapped corpus). Hugging Face's
 are GPT2LMHeadModel under torch.compile with bf16 autocast, fused AdamW and clip_grad_norm_, on batches in GPU memory. Each
-runs in a process of its own, alternating. MFU counts the FLOPs of megagpt's formula for both.
+runs in a process of its own, alternating. MFU counts the FLOPs of megagpt's formula for both. The last lines are one table of
+all runs, and the rate of large matrix products on this device.
 
   python benchmarks/gpu_step.py --shapes 124M 1.3B --steps 20 --rounds 2 --profile
   python benchmarks/gpu_step.py --shapes tiny --steps 3 --rounds 1      on a CPU: only shows that it runs
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ KINDS = {
 
 
 def main() -> None:
-    """Print one table: speed, MFU, memory and first step of both sides for each shape."""
+    """Print a line for each run, and at the end a table of all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["124M"], help="shapes to measure")
     parser.add_argument("--steps", type=int, default=20, help=f"counted steps, after {WARM_UP} that are not counted")
@@ -58,10 +59,58 @@ def main() -> None:
     if args.worker:
         print(json.dumps(WORKERS[args.worker](args)))
         return
+    rows = []
     for shape in args.shapes:
         for _ in range(args.rounds):
             for side in [args.only] if args.only else SIDES:
-                print(_line(shape, side, _run(shape, side, args)), flush=True)
+                result = _run(shape, side, args)
+                print(_line(shape, side, result), flush=True)
+                rows.append((shape, side, result))
+    print(_table(rows))
+    print(_matrix_rate())
+
+
+def _table(rows: list[tuple[str, str, dict[str, Any]]]) -> str:
+    """Return a Markdown table of all runs; with --profile also launches, host-bound share and time by kind of kernel."""
+    profiled = any("profile" in result for *_, result in rows)
+    names = ["shape", "side", "tokens/s", "ms/step", "MFU", "peak GiB", "first step s"]
+    names += ["launches/step", "kernels ms", "host-bound", *KINDS, "other"] if profiled else []
+    lines = [names, ["---"] * len(names)]
+    for shape, side, result in rows:
+        if "failed" in result:
+            lines.append([shape, side, "failed", *[""] * (len(names) - 3)])
+            continue
+        cells = [shape, side, f"{result['tokens_per_second']:,.0f}", f"{result['step_ms']:.1f}", f"{result['mfu']:.1%}"]
+        cells += [f"{result['peak_gib']:.2f}", f"{result['first_step_s']:.1f}"]
+        if profiled:
+            profile = result["profile"]
+            cells += [f"{profile['launches']:,}", f"{profile['kernel_ms']:.1f}", f"{profile['idle']:.1%}"]
+            cells += [f"{profile['kinds'].get(kind, 0):.1%}" for kind in (*KINDS, "other")]
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _matrix_rate() -> str:
+    """Measure products of square bf16 matrices, of 8192 rows on a GPU."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    size, times, device = (8192, 50, "cuda") if cuda else (256, 5, "cpu")
+    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+
+    def seconds() -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(times):
+            left @ right
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    seconds()  # warm-up
+    rate = 2 * size**3 * times / seconds() / 1e12
+    return f"{torch.cuda.get_device_name() if cuda else 'CPU'}: bf16 products of {size}^3 run at {rate:.3g} TFLOP/s"
 
 
 def _run(shape: str, side: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -87,6 +136,7 @@ def _line(shape: str, side: str, result: dict[str, Any]) -> str:
             f"(device idle {profile['idle']:.1%}), {profile['launches']:,} launches per step; {kinds}"
         )
         line += "".join(f"\n      {ms:8.2f} ms x{count:5.0f}  {name}" for name, ms, count in profile["top"])
+        line += "".join(f"\n      {ms:8.2f} ms idle before {name}" for name, ms in profile["idle_before"])
     return line
 
 
@@ -198,6 +248,7 @@ def _measure(step: Callable[[], Any], args: argparse.Namespace, device: Any) -> 
 
 
 def _profile(timed: Callable[[int], float], n_steps: int) -> dict[str, Any]:
+    import torch
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -211,14 +262,31 @@ def _profile(timed: Callable[[int], float], n_steps: int) -> dict[str, Any]:
         kinds[kind] += event.self_device_time_total / total
     kernel_ms = total / 1e3 / n_steps
     largest = sorted(events, key=lambda event: -event.self_device_time_total)[:25]
+    on_device = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    intervals = [(event.name[:100], event.time_range.start, event.time_range.end) for event in on_device]
     return {
         "wall_ms": wall / n_steps * 1e3,
         "kernel_ms": kernel_ms,
         "idle": max(0.0, 1 - kernel_ms / (wall / n_steps * 1e3)),
         "launches": sum(event.count for event in events) // n_steps,
         "kinds": dict(kinds.most_common()),
+        "idle_before": [(name, us / 1e3 / n_steps) for name, us in _idle_before(intervals)[:8]],
         "top": [(event.key[:100], event.self_device_time_total / 1e3 / n_steps, event.count / n_steps) for event in largest],
     }
+
+
+def _idle_before(intervals: list[tuple[str, float, float]]) -> list[tuple[str, float]]:
+    """Return the time in which nothing ran before the kernels of each name, longest first.
+
+    intervals: name, start and end, in any order.
+    """
+    idle: dict[str, float] = defaultdict(float)
+    busy_until = float("inf")
+    for name, start, end in sorted(intervals, key=lambda interval: interval[1]):
+        if start > busy_until:
+            idle[name] += start - busy_until
+        busy_until = end if busy_until == float("inf") else max(busy_until, end)
+    return sorted(idle.items(), key=lambda entry: -entry[1])
 
 
 def _rates(step_ms: float, tokens: int, flops_per_token: int, device: Any) -> dict[str, float]:

@@ -645,6 +645,8 @@ class LoggingConfig(Section):
     metrics_file: PathText | None = None
     """File that gets one JSON line per logged step and per evaluation; none if absent. A new run keeps the records of an
     earlier one in FILE.1, FILE.2 and so on. docs/metrics.md describes the fields."""
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """Peak of a device in TFLOP/s, of which the MFU is a share; by the name of the GPU if absent."""
     noise_scale_interval: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     """Steps between measurements of the gradient noise scale (McCandlish et al., arXiv 1812.06162); none if absent. Logged as
     noise_scale, in tokens, and suggested_batch_size, the same in sequences. A measurement costs one more forward and

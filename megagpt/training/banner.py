@@ -55,7 +55,7 @@ def banner(trainer: Trainer, rank_parameters: int) -> list[str]:
         f"model      {parameter_count(config):,} parameters{_trained(config)}",
         f"layout     {layout_line(config, layout)}",
         f"memory     {memory_line(config, layout, rank_parameters, trainer.engine.compiles)}",
-        f"device     {device_line(trainer.device, config.training.precision)}",
+        f"device     {device_line(trainer.device, config)}",
         f"kernels    {kernels_line(trainer.engine.compiles, optimizer_name(trainer.engine.optimizer))}",
         *length_lines(config, trainer.step, trainer.total_steps),
         *data_lines(config, datasets.train, last_sample(trainer)),
@@ -108,13 +108,16 @@ def _size(n_bytes: float) -> str:
     return f"{n_bytes / 2**30:.3g} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.3g} MiB"
 
 
-def device_line(device: torch.device, precision: str) -> str:
+def device_line(device: torch.device, config: Config) -> str:
     """Return the name of the device, the precision, and the peak that the MFU is a share of, if there is one."""
+    precision = config.training.precision
+    peak = config.logging.peak_tflops or peak_tflops(device, precision)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    if peak is not None:
+        return f"{name}, {precision}, peak {peak:g} TFLOP/s"
     if device.type != "cuda":
-        return f"CPU, {precision}"
-    peak = peak_tflops(device, precision)
-    text = "no MFU, because its peak is not known" if peak is None else f"peak {peak:g} TFLOP/s"
-    return f"{torch.cuda.get_device_name(device)}, {precision}, {text}"
+        return f"{name}, {precision}"
+    return f"{name}, {precision}, no MFU, because its peak is not known; logging.peak_tflops sets it"
 
 
 def kernels_line(compiles: bool, optimizer: str) -> str:

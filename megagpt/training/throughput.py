@@ -5,26 +5,22 @@ import time
 
 import torch
 
+from megagpt.planner.hardware import gpu_of_device
 from megagpt.training.loggers.base import MetricsRecord
 
-PEAK_TFLOPS = {
-    "H200": 989.4,
+OTHER_PEAKS = {
     "H100 PCIe": 756.5,
     "H100 NVL": 835.5,
     "H100": 989.4,
-    "A100": 312.0,
     "A10G": 70.0,
     "L40S": 362.1,
     "RTX 4090": 165.2,
     "V100": 125.0,
-    "B200": 2250.0,
-    "MI300X": 1307.4,
-    "MI250X": 191.5,  # one of the two dies that appear as devices
 }
-"""Dense bf16 or fp16 peak with fp32 accumulation in TFLOP/s, by a part of the device name; first match counts.
+"""Dense bf16 or fp16 peak with fp32 accumulation in TFLOP/s of GPUs that the planner does not know, by a part of the device
+name; first match counts.
 
-From the vendors' data sheets and architecture papers: NVIDIA H200, H100, A100, L40S, V100 and DGX B200 data sheets (half of
-the values that they give with sparsity), Ada architecture paper (RTX 4090), AWS (A10G), AMD MI300X and MI250X data sheets.
+From NVIDIA's data sheets (half of the values that they give with sparsity), the Ada architecture paper (RTX 4090), AWS (A10G).
 """
 FP16_ONLY = ("V100",)
 """Devices without bf16 in their matrix units."""
@@ -34,14 +30,15 @@ def peak_tflops(device: torch.device, precision: str) -> float | None:
     """Return the device's peak for bf16 or fp16 matrix products in TFLOP/s; None if unknown, and for fp32.
 
     For fp32 the peak depends on whether torch uses TF32, so there is no MFU. For fp8 it is the peak of bf16, so that the MFU
-    shows what the 8 bits gain.
+    shows what the 8 bits gain. `logging.peak_tflops` replaces it.
     """
     if device.type != "cuda" or precision == "fp32":
         return None
     name = torch.cuda.get_device_name(device)
     if precision == "bf16" and any(part in name for part in FP16_ONLY):
         return None
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    gpu = gpu_of_device(name)
+    return gpu.bf16_tflops if gpu else next((peak for part, peak in OTHER_PEAKS.items() if part in name), None)
 
 
 def peak_memory_gib(device: torch.device) -> float:

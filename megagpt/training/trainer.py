@@ -130,7 +130,7 @@ class Trainer:
             self._samples = SampleTexts(self.engine) if config.evaluation.sample_prompts else None
             self._stragglers = Stragglers(self.phase, topology, device, config.resilience.straggler_factor)
             self._flops_per_token = training_flops_per_token(config)
-            self._peak_tflops = peak_tflops(device, config.training.precision)
+            self._peak_tflops = config.logging.peak_tflops or peak_tflops(device, config.training.precision)
             self._window = ThroughputWindow()
             self._losses = LossMean()
             self._interruption: Interruption | None = None

@@ -4,13 +4,13 @@ The state is read back by DeepSpeed's own functions, which are independent of me
 1e-6 (relative) with the run that was never stopped, under the layout that saved; sums in another order differ by about 1e-7.
 """
 
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from support.checkpoints import AfterStep, FullState, LayoutCase, LocalTensor, full_state, layout_config, local_state
+from support.exhaustive import EXHAUSTIVE
 from support.pool import Pool
 from support.runs import Losses, Tree, corpus, open_trainer
 
@@ -112,10 +112,12 @@ def sources(ranks: Pool, data: str, tmp_path_factory: pytest.TempPathFactory) ->
 def test_every_bit_saved_under_any_layout_is_loaded_under_this_one(
     target: str, ranks: Pool, data: str, sources: dict[str, Source]
 ) -> None:
-    layout = LAYOUTS[target]
-    folders = [source.folder for source in sources.values()]
-    by_rank = ranks.run(layout.world_size, load_each, config_of(layout, data), folders)
-    for number, (name, source) in enumerate(sources.items()):
+    """From three other layouts, in a cycle; from all layouts in the exhaustive suite."""
+    layout, index = LAYOUTS[target], list(LAYOUTS).index(target)
+    names = list(LAYOUTS) if EXHAUSTIVE else [*LAYOUTS, *LAYOUTS][index + 1 : index + 4]
+    by_rank = ranks.run(layout.world_size, load_each, config_of(layout, data), [sources[name].folder for name in names])
+    for number, name in enumerate(names):
+        source = sources[name]
         loaded = full_state([results[number] for results in by_rank])
         assert loaded.keys() == source.state.keys()
         for key, values in source.state.items():
@@ -127,9 +129,9 @@ def test_every_bit_saved_under_any_layout_is_loaded_under_this_one(
 def test_a_run_saved_under_another_layout_resumes_under_this_one_with_equal_losses(
     target: str, ranks: Pool, data: str, sources: dict[str, Source]
 ) -> None:
-    """Resume from the next layout of the list (after the last, the first); from all layouts if MEGAGPT_ALL_PAIRS=1."""
+    """Resume from the next layout of the list (after the last, the first); from all layouts in the exhaustive suite."""
     layout, index = LAYOUTS[target], list(LAYOUTS).index(target)
-    others = [*LAYOUTS, *LAYOUTS][index + 1 : index + 2] if not os.environ.get("MEGAGPT_ALL_PAIRS") else list(LAYOUTS)
+    others = [*LAYOUTS, *LAYOUTS][index + 1 : index + 2] if not EXHAUSTIVE else list(LAYOUTS)
     configs = [config_of(layout, data, checkpoint={"resume": str(sources[name].folder)}) for name in others]
     for name, losses in zip(others, ranks.run(layout.world_size, resume_each, configs)[0], strict=True):
         assert len(losses) == MORE_STEPS

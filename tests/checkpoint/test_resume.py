@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.checkpoints import LayoutCase, run_config
+from support.exhaustive import chosen
 from support.pool import Pool, RankError
 from support.runs import Tree, corpus, run_trainer
 
@@ -32,7 +33,7 @@ def assert_equal_bits(results: list[Tree], expected: list[Tree]) -> None:
             assert np.array_equal(values, wanted), name
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", chosen(LAYOUTS, "ZeRO-2", "ZeRO-3", "2 x 2 x 2"))
 def test_four_steps_and_four_more_equal_eight_bit_for_bit(name: str, ranks: Pool, tmp_path: Path) -> None:
     world, parallel, stage = LAYOUTS[name]
     data = corpus(tmp_path)

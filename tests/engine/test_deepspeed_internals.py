@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.exhaustive import chosen
 from support.pool import Pool
 from support.precision import allow_fp16
 from support.runs import (
@@ -155,7 +156,9 @@ CASES: dict[str, Tree] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", chosen(CASES, "ZeRO-2", "ZeRO-3", "ZeRO-2, optimizer offloaded", "fp16, ZeRO-1", "zbv, ZeRO-2")
+)
 def test_discarded_gradients_leave_the_same_bits_in_all_later_steps(name: str, ranks: Pool) -> None:
     config = tiny_config(**CASES[name])
     config = config.model_copy(update={"training": config.training.model_copy(update={"global_batch_size": 8})})

@@ -9,6 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch.distributed as dist
 from support.encoder_decoder import T5
+from support.exhaustive import chosen
 from support.pool import Pool
 from support.runs import Tree, compare, create_engine, full_model, local_micro_batches, tiny_config, train, train_step
 
@@ -41,7 +42,16 @@ def with_small_buckets(sections: dict[str, Tree]) -> Config:
     return tiny_config(**{**sections, "zero": {**sections.get("zero", {}), "reduce_bucket_mib": SMALL}})
 
 
-@pytest.mark.parametrize("name", RUNS)
+USUAL = (
+    "ZeRO-1",
+    "2 x 2 x 2, sequence parallel",
+    "split backward",
+    "frozen embeddings and first block",
+    "encoder and decoder",
+)
+
+
+@pytest.mark.parametrize("name", chosen(RUNS, *USUAL))
 def test_buckets_do_not_change_what_is_trained(name: str, ranks: Pool) -> None:
     world, sections = RUNS[name]
     reference = {key: value for key, value in sections.items() if key not in ("parallel", "zero")}

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.encoder_decoder import T5
+from support.exhaustive import chosen
 from support.runs import Tree, full_model, tiny_config
 
 from megagpt.config import Config, load_config
@@ -105,7 +106,10 @@ def shortened(name: str, *overrides: str) -> Config:
     return load_config(name, [*sizes, *encoder, *overrides])
 
 
-@pytest.mark.parametrize("name", sorted(shipped_configs()))
+USUAL = ("125M", "6B", "175B", "llama-3.1-8B", "pythia-1.4B", "olmo2-7B", "qwen3-8B", "quickstart_t5", "t5-v1.1-3B")
+
+
+@pytest.mark.parametrize("name", chosen(sorted(shipped_configs()), *USUAL))
 def test_the_formulas_are_those_of_the_modules_for_every_shipped_config(name: str) -> None:
     # It recomputes nothing: see test_without_a_gpu_a_trained_bias_keeps_the_scores_that_are_not_recomputed.
     config = shortened(name, *(["training.compile=false"] if name == "quickstart_t5" else []))
@@ -116,7 +120,7 @@ def test_the_formulas_are_those_of_the_modules_for_every_shipped_config(name: st
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("name", ["125M", "llama-3.1-8B", "qwen3-8B", "olmo2-7B"])
+@pytest.mark.parametrize("name", chosen(["125M", "llama-3.1-8B", "qwen3-8B", "olmo2-7B"], "125M", "qwen3-8B"))
 def test_the_formulas_are_those_of_the_modules_for_every_recomputation(name: str, compiled: bool, recompute: str) -> None:
     config = shortened(name, f"training.recompute={recompute}", "training.recompute_layers=2", "model.n_positions=256")
     strategy = Strategy.of(config, config.parallel.tensor, compiled)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.exhaustive import chosen
 from support.pool import Pool
 from support.runs import create_engine, tiny_config, train_step
 from torch import Tensor
@@ -142,7 +143,10 @@ def test_ranks_hold_the_predicted_bytes_under_zero(zero: int, ranks: Pool) -> No
     check(config_of(zero=zero, pipeline=1 if zero == 3 else 2), ranks)
 
 
-@pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name != "1f1b"])
+@pytest.mark.parametrize(
+    "schedule",
+    chosen([name for name in SCHEDULES if name != "1f1b"], "gpipe", "interleaved_1f1b", "interleaved_zero_bubble", "zbv"),
+)
 def test_ranks_hold_the_predicted_bytes_in_every_schedule(schedule: str, ranks: Pool) -> None:
     check(config_of(schedule), ranks)
 

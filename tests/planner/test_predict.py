@@ -4,6 +4,7 @@ import statistics
 from functools import cache
 
 import pytest
+from support.exhaustive import chosen
 from support.runs import Tree, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -61,7 +62,23 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("case", [*CONFIGS, *LAYOUTS])
+USUAL = (
+    "125M",
+    "6B",
+    "llama-3.1-8B",
+    "t5-v1.1-3B",
+    "6B, full recompute",
+    "350M, context 2, ZeRO-0",
+    "llama, context 2, full recompute",
+    "6B, zbv",
+    "1.3B, ZeRO-3",
+    "T5, pipeline 3",
+    "T5, tied, zbv",
+    "T5, grouped heads that tensor ranks share",
+)
+
+
+@pytest.mark.parametrize("case", chosen([*CONFIGS, *LAYOUTS], *USUAL))
 def test_calls_and_bytes_of_every_collective_are_those_of_the_dry_run(case: str) -> None:
     name, overrides = LAYOUTS.get(case, (case, []))
     config = shortened(name, *overrides)
@@ -80,7 +97,9 @@ def test_calls_and_bytes_of_every_collective_are_those_of_the_dry_run(case: str)
                 assert calls == pytest.approx(expected[key].calls), key
 
 
-@pytest.mark.parametrize("name", ["125M", "6B", "llama-3.1-8B", "pythia-1.4B", "olmo2-7B", "t5-v1.1-3B"])
+@pytest.mark.parametrize(
+    "name", chosen(["125M", "6B", "llama-3.1-8B", "pythia-1.4B", "olmo2-7B", "t5-v1.1-3B"], "6B", "llama-3.1-8B", "t5-v1.1-3B")
+)
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_flops_of_matrix_products_are_those_that_the_modules_compute(name: str, recompute: str) -> None:
     config = shortened(name, f"training.recompute={recompute}")

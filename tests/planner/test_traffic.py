@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from support.encoder_decoder import T5
+from support.exhaustive import chosen
 from support.pool import Pool
 from support.products import MatrixProducts
 from support.runs import Tree, create_engine, tiny_config, train_step
@@ -109,7 +110,22 @@ def dry_run(config: Config, layout: Layout, rank: int) -> tuple[Traffic, int]:
     return step_traffic(config, layout, rank), n_parameters
 
 
-@pytest.mark.parametrize("name", [*LAYOUTS, *FAMILIES])
+USUAL = (
+    "tensor 4",
+    "tensor 2, sequence parallel",
+    "pipeline 4, untied",
+    "data 2, ZeRO-0",
+    "data 2, ZeRO-2",
+    "tensor 2, full recompute in groups of 3 layers",
+    "context 2 x tensor 2, sequence parallel, full recompute",
+    "2 x 2 x 2, sequence parallel",
+    "fewer key and value heads than ranks, sequence parallel",
+    "parallel branches, norms of Gemma, pipeline 2",
+    "an encoder, pipeline 4, sequence parallel",
+)
+
+
+@pytest.mark.parametrize("name", chosen([*LAYOUTS, *FAMILIES], *USUAL))
 def test_a_real_step_communicates_what_the_dry_run_counts_and_nothing_else(name: str, ranks: Pool) -> None:
     world, sections = {**LAYOUTS, **FAMILIES}[name]
     config = tiny_config(**sections)

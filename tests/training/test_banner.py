@@ -66,12 +66,21 @@ def test_everything_that_is_written_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("NVIDIA A100", "peak 312 TFLOP/s"), ("Other", "no MFU, because its peak is not known")]
+    ("name", "own", "text"),
+    [
+        ("NVIDIA A100", None, "peak 312 TFLOP/s"),
+        ("NVIDIA A100", 500.0, "peak 500 TFLOP/s"),
+        ("Other", 77.5, "peak 77.5 TFLOP/s"),
+        ("Other", None, "no MFU, because its peak is not known; logging.peak_tflops sets it"),
+    ],
 )
-def test_a_gpu_has_its_peak_or_a_reason_for_having_none(name: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_has_its_peak_or_a_reason_for_having_none(
+    name: str, own: float | None, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert device_line(torch.device("cuda", 0), "bf16") == f"{name}, bf16, {text}"
-    assert device_line(torch.device("cpu"), "bf16") == "CPU, bf16"
+    config = tiny_config(training={"precision": "bf16"}, logging={"peak_tflops": own})
+    assert device_line(torch.device("cuda", 0), config) == f"{name}, bf16, {text}"
+    assert device_line(torch.device("cpu"), tiny_config()) == "CPU, fp32"
 
 
 def test_the_memory_is_the_planner_s_prediction_with_its_parts() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from support.encoder_decoder import t5_config
+from support.exhaustive import chosen
 from support.pool import Pool
 from support.runs import Tree, compare, train
 
@@ -47,7 +48,17 @@ def one_process(ranks: Pool) -> Any:
     return ranks.run(1, train, t5_config(training=BATCH, **RUN), STEPS)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+USUAL = (
+    "tensor 4, sequence parallel",
+    "pipeline 4, zb_h1",
+    "pipeline 2 x data 2, zbv",
+    "pipeline 2 x tensor 2, interleaved",
+    "data 2, ZeRO-3",
+    "context 2 x tensor 2 x pipeline 2, sequence parallel",
+)
+
+
+@pytest.mark.parametrize("name", chosen(LAYOUTS, *USUAL))
 def test_a_layout_trains_as_one_process_does(name: str, ranks: Pool, one_process: Any) -> None:
     world, parallel, stage = LAYOUTS[name]
     compare(
@@ -66,7 +77,9 @@ UNLIKE: dict[str, tuple[Tree, Tree, Tree]] = {
 }
 
 
-@pytest.mark.parametrize("name", UNLIKE)
+@pytest.mark.parametrize(
+    "name", chosen(UNLIKE, "dropout, full recompute, context", "untied, smaller micro-batches", "frozen encoder", "LoRA")
+)
 def test_options_of_a_run_do_not_depend_on_the_layout(name: str, ranks: Pool) -> None:
     run, parallel, training = UNLIKE[name]
     sections = {key: {**RUN.get(key, {}), **keys} for key, keys in {**RUN, **run}.items()}

@@ -3,7 +3,6 @@
 Tolerances as in `test_layouts.py`.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.encoder_decoder import hugging_face_t5
+from support.exhaustive import EXHAUSTIVE
 from support.families import CASES, LLAMA, by_file_name, random_model
 from support.pool import Pool
 from support.runs import (
@@ -82,10 +82,10 @@ def config_of(model: Tree, z_loss: bool, **sections: Tree) -> Any:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_family_trains_under_two_kinds_of_layout_as_one_process_does(name: str, ranks: Pool) -> None:
-    """Each layout runs with half of the models; under all layouts if MEGAGPT_ALL_PAIRS=1."""
+    """Each layout runs with half of the models; with all of them in the exhaustive suite."""
     model, z_loss = MODELS[name], "z-loss" in name
     half = list(MODELS).index(name) % 2
-    layouts = list(LAYOUTS.values()) if os.environ.get("MEGAGPT_ALL_PAIRS") else list(LAYOUTS.values())[half::2]
+    layouts = list(LAYOUTS.values()) if EXHAUSTIVE else list(LAYOUTS.values())[half::2]
     expected = ranks.run(1, train, config_of(model, z_loss), STEPS)
     assert min(expected[0]["norms"]) > 2 * tiny_config().optimizer.clip_grad
     for world, parallel, stage in layouts:

@@ -8,6 +8,7 @@ about 1e-7. The gradient norm is at least five times the clip norm of 0.05 in ev
 from typing import Any
 
 import pytest
+from support.exhaustive import chosen
 from support.pool import Pool
 from support.runs import Tree, compare, full_weights, tiny_config, train
 
@@ -65,7 +66,25 @@ def single_process(ranks: Pool) -> Any:
     return results
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+USUAL = (
+    "tensor 4",
+    "pipeline 2, ZeRO-0",
+    "pipeline 4, gpipe",
+    "pipeline 4, zb_h1",
+    "pipeline 2, zbv, tied on one rank",
+    "2 x 2 x 2, interleaved zero bubble, sequence parallel",
+    "pipeline 2 x data 2, v_half",
+    "pipeline 2 x tensor 2, v_min",
+    "data 2, ZeRO-2",
+    "data 2, ZeRO-3",
+    "context 4, ZeRO-2",
+    "context 2 x tensor 2 x pipeline 2, sequence parallel",
+    "2 x 2 x 2, ZeRO-1",
+    "2 x 2 x 2, sequence parallel, ZeRO-0",
+)
+
+
+@pytest.mark.parametrize("name", chosen(LAYOUTS, *USUAL))
 def test_a_layout_trains_as_one_process_does(name: str, ranks: Pool, single_process: Any) -> None:
     world, parallel, stage = LAYOUTS[name]
     results = ranks.run(world, train, tiny_config(parallel=parallel, zero={"stage": stage}), STEPS)
@@ -114,7 +133,7 @@ def test_tensor_ranks_that_hold_only_padding_of_the_vocabulary_train_as_one_proc
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-@pytest.mark.parametrize("name", ["tensor 2", "2 x 2 x 2, ZeRO-2", "data 2, ZeRO-3"])
+@pytest.mark.parametrize("name", chosen(["tensor 2", "2 x 2 x 2, ZeRO-2", "data 2, ZeRO-3"], "tensor 2", "data 2, ZeRO-3"))
 def test_recompute_does_not_change_losses_or_norms(recompute: str, name: str, ranks: Pool, single_process: Any) -> None:
     world, parallel, stage = LAYOUTS[name]
     config = tiny_config(parallel=parallel, zero={"stage": stage}, training={"recompute": recompute})
@@ -154,7 +173,16 @@ def single_process_with_dropout(ranks: Pool) -> Any:
     return results
 
 
-@pytest.mark.parametrize("name", DROPOUT_LAYOUTS)
+@pytest.mark.parametrize(
+    "name",
+    chosen(
+        DROPOUT_LAYOUTS,
+        "larger micro-batches",
+        "tensor 4, sequence parallel, selective recompute",
+        "context 2, ZeRO-3",
+        "pipeline 2 x data 2, zbv, full recompute",
+    ),
+)
 def test_dropout_is_the_same_under_every_layout(name: str, ranks: Pool, single_process_with_dropout: Any) -> None:
     world, parallel, stage, training = DROPOUT_LAYOUTS[name]
     config = tiny_config(model=DROPOUT, optimizer=SGD, parallel=parallel, zero={"stage": stage}, training=training)

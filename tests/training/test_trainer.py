@@ -216,6 +216,11 @@ def test_every_training_record_has_loss_speed_and_memory(
         assert 0.01 < record["peak_memory_gib"] < 1000
 
 
+def test_the_mfu_is_the_share_of_the_peak_of_the_config(ranks: Pool, tmp_path: Path) -> None:
+    (first, *_) = ranks.run(1, run_logged, train_config(tmp_path, training={"steps": 1}, logging={"peak_tflops": 0.5}))[0]
+    assert first["mfu"] == pytest.approx(first["tflops_per_device"] / 0.5)
+
+
 def test_a_record_covers_the_steps_since_the_last_one(ranks: Pool, tmp_path: Path) -> None:
     """At the first step, every logging.interval steps, and at the last step."""
     records = ranks.run(1, run_logged, train_config(tmp_path, training={"steps": 7}, logging={"interval": 3}))[0]
