@@ -15,9 +15,9 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 # One thread a rank: several ranks share the cores. The hub is never asked: tests run without a network.
 RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline
 
-# Files of tests are shared between so many processes; each has up to 8 ranks of its own.
+# The tests are shared between so many processes; each has up to 8 ranks of its own.
 TEST_WORKERS ?= 2
-IN_PARALLEL := --numprocesses $(TEST_WORKERS) --dist loadfile
+IN_PARALLEL := --numprocesses $(TEST_WORKERS) --dist worksteal
 
 .PHONY: help setup quickstart quickstart-t5 test test-all test-gpu lint clean
 

@@ -34,13 +34,13 @@ def assert_equal_bits(results: list[Tree], expected: list[Tree]) -> None:
 
 
 @pytest.mark.parametrize("name", chosen(LAYOUTS, "ZeRO-2", "ZeRO-3", "2 x 2 x 2"))
-def test_four_steps_and_four_more_equal_eight_bit_for_bit(name: str, ranks: Pool, tmp_path: Path) -> None:
+def test_two_steps_and_two_more_equal_four_bit_for_bit(name: str, ranks: Pool, tmp_path: Path) -> None:
     world, parallel, stage = LAYOUTS[name]
     data = corpus(tmp_path)
-    straight = ranks.run(world, run_trainer, run_config(tmp_path / "straight", data, parallel, stage, 8))
-    ranks.run(world, run_trainer, run_config(tmp_path / "halves", data, parallel, stage, 4))
-    halves = ranks.run(world, run_trainer, run_config(tmp_path / "halves", data, parallel, stage, 8))
-    assert len(straight[0]["losses"]) == 8
+    straight = ranks.run(world, run_trainer, run_config(tmp_path / "straight", data, parallel, stage, 4))
+    ranks.run(world, run_trainer, run_config(tmp_path / "halves", data, parallel, stage, 2))
+    halves = ranks.run(world, run_trainer, run_config(tmp_path / "halves", data, parallel, stage, 4))
+    assert len(straight[0]["losses"]) == 4
     assert halves[0]["losses"] == straight[0]["losses"]
     assert_equal_bits(halves, straight)
 

@@ -174,7 +174,18 @@ ENCODERS = {
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("case", ENCODERS)
+@pytest.mark.parametrize(
+    "case",
+    chosen(
+        ENCODERS,
+        "T5 v1.1, full recompute",
+        "T5 v1.1, sequence parallel",
+        "T5 v1.0, context 2",
+        "dropout",
+        "learned positions, layer norms",
+        "grouped heads that tensor ranks share",
+    ),
+)
 def test_the_formulas_are_those_of_the_modules_for_models_with_an_encoder(case: str, compiled: bool) -> None:
     config = shortened("t5-v1.1-base", "training.micro_batch_size=4", *ENCODERS[case])
     parallel = config.parallel

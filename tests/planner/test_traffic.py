@@ -66,10 +66,10 @@ FAMILIES["an encoder, pipeline 4, sequence parallel"] = (
     {"parallel": {"tensor": 2, "pipeline": 4, "sequence_parallel": True}, "model": T5, "zero": {"stage": 0}},
 )
 LARGE: dict[str, tuple[int, Tree]] = {
-    "GPT-3 175B on 512 ranks": (
+    "a quarter of GPT-3 175B on 512 ranks": (
         512,
         {
-            "model": {"n_layer": 96, "n_embd": 12288, "n_head": 96, "n_positions": 2048, "vocab_size": 50257},
+            "model": {"n_layer": 24, "n_embd": 12288, "n_head": 96, "n_positions": 2048, "vocab_size": 50257},
             "training": {"micro_batch_size": 1, "global_batch_size": 64, "precision": "bf16"},
             "parallel": {"tensor": 8, "pipeline": 8, "sequence_parallel": True},
         },

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.exhaustive import chosen
 from support.pool import Pool
 from support.runs import Tree, corpus, full_model, full_weights, run_trainer, tiny_config
 
@@ -145,7 +146,10 @@ LAYOUTS: dict[str, tuple[int, Tree]] = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+USUAL = ("tensor 2, sequence parallel", "data 2, ZeRO-3", "selective recompute", "2 x 2 x 2, sequence parallel, full recompute")
+
+
+@pytest.mark.parametrize("name", chosen(LAYOUTS, *USUAL))
 def test_every_layout_trains_as_one_process_does(
     name: str, reference: tuple[Path, list[Tree]], ranks: Pool, tmp_path: Path
 ) -> None:

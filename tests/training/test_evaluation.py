@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.exhaustive import chosen
 from support.pool import Pool
 from support.runs import Tree, corpus, full_model, local_weights, open_trainer, tiny_config
 
@@ -68,7 +69,10 @@ def compare_with_training(config: Config) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+USUAL = ("1 process", "data 2, ZeRO-3", "tensor 2 x context 2")
+
+
+@pytest.mark.parametrize("name", chosen(LAYOUTS, *USUAL, "zbv"))
 def test_the_evaluation_loss_equals_the_training_loss_of_the_same_batches(name: str, ranks: Pool, tmp_path: Path) -> None:
     data = corpus(tmp_path)
     single = ranks.run(1, compare_with_training, evaluation_config(data, "1 process"))[0]
@@ -92,7 +96,7 @@ def losses_of(config: Config, samples: list[int | None]) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", chosen(LAYOUTS, *USUAL, "pipeline 2 x data 2"))
 def test_the_loss_is_the_exact_mean_over_the_first_samples(name: str, ranks: Pool, tmp_path: Path) -> None:
     """For one sample, a part of a batch, a batch and a part, and all samples: 3e-6 is the error of fp32 sums."""
     config = evaluation_config(corpus(tmp_path), name)
