@@ -112,9 +112,9 @@ def sources(ranks: Pool, data: str, tmp_path_factory: pytest.TempPathFactory) ->
 def test_every_bit_saved_under_any_layout_is_loaded_under_this_one(
     target: str, ranks: Pool, data: str, sources: dict[str, Source]
 ) -> None:
-    """From three other layouts, in a cycle; from all layouts in the exhaustive suite."""
+    """From two other layouts, in a cycle; from all layouts in the exhaustive suite."""
     layout, index = LAYOUTS[target], list(LAYOUTS).index(target)
-    names = list(LAYOUTS) if EXHAUSTIVE else [*LAYOUTS, *LAYOUTS][index + 1 : index + 4]
+    names = list(LAYOUTS) if EXHAUSTIVE else [*LAYOUTS, *LAYOUTS][index + 1 : index + 6 : 3]
     by_rank = ranks.run(layout.world_size, load_each, config_of(layout, data), [sources[name].folder for name in names])
     for number, name in enumerate(names):
         source = sources[name]

@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from support.exhaustive import EXHAUSTIVE
 from support.families import CASES, random_model
 from support.runs import Tree, tiny_config
 from support.texts import continued, greedy
@@ -231,7 +232,7 @@ VALUES = st.one_of(
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen2", "gemma2", "gpt_neox", "gpt2"])
-@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=120 if EXHAUSTIVE else 50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_value_of_any_key_is_accepted_or_refused_in_one_sentence(
     case: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.encoder_decoder import T5
-from support.exhaustive import chosen
+from support.exhaustive import EXHAUSTIVE, chosen
 from support.runs import Tree, full_model, tiny_config
 
 from megagpt.config import Config, load_config
@@ -136,7 +136,7 @@ def test_the_formulas_are_those_of_the_modules_for_every_recomputation(name: str
         ["model.n_kv_head=1", "parallel.tensor=2", "parallel.context=2"],
     ],
 )
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, True] if EXHAUSTIVE else [True])
 @pytest.mark.parametrize("name", ["350M", "llama-3.2-1B"])
 def test_the_formulas_are_those_of_the_modules_with_dropout_contexts_and_fp32(
     name: str, compiled: bool, overrides: list[str]

@@ -111,8 +111,6 @@ def dry_run(config: Config, layout: Layout, rank: int) -> tuple[Traffic, int]:
 
 
 USUAL = (
-    "tensor 4",
-    "tensor 2, sequence parallel",
     "pipeline 4, untied",
     "data 2, ZeRO-0",
     "data 2, ZeRO-2",

@@ -1,6 +1,7 @@
 """Every schedule of the registry, for many sizes: each action is computed once, and there is no deadlock."""
 
 import pytest
+from support.exhaustive import EXHAUSTIVE
 
 from megagpt.config import build_config
 from megagpt.config.schema import ParallelConfig
@@ -17,7 +18,7 @@ NAMES_AND_VIRTUAL_STAGES = [
 @pytest.mark.parametrize("name, virtual_stages", NAMES_AND_VIRTUAL_STAGES)
 def test_every_action_appears_once_and_there_is_no_deadlock_for_any_ranks_and_micro_batches(name: str, virtual_stages: int):
     """`simulate` raises for an action that is missing, duplicated or never ready. Some sizes do not divide each other."""
-    for ranks in (1, 2, 3, 4, 7, 8, 13, 16):
+    for ranks in (1, 2, 3, 4, 7, 8, 13, 16) if EXHAUSTIVE else (1, 2, 3, 4, 7, 8):
         for micro_batches in sorted({1, 2, ranks - 1 or 1, ranks, ranks + 1, 2 * ranks + 1, 23, 64 if ranks in (4, 16) else 1}):
             plan = make_plan(name, ranks, micro_batches, virtual_stages)
             assert plan.rank_of_stage == placement(name, ranks, virtual_stages)

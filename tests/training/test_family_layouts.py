@@ -142,7 +142,7 @@ def check_first_step(theirs: Any, family: str, model: Tree, tolerance: float, ra
     gradients = by_file_name({name: parameter.grad for name, parameter in theirs.named_parameters()})
     rules = list(FAMILIES[family].rules(config.model))
     expected = {name: rule.to_megagpt([gradients[prefix + part] for part in rule.names]) for name, rule, prefix in rules}
-    for world, parallel in IMPORTED.values():
+    for world, parallel in IMPORTED.values() if EXHAUSTIVE else [IMPORTED["tensor 2 x pipeline 2"]]:
         results = ranks.run(world, first_step, imported_config(model, parallel=parallel), checkpoint)
         assert results[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
         before = full_weights([{"weights": result["before"]} for result in results])
