@@ -95,8 +95,8 @@ def init_deepspeed(launcher: Launcher, backend: str, timeout: timedelta) -> None
 def without_broadcast(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Inside the block, DeepSpeed does not send the weights of the first rank to the others, which have the same bits.
 
-    It asks each weight whether it is a shard of DeepSpeed's own linear layers, which differ between ranks. Stage 3 sends each
-    weight nevertheless when it divides it.
+    It asks each weight whether it is a shard of DeepSpeed's own linear layers, which differ between ranks. Stage 3 still sends
+    each weight when it divides it.
     """
     marked = [cast(Any, parameter) for parameter in parameters]
     for parameter in marked:
