@@ -97,20 +97,25 @@ def _matrix_rate() -> str:
     cuda = torch.cuda.is_available()
     size, times, device = (8192, 50, "cuda") if cuda else (256, 5, "cpu")
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-
-    def seconds() -> float:
-        if cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(times):
-            left @ right
-        if cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    seconds()  # warm-up
-    rate = 2 * size**3 * times / seconds() / 1e12
+    _seconds(lambda: left @ right, times)  # warm-up
+    rate = 2 * size**3 * times / _seconds(lambda: left @ right, times) / 1e12
     return f"{torch.cuda.get_device_name() if cuda else 'CPU'}: bf16 products of {size}^3 run at {rate:.3g} TFLOP/s"
+
+
+def _seconds(function: Callable[[], Any], times: int) -> float:
+    """Return the time of so many calls, until the device has done their work."""
+    import torch
+
+    def synchronize() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(times):
+        function()
+    synchronize()
+    return time.perf_counter() - start
 
 
 def _run(shape: str, side: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -226,33 +231,21 @@ WORKERS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {"megagpt":
 def _measure(step: Callable[[], Any], args: argparse.Namespace, device: Any) -> dict[str, Any]:
     import torch
 
-    def synchronize() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def timed(n_steps: int) -> float:
-        synchronize()
-        start = time.perf_counter()
-        for _ in range(n_steps):
-            step()
-        synchronize()
-        return time.perf_counter() - start
-
-    first = timed(1)
-    timed(WARM_UP - 1)
-    result: dict[str, Any] = {"first_step_s": first, "step_ms": timed(args.steps) / args.steps * 1e3}
+    first = _seconds(step, 1)
+    _seconds(step, WARM_UP - 1)
+    result: dict[str, Any] = {"first_step_s": first, "step_ms": _seconds(step, args.steps) / args.steps * 1e3}
     result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
     if args.profile and device.type == "cuda":
-        result["profile"] = _profile(timed, 2)
+        result["profile"] = _profile(step, 2)
     return result
 
 
-def _profile(timed: Callable[[int], float], n_steps: int) -> dict[str, Any]:
+def _profile(step: Callable[[], Any], n_steps: int) -> dict[str, Any]:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        wall = timed(n_steps)
+        wall = _seconds(step, n_steps)
     events = [event for event in profiler.key_averages() if event.self_device_time_total > 0]
     total = sum(event.self_device_time_total for event in events)
     kinds: Counter[str] = Counter()

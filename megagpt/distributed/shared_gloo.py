@@ -2,6 +2,7 @@
 
 torch gives each gloo group a network thread that wakes 100 times a second, and two threads for its collectives. A rank has
 about ten groups, so on a machine whose ranks share cores the threads take more time than the collectives.
+The group of the checkpoint writer keeps threads of its own.
 """
 
 from datetime import timedelta

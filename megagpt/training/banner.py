@@ -22,7 +22,7 @@ from megagpt.planner.parameters import parameter_count
 from megagpt.planner.strategy import Strategy
 from megagpt.training.evaluation import evaluated_samples
 from megagpt.training.run_warnings import config_warnings, data_warnings, epochs_of_each, tokenizer_warnings
-from megagpt.training.throughput import peak_tflops
+from megagpt.training.throughput import peak_of_run
 from megagpt.training.trainer import Trainer
 
 MAX_CORPORA = 8
@@ -110,8 +110,7 @@ def _size(n_bytes: float) -> str:
 
 def device_line(device: torch.device, config: Config) -> str:
     """Return the name of the device, the precision, and the peak that the MFU is a share of, if there is one."""
-    precision = config.training.precision
-    peak = config.logging.peak_tflops or peak_tflops(device, precision)
+    precision, peak = config.training.precision, peak_of_run(config, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     if peak is not None:
         return f"{name}, {precision}, peak {peak:g} TFLOP/s"

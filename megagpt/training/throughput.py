@@ -5,6 +5,7 @@ import time
 
 import torch
 
+from megagpt.config.schema import Config
 from megagpt.planner.hardware import gpu_of_device
 from megagpt.training.loggers.base import MetricsRecord
 
@@ -30,7 +31,7 @@ def peak_tflops(device: torch.device, precision: str) -> float | None:
     """Return the device's peak for bf16 or fp16 matrix products in TFLOP/s; None if unknown, and for fp32.
 
     For fp32 the peak depends on whether torch uses TF32, so there is no MFU. For fp8 it is the peak of bf16, so that the MFU
-    shows what the 8 bits gain. `logging.peak_tflops` replaces it.
+    shows what the 8 bits gain.
     """
     if device.type != "cuda" or precision == "fp32":
         return None
@@ -39,6 +40,11 @@ def peak_tflops(device: torch.device, precision: str) -> float | None:
         return None
     gpu = gpu_of_device(name)
     return gpu.bf16_tflops if gpu else next((peak for part, peak in OTHER_PEAKS.items() if part in name), None)
+
+
+def peak_of_run(config: Config, device: torch.device) -> float | None:
+    """Return the peak in TFLOP/s that the MFU of a run is a share of; None if it is unknown."""
+    return config.logging.peak_tflops or peak_tflops(device, config.training.precision)
 
 
 def peak_memory_gib(device: torch.device) -> float:

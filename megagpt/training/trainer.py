@@ -47,7 +47,7 @@ from megagpt.training.objectives import run_objective
 from megagpt.training.run_length import learning_rate_change, require_not_shorter, total_steps
 from megagpt.training.samples import SampleTexts
 from megagpt.training.test_result import TestResult
-from megagpt.training.throughput import ThroughputWindow, peak_memory_gib, peak_tflops
+from megagpt.training.throughput import ThroughputWindow, peak_memory_gib, peak_of_run
 from megagpt.training.train_state import RunProgress
 
 PREFETCHED_BATCHES = 2
@@ -130,7 +130,7 @@ class Trainer:
             self._samples = SampleTexts(self.engine) if config.evaluation.sample_prompts else None
             self._stragglers = Stragglers(self.phase, topology, device, config.resilience.straggler_factor)
             self._flops_per_token = training_flops_per_token(config)
-            self._peak_tflops = config.logging.peak_tflops or peak_tflops(device, config.training.precision)
+            self._peak_tflops = peak_of_run(config, device)
             self._window = ThroughputWindow()
             self._losses = LossMean()
             self._interruption: Interruption | None = None

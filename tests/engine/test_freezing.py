@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.exhaustive import EXHAUSTIVE
+from support.exhaustive import more
 from support.pool import Pool
 from support.products import MatrixProducts
 from support.runs import (
@@ -88,7 +88,7 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("name, patterns", [*USUAL, *(OTHERS if EXHAUSTIVE else [])])
+@pytest.mark.parametrize("name, patterns", [*USUAL, *more(*OTHERS)])
 def test_frozen_weights_keep_their_bits_and_the_others_train_as_on_one_process(
     name: str, patterns: list[str], ranks: Pool, single_process: Any
 ) -> None:
@@ -211,7 +211,7 @@ def run_config(
     return tiny_config(parallel=parallel, zero={"stage": stage}, **{**tree, **sections})
 
 
-RESUMED = [("ZeRO-3", "bf16"), ("tensor 2 x pipeline 2", "bf16"), *([("ZeRO-0", "fp32")] if EXHAUSTIVE else [])]
+RESUMED = [("ZeRO-3", "bf16"), ("tensor 2 x pipeline 2", "bf16"), *more(("ZeRO-0", "fp32"))]
 
 
 @pytest.mark.parametrize("name, precision", RESUMED)
@@ -231,7 +231,7 @@ def test_a_run_with_frozen_weights_resumes_bit_for_bit(name: str, precision: str
             assert np.array_equal(values, expected), key
 
 
-CHANGED = [("tensor 2 x pipeline 2", "ZeRO-3"), *([("ZeRO-2", "tensor 2 x pipeline 2")] if EXHAUSTIVE else [])]
+CHANGED = [("tensor 2 x pipeline 2", "ZeRO-3"), *more(("ZeRO-2", "tensor 2 x pipeline 2"))]
 
 
 @pytest.mark.parametrize("source, target", CHANGED)

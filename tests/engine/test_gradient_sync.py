@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 import torch.distributed as dist
-from support.exhaustive import EXHAUSTIVE
+from support.exhaustive import more
 from support.pool import Pool
 from torch import nn
 
@@ -70,7 +70,7 @@ def sums_of_all(tensor: int, pipeline: int, zero_stage: int, rank_of_stage: Sequ
     return stages, {name: ranks_in(value) for name, value in named.items()}
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, *([2] if EXHAUSTIVE else [])])
+@pytest.mark.parametrize("zero_stage", [0, 1, *more(2)])
 @pytest.mark.parametrize(
     "tensor, pipeline, rank_of_stage",
     [(2, 2, (0, 1)), (2, 2, (0, 1, 0, 1)), (2, 2, (0, 1, 1, 0)), (1, 4, (0, 1, 2, 3)), (4, 1, (0,)), (1, 1, (0,))],

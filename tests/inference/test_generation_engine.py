@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.exhaustive import EXHAUSTIVE
+from support.exhaustive import more
 from support.families import CASES, random_model
 from support.pool import Pool
 from support.runs import Tree, full_model, tiny_config
@@ -219,7 +219,7 @@ def tokens_on_ranks(model: Tree, sampling: Sampling) -> list[list[int]]:
     return continued(chunk, PROMPTS, sampling, n_tokens=50)
 
 
-@pytest.mark.parametrize("keys", [{"n_kv_head": 2, "position_embedding": "rotary"}, *([{}] if EXHAUSTIVE else [])])
+@pytest.mark.parametrize("keys", [{"n_kv_head": 2, "position_embedding": "rotary"}, *more({})])
 def test_tensor_parallel_ranks_generate_what_one_process_does(keys: Tree, ranks: Pool) -> None:
     """Vocabulary 61 padded to 64 on 4 ranks: the last one has padding, and ids from 50 on are not drawn."""
     for sampling in (Sampling(14, temperature=0), Sampling(14, temperature=1.5, top_k=30, top_p=0.9, seed=3)):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.exhaustive import EXHAUSTIVE, chosen
+from support.exhaustive import chosen, more
 from support.pool import Pool
 from support.runs import create_engine, tiny_config, train_step
 from torch import Tensor
@@ -138,7 +138,7 @@ def predicted(config: Config) -> list[tuple[int, int, int, int]]:
     return [(memory.weights, memory.gradients, memory.optimizer, memory.activations) for memory in memories]
 
 
-@pytest.mark.parametrize("zero", [0, 2, 3, *([1] if EXHAUSTIVE else [])])
+@pytest.mark.parametrize("zero", [0, 2, 3, *more(1)])
 def test_ranks_hold_the_predicted_bytes_under_zero(zero: int, ranks: Pool) -> None:
     check(config_of(zero=zero, pipeline=1 if zero == 3 else 2), ranks)
 

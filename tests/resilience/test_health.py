@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support.checkpoints import run_config
-from support.exhaustive import EXHAUSTIVE
+from support.exhaustive import more
 from support.pool import Pool
 from support.precision import allow_fp16
 from support.records import RecordList
@@ -149,7 +149,7 @@ def test_a_skipped_step_changes_no_weight_on_any_rank(fault: Fault, precision: s
     assert [math.isfinite(loss) for loss in losses].count(False) == (fault is loss_is_nan)
 
 
-@pytest.mark.parametrize(("parallel", "stage"), [({"pipeline": 2}, 2), ({}, 3), *([({"tensor": 2}, 0)] if EXHAUSTIVE else [])])
+@pytest.mark.parametrize(("parallel", "stage"), [({"pipeline": 2}, 2), ({}, 3), *more(({"tensor": 2}, 0))])
 def test_a_spike_is_skipped_before_it_reaches_the_weights(parallel: Tree, stage: int, ranks: Pool, tmp_path: Path) -> None:
     config = fault_config(
         tmp_path,
@@ -170,7 +170,7 @@ def test_a_spike_is_skipped_before_it_reaches_the_weights(parallel: Tree, stage:
     assert not same(without[0]["weights_after"][4], without[0]["weights_after"][3])  # the spike would reach them
 
 
-@pytest.mark.parametrize("fault", [loss_is_a_spike, gradient_is_infinite, *([loss_is_nan] if EXHAUSTIVE else [])])
+@pytest.mark.parametrize("fault", [loss_is_a_spike, gradient_is_infinite, *more(loss_is_nan)])
 def test_a_run_with_a_rollback_equals_a_run_that_never_saw_the_batch(fault: Fault, ranks: Pool, tmp_path: Path) -> None:
     """Bit for bit the weights of a run that skips the batch from the start."""
     resilience = {"on_nonfinite": "rollback", "on_spike": "rollback", "spike_window": 2, "spike_num_std": 30.0}

@@ -2,8 +2,14 @@
 
 import os
 from collections.abc import Iterable
+from typing import Any
 
 EXHAUSTIVE = os.environ.get("MEGAGPT_EXHAUSTIVE") == "1"
+
+
+def more(*cases: Any) -> tuple[Any, ...]:
+    """Return the cases in the exhaustive suite, else none."""
+    return cases if EXHAUSTIVE else ()
 
 
 def chosen(cases: Iterable[str], *usual: str) -> list[str]:

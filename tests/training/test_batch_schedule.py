@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.exhaustive import EXHAUSTIVE
+from support.exhaustive import more
 from support.pool import Pool
 from support.runs import Tree, corpus, full_weights, run_trainer, tiny_config
 
@@ -171,9 +171,7 @@ def ramp_run(folder: Path, data: str, steps: int, parallel: Tree, stage: int) ->
     )
 
 
-@pytest.mark.parametrize(
-    "world, parallel, stage", [(4, {"pipeline": 2}, 1), *([(2, {}, 2), (2, {"tensor": 2}, 0)] if EXHAUSTIVE else [])]
-)
+@pytest.mark.parametrize("world, parallel, stage", [(4, {"pipeline": 2}, 1), *more((2, {}, 2), (2, {"tensor": 2}, 0))])
 def test_the_losses_of_a_ramp_do_not_depend_on_the_layout(
     world: int, parallel: Tree, stage: int, ranks: Pool, tmp_path: Path
 ) -> None:
